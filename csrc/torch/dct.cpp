@@ -1,0 +1,2 @@
+// CPU adapters of the dct family: check, allocate through torch, run.
+#include "torch/adapter.h"

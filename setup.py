@@ -1,0 +1,55 @@
+"""A shim: CMake describes the native build, this only calls it at the right moment."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    def run(self) -> None:
+        try:
+            import torch
+        except ImportError:
+            raise SystemExit(
+                "freqrank builds against the torch you already have, and none can be imported here. If torch is installed, "
+                "pip's build isolation hides it: use `pip install . --no-build-isolation`. Otherwise install torch >= 2.10 first."
+            ) from None
+        package = ROOT / "python" / "freqrank" if self.inplace else Path(self.build_lib).resolve() / "freqrank"
+        build = ROOT / "build" / f"torch-{torch.__version__.split('+')[0]}"
+        subprocess.run(
+            [
+                "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DFREQRANK_TESTS=OFF",
+                f"-DFREQRANK_TORCH_ROOT={Path(torch.__file__).parent}", f"-DFREQRANK_TORCH_OUTPUT={package / '_lib'}",
+            ],
+            check=True,
+        )  # fmt: skip
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+
+    def get_outputs(self) -> list[str]:
+        return [str(Path(self.build_lib) / "freqrank" / "_lib" / "libfreqrank_cpu.so")]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class AnyPythonWheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        # the library uses torch's stable ABI and no Python symbol
+        return "py3", "none", super().get_tag()[2]
+
+
+if sys.platform != "linux":
+    raise SystemExit(f"freqrank builds on Linux; this is {sys.platform}")
+
+setup(
+    ext_modules=[Extension("freqrank._native_library", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
+)

@@ -1,0 +1,219 @@
+"""A linear layer whose weight is a product of two factors, the first of which several layers may share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["LowRankLinear", "install_lowrank", "share", "shared_groups"]
+
+
+class LowRankLinear(nn.Linear):
+    """Linear layer ``y = (x basis^T) weight^T + bias`` of rank `rank`, with a basis that other layers may share.
+
+    Parameters: ``basis`` [rank, in_features], the coefficient ``weight`` [out_features, rank] and ``bias``
+    [out_features] or None. It is an `nn.Linear` with the usual attributes, so adapters, hooks and device maps treat it
+    as one; only ``weight`` has `rank` columns (`dense_weight` gives the product). Layers that share a basis hold the
+    same Parameter object (see `share`), so ``model.parameters()`` counts it once.
+
+    Raises ValueError if a size is not positive, or a given basis is not [rank, in_features]; TypeError if a given basis
+    is not an `nn.Parameter`.
+
+    The factorisation into a shared basis and coefficients: Basis Sharing (Wang et al., ICLR 2025, arXiv 2410.03765).
+
+    >>> layer = LowRankLinear(6, 4, rank=2)
+    >>> layer(torch.zeros(3, 6)).shape
+    torch.Size([3, 4])
+    >>> sum(p.numel() for p in layer.parameters())  # 2 * 6 + 4 * 2 + 4
+    24
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        *,
+        basis: nn.Parameter | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
+        for name, size in (("in_features", in_features), ("out_features", out_features), ("rank", rank)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        if basis is None:
+            basis = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+            nn.init.kaiming_uniform_(basis, a=5**0.5)
+        elif not isinstance(basis, nn.Parameter):
+            raise TypeError(f"basis must be an nn.Parameter so that it can be shared, got {type(basis).__name__}")
+        elif tuple(basis.shape) != (rank, in_features):
+            raise ValueError(f"basis must be [rank, in_features] = {[rank, in_features]}, got {list(basis.shape)}")
+        self.basis = basis
+        self.weight = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the coefficient and the bias as `nn.Linear` does; the basis, which may be shared, is left as it is."""
+        bound = self.rank**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @classmethod
+    def replacing(cls, linear: nn.Linear, rank: int, basis: nn.Parameter | None = None) -> LowRankLinear:
+        """Layer of the sizes, device, dtype and mode of `linear`, with its bias and with uninitialised factors.
+
+        `basis` [rank, in_features] is shared if given.
+
+        >>> layer = LowRankLinear.replacing(nn.Linear(6, 4), rank=2)
+        >>> layer.basis.shape, layer.weight.shape, layer.bias.shape
+        (torch.Size([2, 6]), torch.Size([4, 2]), torch.Size([4]))
+        """
+        device, dtype = linear.weight.device, linear.weight.dtype
+        with torch.device("meta"):  # no memory and no random numbers for what is filled in later
+            layer = cls(linear.in_features, linear.out_features, rank, bias=False, basis=basis)
+        if basis is None:
+            layer.basis = nn.Parameter(torch.empty(rank, linear.in_features, device=device, dtype=dtype))
+        layer.weight = nn.Parameter(torch.empty(linear.out_features, rank, device=device, dtype=dtype))
+        layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_factors(cls, basis: Tensor, weight: Tensor, bias: Tensor | None = None) -> LowRankLinear:
+        """Layer that holds `basis` [rank, in_features], `weight` [out_features, rank] and `bias` [out_features].
+
+        An `nn.Parameter` is held as it is, which is how a basis is shared; a plain tensor becomes a Parameter over the
+        same memory. Raises ValueError if the shapes do not fit.
+
+        >>> layer = LowRankLinear.from_factors(torch.ones(1, 3), torch.ones(2, 1))
+        >>> layer(torch.ones(3)).tolist()
+        [3.0, 3.0]
+        """
+        if basis.ndim != 2 or weight.ndim != 2 or basis.shape[0] != weight.shape[1]:
+            raise ValueError(
+                "basis must be [rank, in_features] and weight [out_features, rank], "
+                f"got {list(basis.shape)} and {list(weight.shape)}"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be [out_features] = [{weight.shape[0]}], got {list(bias.shape)}")
+        basis, weight = _as_parameter(basis), _as_parameter(weight)
+        with torch.device("meta"):
+            layer = cls(basis.shape[1], weight.shape[0], basis.shape[0], bias=False, basis=basis)
+        layer.weight = weight
+        if bias is not None:
+            layer.bias = _as_parameter(bias)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        basis, weight = self.basis, self.weight
+        if basis.device != weight.device:  # a group that a device map has spread over several devices
+            return F.linear(F.linear(input.to(basis.device), basis).to(weight.device), weight, self.bias)
+        return F.linear(F.linear(input, basis), weight, self.bias)
+
+    @torch.no_grad()
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The product ``weight @ basis`` [out_features, in_features], computed in `dtype`; what `nn.Linear` would hold.
+
+        >>> layer = LowRankLinear(6, 4, rank=2, bias=False).double()
+        >>> x = torch.randn(5, 6, dtype=torch.float64)
+        >>> torch.allclose(layer(x), x @ layer.dense_weight(torch.float64).T)
+        True
+        """
+        return self.weight.to(dtype) @ self.basis.to(self.weight.device, dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+
+def _as_parameter(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+
+
+def share(modules: Iterable[LowRankLinear]) -> nn.Parameter:
+    """Give every layer of `modules` the basis of the first one, and return that Parameter [rank, in_features].
+
+    Raises ValueError if there is no layer, or ranks or input sizes differ.
+
+    >>> q, k = LowRankLinear(6, 4, 2), LowRankLinear(6, 3, 2)
+    >>> share([q, k]) is k.basis
+    True
+    """
+    layers = list(modules)
+    if not layers:
+        raise ValueError("modules must hold at least one LowRankLinear, got none")
+    shapes = {(layer.rank, layer.in_features) for layer in layers}
+    if len(shapes) > 1:
+        raise ValueError(f"modules that share a basis need one (rank, in_features), got {sorted(shapes)}")
+    for layer in layers[1:]:
+        layer.basis = layers[0].basis
+    return layers[0].basis
+
+
+def shared_groups(model: nn.Module) -> list[list[str]]:
+    """Names of the low-rank layers of `model`, one list for each basis, in the order of the model.
+
+    >>> model = nn.Sequential(LowRankLinear(4, 4, 2), LowRankLinear(4, 4, 2), LowRankLinear(4, 4, 2))
+    >>> _ = share([model[0], model[2]])
+    >>> shared_groups(model)
+    [['0', '2'], ['1']]
+    """
+    groups: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            groups.setdefault(id(module.basis), []).append(name)
+    return list(groups.values())
+
+
+def install_lowrank(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> dict[str, LowRankLinear]:
+    """Replace linear layers of `model`, in place, by empty low-rank ones that share a basis within a group.
+
+    `groups`: ``[{"modules": [name, ...], "rank": k}, ...]`` with names as `named_modules` gives them. Factors are
+    uninitialised, on the device and of the dtype of the layer they replace (meta included); biases stay. Returns the
+    new layers by name. The model is changed only after everything was checked: ValueError for a name that is missing,
+    repeated or not a dense `nn.Linear`, for a rank out of range, or input sizes that differ within a group.
+
+    >>> model = nn.Sequential(nn.Linear(6, 4), nn.Linear(6, 4))
+    >>> new = install_lowrank(model, [{"modules": ["0", "1"], "rank": 2}])
+    >>> model[0].basis is model[1].basis, sorted(new)
+    (True, ['0', '1'])
+    """
+    known = dict(model.named_modules())
+    seen: set[str] = set()
+    for number, group in enumerate(groups):
+        names, rank = group.get("modules"), group.get("rank")
+        if not isinstance(names, Sequence) or isinstance(names, str) or not names:
+            raise ValueError(f"group {number} must name its modules in a non-empty list, got {names!r}")
+        for name in names:
+            if name in seen:
+                raise ValueError(f"group {number}: module {name!r} is named twice")
+            seen.add(name)
+            module = known.get(name)
+            if module is None:
+                raise ValueError(f"group {number}: the model has no module {name!r}")
+            if not isinstance(module, nn.Linear) or isinstance(module, LowRankLinear):
+                raise ValueError(f"group {number}: {name!r} must be a dense nn.Linear, got {type(module).__name__}")
+        sizes = sorted({known[name].in_features for name in names})  # type: ignore[arg-type]
+        if len(sizes) > 1:
+            raise ValueError(f"group {number}: modules that share a basis need one input size, got {sizes}")
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= sizes[0]:  # type: ignore[operator]
+            raise ValueError(f"group {number}: rank must be an integer from 1 to {sizes[0]}, got {rank!r}")
+    new: dict[str, LowRankLinear] = {}
+    for group in groups:
+        basis: nn.Parameter | None = None
+        for name in group["modules"]:
+            layer = LowRankLinear.replacing(known[name], group["rank"], basis)  # type: ignore[arg-type]
+            basis = layer.basis
+            model.set_submodule(name, layer)
+            new[name] = layer
+    return new

@@ -22,16 +22,18 @@ class CMakeBuild(build_ext):
                 "pip's build isolation hides it: use `pip install . --no-build-isolation`. Otherwise install torch >= 2.10 first."
             ) from None
         package = ROOT / "python" / "freqrank" if self.inplace else Path(self.build_lib).resolve() / "freqrank"
-        build = ROOT / "build" / f"torch-{torch.__version__.split('+')[0]}"
+        build = ROOT / "build" / "native"
+        # a virtual environment that is not activated has its cmake and ninja beside its python
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
         subprocess.run(
             [
                 "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DFREQRANK_TESTS=OFF",
                 f"-DFREQRANK_TORCH_ROOT={Path(torch.__file__).parent}", f"-DFREQRANK_TORCH_OUTPUT={package / '_lib'}",
             ],
-            check=True,
+            check=True, env=environment,
         )  # fmt: skip
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True, env=environment)
 
     def get_outputs(self) -> list[str]:
         return [str(Path(self.build_lib) / "freqrank" / "_lib" / "libfreqrank_cpu.so")]

@@ -1,0 +1,64 @@
+# Each target sets up what it needs on a bare Debian-like machine (Python >= 3.10, apt-get when root), then runs.
+# A second run installs and builds nothing.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SOURCES := $(shell find csrc tests/cpp -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test test-long lint format build clean
+
+demo: $(VENV)/.cli
+	$(BIN)/python -m freqrank demo
+
+test: $(VENV)/.test $(VENV)/.cpp-tests
+	$(BIN)/ctest --test-dir build/native --output-on-failure
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Sweeps too long for every change. The log is kept in the repository.
+test-long: $(VENV)/.test
+	set -o pipefail; $(BIN)/python -m pytest -m long --durations=10 2>&1 | tee docs/test-long.log
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+
+# The package, editable, with nothing but what the ops need.
+build: $(VENV)/.build
+
+clean:
+	rm -rf $(VENV) build python/freqrank/_lib demo-output
+
+SHELL := /bin/bash
+
+$(VENV)/.torch:
+	tools/bare-machine $(PYTHON) $(VENV)
+	touch $@
+
+$(VENV)/.build: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.cli: $(VENV)/.build
+	$(BIN)/pip install -q --no-build-isolation -e '.[cli]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.build
+	$(BIN)/pip install -q --no-build-isolation -e '.[test]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	$(BIN)/pip install -q --no-build-isolation -e '.[test,lint]'
+	touch $@
+
+$(VENV)/.cpp-tests: $(VENV)/.build
+	tools/bare-machine --system-only libgtest-dev
+	$(BIN)/cmake -S . -B build/native -DFREQRANK_TESTS=ON >/dev/null
+	$(BIN)/cmake --build build/native
+	touch $@

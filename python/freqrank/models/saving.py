@@ -1,0 +1,93 @@
+"""Writes a model folder whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+__all__ = ["check_output_folder", "save_model"]
+
+_CARD = """---
+library_name: transformers
+tags: [freqrank]
+---
+
+# {title}
+
+A language model {made} by freqrank. It needs that library to be loaded:
+
+```python
+import freqrank  # before the model is loaded: transformers alone cannot read this folder
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+What was done to it is in `config.json` under `quantization_config`{report}.
+The weights are safetensors; a basis that layers share is stored once. No code is stored here and none is run from here.
+"""
+
+
+def check_output_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Path of a folder that may be written: absent, empty, or, with `overwrite`, an older model folder.
+
+    Raises ValueError otherwise. Cheap enough to be asked before hours of work.
+    """
+    path = Path(folder)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ValueError(f"output folder {path} is not a folder")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise ValueError(f"output folder {path} is not empty: name another one, or allow overwriting it")
+        if not (path / "config.json").is_file():
+            raise ValueError(f"output folder {path} holds something other than a model: it is not overwritten")
+    return path
+
+
+def save_model(
+    model: Any,
+    folder: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Save `model` into `folder`: config, safetensors, model card, report, and `tokenizer` if given; returns the path.
+
+    Everything is written into a temporary folder beside it, which is then renamed, so that a failure leaves nothing
+    half-written and an older model intact. `model.freqrank_report`, if there is one, becomes `freqrank_report.json`.
+    Raises ValueError if the folder is not empty (see `check_output_folder`).
+    """
+    path = check_output_folder(folder, overwrite=overwrite).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        target = temporary / path.name
+        model.save_pretrained(target, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+        report = getattr(model, "freqrank_report", None)
+        if report is not None:
+            (target / "freqrank_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        (target / "README.md").write_text(_card(model, path.name, report is not None))
+        if path.exists():
+            os.rename(path, temporary / "old")
+        os.rename(target, path)
+    except BaseException:
+        if (temporary / "old").exists() and not path.exists():
+            os.rename(temporary / "old", path)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def _card(model: Any, title: str, has_report: bool) -> str:
+    settings = getattr(model.config, "quantization_config", None)
+    steps = {"compressed (low-rank weights)": "lowrank", "made linear-time": "linear_attention"}
+    made = " and ".join(text for text, entry in steps.items() if getattr(settings, entry, None)) or "saved"
+    return _CARD.format(title=title, made=made, report=", with figures in `freqrank_report.json`" if has_report else "")

@@ -9,6 +9,18 @@ STABLE_TORCH_LIBRARY(freqrank, m) {
   // dct
 
   // linear_attention
+  m.def(
+      "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? mask, Tensor? cu_seqlens, "
+      "Tensor? initial_kv, Tensor? initial_z, float scale, bool normalize, float eps, bool output_final_state) -> "
+      "(Tensor o, Tensor kv, Tensor z)");
+  m.def(
+      "linear_attention_backward(Tensor grad_o, Tensor? grad_kv, Tensor? grad_z, Tensor q, Tensor k, Tensor v, "
+      "Tensor? log_decay, Tensor? mask, Tensor? cu_seqlens, Tensor? initial_kv, Tensor? initial_z, float scale, "
+      "bool normalize, float eps, bool decay_gradient) -> "
+      "(Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor dinitial_kv, Tensor dinitial_z)");
+  m.def(
+      "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!)? z, Tensor? log_decay, "
+      "Tensor? mask, float scale, bool normalize, float eps) -> Tensor");
 
   // whitening
 }

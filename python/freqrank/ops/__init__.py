@@ -3,11 +3,23 @@
 from freqrank.ops._checks import set_checks
 # transforms
 # attention
+from freqrank.ops.attention import (
+    LinearAttentionState,
+    dijiang_attention,
+    feature_map_attention,
+    linear_attention,
+    linear_attention_step,
+)
 # linalg
 
 __all__ = [
     "set_checks",
     # transforms
     # attention
+    "LinearAttentionState",
+    "dijiang_attention",
+    "feature_map_attention",
+    "linear_attention",
+    "linear_attention_step",
     # linalg
 ]

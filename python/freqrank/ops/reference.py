@@ -2,11 +2,171 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 # --- transforms ---------------------------------------------------------------------------------------------------
 
 # --- attention ----------------------------------------------------------------------------------------------------
+
+
+def _decay_by_token(log_decay: Tensor | None, q: Tensor, mask: Tensor | None) -> Tensor | None:
+    """log_decay as float64 [B, T, heads], 0 where masked; below -1e4, where exp() is 0, it makes no difference."""
+    if log_decay is None:
+        return None
+    g = log_decay.double().clamp(min=-1e4).expand(*q.shape[:2], log_decay.shape[-1])
+    return g if mask is None else torch.where(mask[..., None], g, 0)
+
+
+def _per_query_head(x: Tensor, heads: int, dim: int) -> Tensor:
+    return x.repeat_interleave(heads // x.shape[dim], dim)
+
+
+def _split(cu_seqlens: Tensor | None, batch: int, time: int) -> list[tuple[int, int, int]]:
+    if cu_seqlens is None:
+        return [(b, 0, time) for b in range(batch)]
+    offsets = cu_seqlens.tolist()
+    return [(0, begin, end) for begin, end in zip(offsets, offsets[1:], strict=False)]
+
+
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor | None = None, scale: float | None = None,
+    normalize: bool = False, eps: float = 1e-6, mask: Tensor | None = None,
+    initial_state: tuple[Tensor, Tensor | None] | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(o, kv, z) of linear attention in the quadratic form: every pair of tokens of a sequence, one query head at a time."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    heads, key_heads = q.shape[2], k.shape[2]
+    g = _decay_by_token(log_decay, q, mask)
+    state_heads = key_heads if g is None else g.shape[-1]
+    q, k, v = (x.double() if mask is None else torch.where(mask[..., None, None], x.double(), 0) for x in (q, k, v))
+    parts, kv, z = [], [], []
+    for n, (b, begin, end) in enumerate(_split(cu_seqlens, q.shape[0], q.shape[1])):
+        rows, kv_rows, z_rows = [], [], []
+        length = end - begin
+        later = torch.ones(length, length, dtype=torch.bool).triu(1)
+        for h in range(heads):
+            j, s = h * key_heads // heads, h * state_heads // heads
+            qh, kh, vh = q[b, begin:end, h], k[b, begin:end, j], v[b, begin:end, j]
+            total = torch.zeros(length, dtype=torch.float64) if g is None else g[b, begin:end, s].cumsum(0)
+            weight = scale * (qh @ kh.mT) * (total[:, None] - total).masked_fill(later, -torch.inf).exp()
+            numerator, denominator = weight @ vh, weight.sum(1)
+            after = (total[-1:] - total).exp() if length else total
+            kv_end, z_end = (kh * after[:, None]).mT @ vh, (kh * after[:, None]).sum(0)
+            whole = total[-1].exp() if length else 1.0
+            if initial_state is not None:
+                before = qh * (scale * total.exp())[:, None]
+                numerator = numerator + before @ initial_state[0][n, s].double()
+                kv_end = kv_end + whole * initial_state[0][n, s].double()
+                if initial_state[1] is not None:
+                    denominator = denominator + before @ initial_state[1][n, s].double()
+                    z_end = z_end + whole * initial_state[1][n, s].double()
+            rows.append(numerator / (denominator + eps)[:, None] if normalize else numerator)
+            if h == next(i for i in range(heads) if i * state_heads // heads == s):
+                kv_rows.append(kv_end)
+                z_rows.append(z_end)
+        out = torch.stack(rows, 1)
+        if mask is not None:
+            out = torch.where(mask[b, begin:end, None, None], out, 0)
+        parts.append(out)
+        kv.append(torch.stack(kv_rows))
+        z.append(torch.stack(z_rows))
+    shape = (0, state_heads, q.shape[3], v.shape[3])
+    if not parts:
+        o = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
+    else:
+        o = torch.stack(parts) if cu_seqlens is None else torch.cat(parts)[None]
+    return o, torch.stack(kv) if kv else torch.zeros(shape), torch.stack(z) if z else torch.zeros(shape[:-1])
+
+
+def linear_attention_recurrent(
+    q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor | None = None, scale: float | None = None,
+    normalize: bool = False, eps: float = 1e-6, mask: Tensor | None = None,
+    initial_state: tuple[Tensor, Tensor | None] | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(o, kv, z) of linear attention as its definition reads, token by token; O(T), not meant for gradients."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    heads = q.shape[2]
+    state_heads = k.shape[2] if log_decay is None else log_decay.shape[-1]
+    o = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
+    kvs, zs = [], []
+    for n, (b, begin, end) in enumerate(_split(cu_seqlens, q.shape[0], q.shape[1])):
+        kv = torch.zeros(state_heads, q.shape[3], v.shape[3], dtype=torch.float64)
+        z = torch.zeros(state_heads, q.shape[3], dtype=torch.float64)
+        if initial_state is not None:
+            kv = initial_state[0][n].double()
+            z = z if initial_state[1] is None else initial_state[1][n].double()
+        for t in range(begin, end):
+            if mask is not None and not mask[b, t]:
+                continue
+            if log_decay is not None:
+                factor = (log_decay if log_decay.dim() == 1 else log_decay[b, t]).double().exp()
+                kv, z = factor[:, None, None] * kv, factor[:, None] * z
+            key, value = (_per_query_head(x[b, t].double(), state_heads, 0) for x in (k, v))
+            kv, z = kv + key[:, :, None] * value[:, None, :], z + key
+            query = scale * q[b, t].double()
+            o[b, t] = torch.einsum("hk,hkv->hv", query, _per_query_head(kv, heads, 0))
+            if normalize:
+                o[b, t] /= ((query * _per_query_head(z, heads, 0)).sum(-1) + eps)[:, None]
+        kvs.append(kv)
+        zs.append(z)
+    shape = (0, state_heads, q.shape[3], v.shape[3])
+    return o, torch.stack(kvs) if kvs else torch.zeros(shape), torch.stack(zs) if zs else torch.zeros(shape[:-1])
+
+
+def feature_map(
+    x: Tensor, key_heads: int, projection: Tensor, feature: str = "softmax", weights: Tensor | None = None
+) -> Tensor:
+    """phi(x) for x [B, T, H, K], head by head."""
+    out = []
+    for h in range(x.shape[2]):
+        j = h * key_heads // x.shape[2]
+        p = x[:, :, h].double() @ (projection if projection.dim() == 2 else projection[j]).double()
+        if feature == "exp":
+            phi = p.exp()
+        else:
+            p = torch.cat([p, -p], -1) if feature == "softmax_pm" else p
+            e = (p - p.amax(-1, keepdim=True)).exp()
+            phi = e / e.sum(-1, keepdim=True)
+        if weights is not None:
+            phi = phi * (weights if weights.dim() == 1 else weights[j]).double()
+        out.append(phi)
+    return torch.stack(out, 2)
+
+
+def feature_map_attention(
+    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, *, feature: str = "softmax", weights: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(o, kv, z) of the quadratic form over float64 features, with scale 1."""
+    if options.get("mask") is not None:
+        q, k = (torch.where(options["mask"][..., None, None], x, 0) for x in (q, k))
+    phi_q, phi_k = (feature_map(x, k.shape[2], projection, feature, weights) for x in (q, k))
+    return linear_attention(phi_q, phi_k, v, scale=1.0, **options)
+
+
+def dijiang_projection(scales: Tensor, *, transform: str = "idct", signs: Tensor | None = None) -> Tensor:
+    """diag(signs) C diag(scales) (C^T for "dct") from the definition of the orthonormal DCT-II matrix C."""
+    n = scales.shape[-1]
+    rows = [
+        [(1 / n if i == 0 else 2 / n) ** 0.5 * math.cos(math.pi * (2 * j + 1) * i / (2 * n)) for j in range(n)]
+        for i in range(n)
+    ]
+    matrix = torch.tensor(rows, dtype=torch.float64)
+    matrix = matrix if transform == "idct" else matrix.mT
+    if signs is not None:
+        matrix = torch.diag(signs.double()) @ matrix
+    return matrix * scales.double().unsqueeze(-2)
+
+
+def dijiang_attention(
+    q: Tensor, k: Tensor, v: Tensor, scales: Tensor, *, transform: str = "idct", signs: Tensor | None = None, **options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, kv, z) of :func:`feature_map_attention` with DiJiang's projection."""
+    projection = dijiang_projection(scales, transform=transform, signs=signs)
+    return feature_map_attention(q, k, v, projection, **options)
+
 
 # --- linalg -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,690 @@
+"""Causal linear attention: the chunked scan, one decoding step, and the scan behind a feature map.
+
+Shapes: B batch, T time, H query heads, Hk key heads (H a multiple of Hk), K and V the dimensions of a key and a value, N
+sequences (B, or the sequences that ``cu_seqlens`` cuts out of one row).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from freqrank.ops._checks import FLOATS, check_device, check_dtype, check_option, check_tensor, check_values
+
+MAX_DIM = 256
+MAX_FEATURES = 512
+
+
+class LinearAttentionState(NamedTuple):
+    """What linear attention remembers of the tokens so far.
+
+    ``kv`` is [N, Hk, K, V], or [N, H, K, V] where the decay differs between the query heads of a key head; ``z``, the decayed
+    sum of keys that ``normalize=True`` divides by, is the same without V, or None. Both float32 (float64 for float64 inputs).
+    """
+
+    kv: Tensor
+    z: Tensor | None = None
+
+
+# --- checks -------------------------------------------------------------------------------------------------------
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic, and of states and decay."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As torch's matrix products do: float tensors, but not float64, go to the autocast dtype."""
+    device = tensors[0].device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+    return tensors
+
+
+def _check_qkv(q: object, k: object, v: object, layout: str) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
+    assert isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+    dims = len(layout.split(","))
+    lead = layout.removesuffix(",H,D")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != dims:
+            raise ValueError(f"{name} must have {dims} dimensions [{layout}]; got shape {tuple(x.shape)}")
+        check_device(name, x, "q", q)
+    check_dtype("q", q)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}; got {x.dtype}")
+    if k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"k must be [{lead},Hk,K] with the {lead} and K of q, whose shape is {tuple(q.shape)}; got {tuple(k.shape)}"
+        )
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"v must be [{lead},Hk,V] with the {lead} and Hk of k, whose shape is {tuple(k.shape)}; got {tuple(v.shape)}"
+        )
+    if k.shape[-2] == 0 or q.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(
+            f"the heads of q must be a multiple of those of k, and neither 0; got {q.shape[-2]} and {k.shape[-2]} "
+            f"from shapes {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+
+
+def _check_dim(name: str, size: int, limit: int) -> None:
+    if not 1 <= size <= limit:
+        raise ValueError(f"{name} must be between 1 and {limit}; got {size}")
+
+
+def _check_log_decay(log_decay: object, q: Tensor, key_heads: int, lead: str) -> Tensor | None:
+    if log_decay is None:
+        return None
+    check_tensor("log_decay", log_decay)
+    assert isinstance(log_decay, Tensor)
+    check_dtype("log_decay", log_decay)
+    check_device("log_decay", log_decay, "q", q)
+    heads = q.shape[-2]
+    per_token = tuple(q.shape[:-2])
+    right = log_decay.dim() >= 1 and log_decay.shape[-1] in (heads, key_heads)
+    if not right or not (
+        log_decay.dim() == 1 or (log_decay.dim() == len(per_token) + 1 and log_decay.shape[:-1] == q.shape[:-2])
+    ):
+        raise ValueError(
+            f"log_decay must be [H], [Hk], [{lead},H] or [{lead},Hk] with H = {heads}, Hk = {key_heads}, "
+            f"[{lead}] = {list(per_token)}; got shape {tuple(log_decay.shape)}"
+        )
+    if check_values(log_decay) and bool((log_decay.detach() > 0).any()):
+        raise ValueError(f"log_decay must not be positive; its largest value is {log_decay.detach().max().item():g}")
+    return log_decay.to(_real(q.dtype))
+
+
+def _check_mask(mask: object, q: Tensor, lead: str) -> None:
+    if mask is None:
+        return
+    check_tensor("mask", mask)
+    assert isinstance(mask, Tensor)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must have dtype bool; got {mask.dtype}")
+    if mask.shape != q.shape[:-2]:
+        raise ValueError(f"mask must be [{lead}] = {list(q.shape[:-2])}; got shape {tuple(mask.shape)}")
+    check_device("mask", mask, "q", q)
+
+
+def _check_cu_seqlens(cu_seqlens: object, q: Tensor) -> Tensor | None:
+    if cu_seqlens is None:
+        return None
+    check_tensor("cu_seqlens", cu_seqlens)
+    assert isinstance(cu_seqlens, Tensor)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must have dtype int32 or int64; got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must be a vector of N + 1 offsets; got shape {tuple(cu_seqlens.shape)}")
+    if q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs a batch of 1 that holds all sequences; q has B = {q.shape[0]}")
+    check_device("cu_seqlens", cu_seqlens, "q", q)
+    if check_values(cu_seqlens):
+        offsets = cu_seqlens.tolist()
+        if (
+            offsets[0] != 0
+            or offsets[-1] != q.shape[1]
+            or any(b < a for a, b in zip(offsets, offsets[1:], strict=False))
+        ):
+            shown = str(offsets) if len(offsets) <= 12 else f"{str(offsets[:6])[:-1]}, ..., {str(offsets[-6:])[1:]}"
+            raise ValueError(f"cu_seqlens must start at 0, not decrease and end at T = {q.shape[1]}; got {shown}")
+    return cu_seqlens.to(torch.int64).contiguous()
+
+
+def _check_state(
+    name: str, state: object, q: Tensor, shape: tuple[int, ...], normalize: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if state is None:
+        return None, None
+    if isinstance(state, Tensor) or not isinstance(state, tuple) or len(state) != 2:
+        raise TypeError(f"{name} must be a LinearAttentionState(kv, z); got {type(state).__name__}")
+    kv, z = state
+    real = _real(q.dtype)
+    for part, x, expected in ((f"{name}.kv", kv, shape), (f"{name}.z", z, shape[:-1])):
+        if x is None and part.endswith(".z"):
+            continue
+        check_tensor(part, x)
+        check_dtype(part, x, (real,))
+        check_device(part, x, "q", q)
+        if tuple(x.shape) != expected:
+            letters = "[N,Hs,K,V]" if part.endswith("kv") else "[N,Hs,K]"
+            raise ValueError(f"{part} must be {letters} = {list(expected)}; got shape {tuple(x.shape)}")
+    if normalize and z is None:
+        raise ValueError(f"{name}.z must be given when normalize=True; got None (start from zeros for an empty state)")
+    return kv, z
+
+
+def _check_numbers(scale: float | None, eps: float) -> None:
+    for name, x in (("scale", scale), ("eps", eps)):
+        if x is not None and (isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat))):
+            raise TypeError(f"{name} must be a number; got {type(x).__name__}")
+    if eps < 0:
+        raise ValueError(f"eps must not be negative; got {eps!r}")
+
+
+# --- the scan -----------------------------------------------------------------------------------------------------
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    scale: float | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    mask: Tensor | None = None,
+    initial_state: LinearAttentionState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, LinearAttentionState | None]:
+    """Causal linear attention in O(T) time, ``S_t = exp(g_t) S_{t-1} + k_t v_t^T``, ``o_t = scale q_t^T S_t``.
+
+    Args:
+        q: [B, T, H, K]; k: [B, T, Hk, K]; v: [B, T, Hk, V]; one dtype of float16, bfloat16, float32, float64; K and V from 1
+            to 256; any strides, expanded tensors included, without a copy. H is a multiple of Hk: key head j serves query
+            heads j H/Hk to (j + 1) H/Hk - 1. Under autocast they are cast to its dtype.
+        log_decay: g <= 0, natural logarithm: None, [H] or [Hk] (per head), [B, T, H] or [B, T, Hk] (per token), any of the
+            dtypes, used in float32 (float64 for float64 q). -inf forgets everything.
+        scale: default ``K ** -0.5``.
+        normalize: divide o_t by ``scale q_t . z_t + eps`` with ``z_t = exp(g_t) z_{t-1} + k_t``.
+        mask: bool [B, T]; a token that is False writes nothing to the state, does not decay it, outputs 0 and gets zero
+            gradients, whatever its q, k and v hold.
+        initial_state: a :class:`LinearAttentionState` of N sequences. Its z, if given, is carried on also without ``normalize``.
+        output_final_state: return the state after the last token of each sequence.
+        cu_seqlens: int32 or int64 [N + 1] with B == 1: sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1] - 1``.
+
+    Returns:
+        ``(o, final_state)``: o [B, T, H, V] in the dtype of v, and a :class:`LinearAttentionState` or None.
+
+    Raises:
+        TypeError, ValueError: a wrong shape, dtype, device or option; for CPU tensors in eager mode also a positive
+            ``log_decay`` or offsets that do not start at 0, decrease, or do not end at T.
+
+    Gradients reach q, k, v, log_decay and the initial state, of first order natively and of higher order through torch ops that
+    are linear in T. Sums are float32 (float64 for float64) and do not depend on the number of threads. The layout is that of
+    flash-linear-attention; decay is applied as products of ``exp(g) <= 1`` within chunks, so no length overflows.
+
+    >>> q = k = torch.ones(1, 3, 1, 4); v = torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)
+    >>> o, state = linear_attention(q, k, v, scale=0.25, output_final_state=True)
+    >>> o.flatten().tolist(), state.kv.shape
+    ([1.0, 3.0, 6.0], torch.Size([1, 1, 4, 1]))
+    >>> linear_attention(q, k, v, normalize=True, eps=0.0)[0].flatten().tolist()
+    [1.0, 1.5, 2.0]
+    """
+    _check_qkv(q, k, v, "B,T,H,D")
+    _check_dim("K, the last dimension of q,", q.shape[-1], MAX_DIM)
+    _check_dim("V, the last dimension of v,", v.shape[-1], MAX_DIM)
+    q, k, v = _autocast(q, k, v)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return _scan(q, k, v, log_decay, scale, normalize, eps, mask, initial_state, output_final_state, cu_seqlens)
+
+
+def _scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    scale: float,
+    normalize: bool,
+    eps: float,
+    mask: Tensor | None,
+    initial_state: LinearAttentionState | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, LinearAttentionState | None]:
+    """:func:`linear_attention` behind the checks of q, k and v; v may be of a smaller dtype than q and k."""
+    _check_numbers(scale, eps)
+    log_decay = _check_log_decay(log_decay, q, k.shape[2], "B,T")
+    _check_mask(mask, q, "B,T")
+    cu_seqlens = _check_cu_seqlens(cu_seqlens, q)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state_heads = k.shape[2] if log_decay is None else log_decay.shape[-1]
+    kv, z = _check_state("initial_state", initial_state, q, (sequences, state_heads, q.shape[3], v.shape[3]), normalize)
+    o, final_kv, final_z = torch.ops.freqrank.linear_attention(
+        q, k, v, log_decay, mask, cu_seqlens, kv, z, float(scale), bool(normalize), float(eps), bool(output_final_state)
+    )
+    if not output_final_state:
+        return o, None
+    return o, LinearAttentionState(final_kv, final_z if normalize or z is not None else None)
+
+
+def linear_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: LinearAttentionState,
+    *,
+    log_decay: Tensor | None = None,
+    scale: float | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """One token of :func:`linear_attention`: updates ``state`` in place and returns the output. Inference only.
+
+    Args:
+        q: [B, H, K]; k: [B, Hk, K]; v: [B, Hk, V]; dtypes and limits as in :func:`linear_attention`.
+        state: kv [B, Hs, K, V] and z [B, Hs, K] or None (needed if ``normalize``), float32 (float64 for float64), with Hs the
+            heads of log_decay, or Hk without one. Any strides under which no two elements share memory.
+        log_decay: None, [H] or [Hk], [B, H] or [B, Hk].
+        mask: bool [B]; where False the state stays as it is and o is 0.
+
+    Returns:
+        o [B, H, V] in the dtype of v.
+
+    Raises:
+        TypeError, ValueError: as :func:`linear_attention`.
+        RuntimeError: gradients are being recorded and an input requires one.
+
+    >>> state = LinearAttentionState(torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 2))
+    >>> one = torch.ones(1, 1, 2); v = torch.full((1, 1, 1), 3.0)
+    >>> linear_attention_step(one, one, v, state, scale=0.5).item(), state.kv.flatten().tolist()
+    (3.0, [3.0, 3.0])
+    """
+    _check_qkv(q, k, v, "B,H,D")
+    _check_dim("K, the last dimension of q,", q.shape[-1], MAX_FEATURES)
+    _check_dim("V, the last dimension of v,", v.shape[-1], MAX_FEATURES)
+    _check_numbers(scale, eps)
+    q, k, v = _autocast(q, k, v)
+    log_decay = _check_log_decay(log_decay, q, k.shape[1], "B")
+    _check_mask(mask, q, "B")
+    if state is None:
+        raise TypeError("state must be a LinearAttentionState(kv, z); got None (start from zeros for an empty state)")
+    state_heads = k.shape[1] if log_decay is None else log_decay.shape[-1]
+    kv, z = _check_state("state", state, q, (q.shape[0], state_heads, q.shape[2], v.shape[2]), normalize)
+    assert kv is not None
+    tensors = {"q": q, "k": k, "v": v, "state.kv": kv, "state.z": z, "log_decay": log_decay}
+    if torch.is_grad_enabled():
+        wanting = [name for name, x in tensors.items() if x is not None and x.requires_grad]
+        if wanting:
+            raise RuntimeError(
+                f"linear_attention_step has no gradient, and {', '.join(wanting)} require one: call it under torch.no_grad() "
+                "(or detach them), or use linear_attention with initial_state to train"
+            )
+    for name, x in (("state.kv", kv), ("state.z", z)):
+        if x is not None and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+            raise ValueError(f"{name} is updated in place and must not be expanded; got strides {x.stride()}")
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return torch.ops.freqrank.linear_attention_step(
+        q, k, v, kv, z, log_decay, mask, float(scale), bool(normalize), float(eps)
+    )
+
+
+# --- feature maps -------------------------------------------------------------------------------------------------
+
+FEATURES = ("softmax", "exp", "softmax_pm")
+
+
+def _features(x: Tensor, key_heads: int, projection: Tensor, feature: str, weights: Tensor | None) -> Tensor:
+    """phi(x) for x [B, T, H, K], in the dtype of the projection."""
+    groups = x.to(projection.dtype).unflatten(2, (key_heads, -1))
+    if projection.dim() == 2:
+        p = groups @ projection
+    else:
+        p = torch.einsum("bthrk,hkm->bthrm", groups, projection)
+    if feature == "exp":
+        p = p.exp()
+    else:
+        p = torch.softmax(p if feature == "softmax" else torch.cat([p, -p], -1), -1)
+    if weights is not None:
+        p = p * (weights if weights.dim() == 1 else weights.unsqueeze(1))
+    return p.flatten(2, 3)
+
+
+def feature_map_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    *,
+    feature: str = "softmax",
+    weights: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    mask: Tensor | None = None,
+    initial_state: LinearAttentionState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, LinearAttentionState | None]:
+    """Linear attention with scale 1 over features ``phi(x) = feature(x projection) * weights`` of the queries and keys.
+
+    Args:
+        q, k, v: as in :func:`linear_attention`.
+        projection: [K, M], or [Hk, K, M] with one map for a key head and its queries; any of the dtypes, used in float32
+            (float64 for float64 q).
+        feature: "softmax" over the M products, "exp" of each, or "softmax_pm", the softmax over the 2M products [xP, -xP].
+        weights: one weight a feature, [M] or [Hk, M] (2M for "softmax_pm"); the number of features goes to 512.
+        log_decay, normalize, eps, mask, initial_state, output_final_state, cu_seqlens: as in :func:`linear_attention`, the
+            state's K being the number of features.
+
+    Returns:
+        ``(o, final_state)`` as :func:`linear_attention`.
+
+    Raises:
+        TypeError, ValueError: as :func:`linear_attention`, and for projection, feature and weights.
+
+    Gradients reach q, k, v, projection, weights, log_decay and the initial state. The features are float32 (float64) tensors
+    of their own: on the CPU they are written to memory, and with ``mask`` q and k are copied. The softmax features are those
+    of the released DiJiang code (arXiv 2403.19928), "exp" those of its paper.
+
+    >>> q = torch.randn(1, 5, 2, 4); v = torch.ones(1, 5, 2, 3)
+    >>> o, _ = feature_map_attention(q, q, v, torch.eye(4), normalize=True, eps=0.0)
+    >>> torch.allclose(o, v)
+    True
+    """
+    _check_qkv(q, k, v, "B,T,H,D")
+    _check_dim("K, the last dimension of q,", q.shape[-1], MAX_DIM)
+    _check_dim("V, the last dimension of v,", v.shape[-1], MAX_DIM)
+    check_option("feature", feature, FEATURES)
+    check_tensor("projection", projection)
+    check_dtype("projection", projection)
+    check_device("projection", projection, "q", q)
+    key_heads, key_dim = k.shape[2], q.shape[3]
+    if (
+        projection.dim() not in (2, 3)
+        or projection.shape[-2] != key_dim
+        or (projection.dim() == 3 and projection.shape[0] != key_heads)
+    ):
+        raise ValueError(
+            f"projection must be [K, M] or [Hk, K, M] with K = {key_dim}, Hk = {key_heads}; got shape {tuple(projection.shape)}"
+        )
+    features = projection.shape[-1] * (2 if feature == "softmax_pm" else 1)
+    _check_dim(
+        f"the number of features, {'2M' if feature == 'softmax_pm' else 'M'} of the projection,", features, MAX_FEATURES
+    )
+    if weights is not None:
+        check_tensor("weights", weights)
+        check_dtype("weights", weights)
+        check_device("weights", weights, "q", q)
+        if tuple(weights.shape) not in ((features,), (key_heads, features)):
+            raise ValueError(
+                f"weights must be [{features}] or [Hk, {features}] = {[key_heads, features]}, one weight a feature; "
+                f"got shape {tuple(weights.shape)}"
+            )
+    _check_mask(mask, q, "B,T")
+    q, k, v = _autocast(q, k, v)
+    if mask is not None:  # what a masked token holds, NaN included, must not reach the gradients of the map
+        q, k = (torch.where(mask[:, :, None, None], x, 0) for x in (q, k))
+    real = _real(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        projection = projection.to(real)
+        weights = None if weights is None else weights.to(real)
+        phi_q = _features(q, key_heads, projection, feature, weights)
+        phi_k = _features(k, key_heads, projection, feature, weights)
+    return _scan(phi_q, phi_k, v, log_decay, 1.0, normalize, eps, mask, initial_state, output_final_state, cu_seqlens)
+
+
+def _dct_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The orthonormal DCT-II matrix: C[i, j] = s_i cos(pi (2j + 1) i / (2n)), rounded once from float64."""
+    i = torch.arange(n, device=device)
+    angle = ((2 * i + 1) * i[:, None]) % (4 * n)  # reduced as integers: exact for every n
+    matrix = torch.cos(angle.to(torch.float64) * (math.pi / (2 * n))) * math.sqrt(2 / n)
+    return torch.cat([torch.full_like(matrix[:1], math.sqrt(1 / n)), matrix[1:]]).to(dtype)
+
+
+def dijiang_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: Tensor,
+    *,
+    transform: str = "idct",
+    signs: Tensor | None = None,
+    feature: str = "softmax",
+    weights: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    mask: Tensor | None = None,
+    initial_state: LinearAttentionState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, LinearAttentionState | None]:
+    """:func:`feature_map_attention` with DiJiang's projection ``diag(signs) C diag(scales)``, C the orthonormal DCT-II matrix.
+
+    Args:
+        q, k, v: as in :func:`linear_attention`.
+        scales: [K] or [Hk, K], the sampled frequencies' lengths t; any of the dtypes. Gradients reach them.
+        transform: "idct" for x C, as DiJiang's code was released, or "dct" for x C^T, as in its paper (arXiv 2403.19928).
+        signs: [K] of +1 and -1, or None: multiplies the channels of q and k before the transform.
+        feature, weights, log_decay, normalize, eps, mask, initial_state, output_final_state, cu_seqlens: as in
+            :func:`feature_map_attention`.
+
+    Returns:
+        ``(o, final_state)`` as :func:`linear_attention`.
+
+    Raises:
+        TypeError, ValueError: as :func:`feature_map_attention`, and for scales, transform and signs.
+
+    >>> q, v = torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
+    >>> o, state = dijiang_attention(q, q, v, torch.ones(8), log_decay=torch.tensor([-0.1, -0.2]), output_final_state=True)
+    >>> o.shape, state.kv.shape
+    (torch.Size([2, 7, 2, 8]), torch.Size([2, 2, 8, 8]))
+    """
+    _check_qkv(q, k, v, "B,T,H,D")
+    check_option("transform", transform, ("idct", "dct"))
+    key_heads, key_dim = k.shape[2], q.shape[3]
+    check_tensor("scales", scales)
+    check_dtype("scales", scales)
+    check_device("scales", scales, "q", q)
+    if tuple(scales.shape) not in ((key_dim,), (key_heads, key_dim)):
+        raise ValueError(
+            f"scales must be [K] or [Hk, K] with K = {key_dim}, Hk = {key_heads}; got shape {tuple(scales.shape)}"
+        )
+    real = _real(q.dtype)
+    matrix = _dct_matrix(key_dim, real, q.device)
+    if transform == "dct":
+        matrix = matrix.mT
+    if signs is not None:
+        check_tensor("signs", signs)
+        check_device("signs", signs, "q", q)
+        if signs.is_complex() or tuple(signs.shape) != (key_dim,):
+            raise ValueError(
+                f"signs must be a real vector [K] with K = {key_dim}; got {signs.dtype} of shape {tuple(signs.shape)}"
+            )
+        if check_values(signs) and bool((signs.abs() != 1).any()):
+            raise ValueError("signs must be +1 and -1 only; got other values")
+        matrix = signs.to(real)[:, None] * matrix
+    return feature_map_attention(
+        q, k, v, matrix * scales.to(real).unsqueeze(-2), feature=feature, weights=weights, log_decay=log_decay,
+        normalize=normalize, eps=eps, mask=mask, initial_state=initial_state, output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+# --- fakes --------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("freqrank::linear_attention")
+def _(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, normalize, eps, output_final_state):
+    real = _real(q.dtype)
+    batch, time, heads, key_dim = q.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state_heads = k.shape[2] if log_decay is None else log_decay.shape[-1]
+    with_z = output_final_state and (normalize or initial_z is not None)
+    kv_shape = (sequences, state_heads, key_dim, v.shape[3])
+    return (
+        v.new_empty((batch, time, heads, v.shape[3])),
+        v.new_empty(kv_shape if output_final_state else (0,), dtype=real),
+        v.new_empty(kv_shape[:-1] if with_z else (0,), dtype=real),
+    )
+
+
+@torch.library.register_fake("freqrank::linear_attention_backward")
+def _(
+    grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, normalize, eps,
+    decay_gradient,
+):  # fmt: skip
+    real = _real(q.dtype)
+
+    def state_like(x: Tensor | None) -> Tensor:
+        return q.new_empty((0,) if x is None else x.shape, dtype=real)
+
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        state_like(log_decay if decay_gradient else None),
+        state_like(initial_kv),
+        state_like(initial_z),
+    )
+
+
+@torch.library.register_fake("freqrank::linear_attention_step")
+def _(q, k, v, kv, z, log_decay, mask, scale, normalize, eps):
+    return v.new_empty((q.shape[0], q.shape[1], v.shape[2]))
+
+
+# --- gradients ----------------------------------------------------------------------------------------------------
+
+
+def _setup(ctx, inputs, output):
+    *tensors, scale, normalize, eps, output_final_state = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = (scale, normalize, eps)
+    ctx.output_final_state = output_final_state
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_o, grad_kv, grad_z):
+    q, k, v, log_decay, mask, cu_seqlens, kv, z = ctx.saved_tensors
+    if not ctx.output_final_state:
+        grad_kv = None
+    if not (ctx.output_final_state and (ctx.options[1] or z is not None)):
+        grad_z = None
+    if grad_o is None:
+        grad_o = v.new_zeros(()).expand(*q.shape[:-1], v.shape[-1])
+    wants_decay = log_decay is not None and ctx.needs_input_grad[3]
+    dq, dk, dv, dlog_decay, dkv, dz = torch.ops.freqrank.linear_attention_backward(
+        grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, kv, z, *ctx.options, wants_decay
+    )
+    return (
+        dq, dk, dv, dlog_decay if wants_decay else None, None, None,
+        None if kv is None else dkv, None if z is None else dz, None, None, None, None,
+    )  # fmt: skip
+
+
+torch.library.register_autograd("freqrank::linear_attention", _backward, setup_context=_setup)
+
+
+def _chunked(q, k, v, log_decay, mask, cu_seqlens, kv, z, scale, normalize, eps, chunk=64):
+    """The op in differentiable torch operations, linear in T: what higher derivatives are taken of."""
+    if cu_seqlens is not None:
+        offsets = cu_seqlens.tolist()
+        parts = []
+        for n, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+
+            def cut(x, begin=begin, end=end):
+                return x if x is None or x.dim() == 1 else x[:, begin:end]
+
+            own = [None if x is None else x[n : n + 1] for x in (kv, z)]
+            parts.append(
+                _chunked(*(cut(x) for x in (q, k, v, log_decay, mask)), None, *own, scale, normalize, eps, chunk)
+            )
+        if not parts:
+            heads = k.shape[2] if log_decay is None else log_decay.shape[-1]
+            empty = q.new_zeros((0, heads, q.shape[3], v.shape[3]), dtype=_real(q.dtype))
+            return q.new_zeros((1, 0, q.shape[2], v.shape[3])), empty, empty[..., 0]
+        return torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
+
+    real = _real(q.dtype)
+    batch, time, heads, key_dim = q.shape
+    state_heads = k.shape[2] if log_decay is None else log_decay.shape[-1]
+    q, k, v = (x.to(real) for x in (q, k, v))
+    if mask is not None:
+        q, k, v = (torch.where(mask[:, :, None, None], x, 0) for x in (q, k, v))
+    k, v = (x.repeat_interleave(state_heads // x.shape[2], 2) for x in (k, v))
+    q = q.unflatten(2, (state_heads, -1)) * scale
+    g = torch.zeros(batch, time, state_heads, dtype=torch.float64, device=q.device)
+    if log_decay is not None:
+        # float64, and nothing below what exp() sends to 0 anyway, so that differences of sums stay exact and finite
+        g = g + log_decay.to(torch.float64).clamp(min=-1e4)
+        if mask is not None:
+            g = torch.where(mask[:, :, None], g, 0)
+    kv = q.new_zeros(batch, state_heads, key_dim, v.shape[-1]) if kv is None else kv
+    z = q.new_zeros(batch, state_heads, key_dim) if z is None else z
+    outputs = []
+    for begin in range(0, time, chunk):
+        qc, kc, vc, gc = (x[:, begin : begin + chunk] for x in (q, k, v, g))
+        total = gc.cumsum(1).transpose(1, 2)  # [B, Hs, C]
+        later = torch.ones(total.shape[-1], total.shape[-1], dtype=torch.bool, device=q.device).triu(1)
+        between = (total[..., :, None] - total[..., None, :]).masked_fill(later, -torch.inf).exp().to(real)
+        start, end, whole = (x.exp().to(real) for x in (total, total[..., -1:] - total, total[..., -1]))
+        scores = torch.einsum("bihrk,bjhk->bhrij", qc, kc) * between[:, :, None]
+        qc = qc * start.transpose(1, 2)[..., None, None]
+        o = torch.einsum("bhrij,bjhv->bihrv", scores, vc) + torch.einsum("bihrk,bhkv->bihrv", qc, kv)
+        if normalize:
+            denominator = scores.sum(-1).permute(0, 3, 1, 2) + torch.einsum("bihrk,bhk->bihr", qc, z)
+            o = o / (denominator + eps)[..., None]
+        if mask is not None:
+            o = torch.where(mask[:, begin : begin + chunk, None, None, None], o, 0)
+        outputs.append(o.flatten(2, 3))
+        kc = kc * end.transpose(1, 2)[..., None]
+        kv = kv * whole[..., None, None] + torch.einsum("bjhk,bjhv->bhkv", kc, vc)
+        z = z * whole[..., None] + kc.sum(1)
+    o = torch.cat(outputs, 1) if outputs else q.new_zeros(batch, 0, heads, v.shape[-1])
+    return o, kv, z
+
+
+def _setup_second(ctx, inputs, output):
+    *tensors, scale, normalize, eps, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = (scale, normalize, eps)
+    ctx.set_materialize_grads(False)
+
+
+def _second_backward(ctx, *directions):
+    """Gradients of the first-order gradients, from the chunked torch form, itself differentiable any number of times."""
+    inputs = list(ctx.saved_tensors)
+    outer = torch.is_grad_enabled()
+    differentiable = [i for i, x in enumerate(inputs) if x is not None and x.is_floating_point()]
+    with torch.enable_grad():
+        # nodes of their own: grad_o may itself depend on q, and that path is not ours to follow
+        nodes = list(inputs)
+        for i in differentiable:
+            x = inputs[i]
+            nodes[i] = x.view_as(x) if outer and x.requires_grad else x.detach().requires_grad_()
+        grads, variables = nodes[:3], nodes[3:]
+        outputs = _chunked(*variables, *ctx.options)
+        pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+        wanted = [variables[i] for i in (0, 1, 2, 3, 6, 7)]
+        used = [i for i, x in enumerate(wanted) if x is not None and directions[i] is not None]
+        if not pairs or not used:
+            return (None,) * len(ctx.needs_input_grad)
+        first = torch.autograd.grad(
+            [o for o, _ in pairs],
+            [wanted[i] for i in used],
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+        ends = [(x, directions[i]) for x, i in zip(first, used, strict=True) if x is not None and x.requires_grad]
+        if not ends:
+            return (None,) * len(ctx.needs_input_grad)
+        targets = [i for i in differentiable if ctx.needs_input_grad[i]]
+        second = torch.autograd.grad(
+            [x for x, _ in ends],
+            [nodes[i] for i in targets],
+            [d.to(x.dtype) for x, d in ends],
+            create_graph=outer,
+            allow_unused=True,
+        )
+    out: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for i, x in zip(targets, second, strict=True):
+        out[i] = x
+    return tuple(out)
+
+
+torch.library.register_autograd("freqrank::linear_attention_backward", _second_backward, setup_context=_setup_second)

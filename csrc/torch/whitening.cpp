@@ -1,2 +1,190 @@
 // CPU adapters of the whitening family: check, allocate through torch, run.
+#include <optional>
+#include <tuple>
+#include <vector>
+
 #include "torch/adapter.h"
+#include "whitening/cholesky.h"
+#include "whitening/gram.h"
+#include "whitening/triangular.h"
+
+namespace freqrank::torch_adapter {
+
+namespace {
+
+namespace wh = freqrank::whitening;
+using wh::Dtype;
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Double: return Dtype::float64;
+    default: STD_TORCH_CHECK(false, "freqrank: a floating-point tensor was expected");
+  }
+  return Dtype::float64;
+}
+
+std::vector<std::int64_t> sizes_of(const Tensor& tensor, std::int64_t drop) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end() - drop};
+}
+
+void check_batch(const Tensor& tensor, std::int64_t drop, const std::vector<std::int64_t>& batch) {
+  STD_TORCH_CHECK(tensor.dim() >= drop && sizes_of(tensor, drop) == batch, "freqrank: batch dimensions differ");
+}
+
+// `strides` is the tensor's own and must outlive the view.
+wh::MatrixBatch view_of(const Tensor& tensor, const std::vector<std::int64_t>& strides) {
+  wh::MatrixBatch view;
+  view.data = tensor.data_ptr();
+  view.dtype = dtype_of(tensor);
+  view.column_stride = strides[strides.size() - 1];
+  view.row_stride = strides[strides.size() - 2];
+  view.batch_strides = strides.data();
+  return view;
+}
+
+std::vector<std::int64_t> strides_of(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return {strides.begin(), strides.end()};
+}
+
+Tensor workspace_for(const Tensor& like, std::int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes + 64}, ScalarType::Byte);
+}
+
+void* aligned(const Tensor& workspace) {
+  const auto address = reinterpret_cast<std::uintptr_t>(workspace.data_ptr());
+  return reinterpret_cast<void*>((address + 63) / 64 * 64);
+}
+
+void add_gram(const Tensor& out, bool accumulate, const Tensor& x, const std::optional<Tensor>& y,
+              const std::optional<Tensor>& weight) {
+  STD_TORCH_CHECK(x.dim() >= 2 && out.dim() >= 2 && out.scalar_type() == ScalarType::Double,
+                  "freqrank::gram: bad arguments");
+  const Tensor& other = y ? *y : x;
+  const auto batch = sizes_of(x, 2);
+  check_batch(other, 2, batch);
+  check_batch(out, 2, batch);
+  const std::int64_t tokens = x.size(-2);
+  STD_TORCH_CHECK(other.size(-2) == tokens && out.size(-2) == x.size(-1) && out.size(-1) == other.size(-1),
+                  "freqrank::gram: sizes do not match");
+  wh::GramArguments arguments;
+  const auto x_strides = strides_of(x), y_strides = strides_of(other), out_strides = strides_of(out);
+  arguments.x = view_of(x, x_strides);
+  arguments.y = view_of(other, y_strides);
+  arguments.out = view_of(out, out_strides);
+  arguments.accumulate = accumulate;
+  std::vector<std::int64_t> weight_strides;
+  if (weight) {
+    check_batch(*weight, 1, batch);
+    STD_TORCH_CHECK(weight->scalar_type() == ScalarType::Double && weight->size(-1) == tokens,
+                    "freqrank::gram: weight does not match x");
+    weight_strides = strides_of(*weight);
+    arguments.weight = static_cast<const double*>(weight->data_ptr());
+    arguments.weight_stride = weight_strides.back();
+    arguments.weight_batch_strides = weight_strides.data();
+  }
+  const auto plan = wh::plan_gram({batch}, tokens, x.size(-1), other.size(-1), !y);
+  const Tensor workspace = workspace_for(x, workspace_bytes(plan));
+  run(plan, arguments, aligned(workspace), torch_parallel_for());
+}
+
+Tensor gram(const Tensor& x, const std::optional<Tensor>& y, const std::optional<Tensor>& weight) {
+  STD_TORCH_CHECK(x.dim() >= 2 && (!y || y->dim() >= 2), "freqrank::gram: x and y must be matrices");
+  auto sizes = sizes_of(x, 2);
+  sizes.push_back(x.size(-1));
+  sizes.push_back((y ? *y : x).size(-1));
+  const Tensor out = torch::stable::new_empty(x, sizes, ScalarType::Double);
+  add_gram(out, false, x, y, weight);
+  return out;
+}
+
+void gram_(const Tensor& acc, const Tensor& x, const std::optional<Tensor>& y, const std::optional<Tensor>& weight) {
+  add_gram(acc, true, x, y, weight);
+}
+
+std::tuple<Tensor, Tensor> cholesky_ex(const Tensor& a, bool upper) {
+  STD_TORCH_CHECK(a.dim() >= 2 && a.size(-1) == a.size(-2), "freqrank::cholesky_ex: A must be square");
+  const auto dtype = dtype_of(a);
+  STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::float64,
+                  "freqrank::cholesky_ex: A must be float32 or float64");
+  const auto batch = sizes_of(a, 2);
+  auto factor = torch::stable::new_empty(a, sizes_of(a, 0));
+  const auto info = torch::stable::new_empty(a, batch, ScalarType::Int);
+  const auto strides = strides_of(a);
+  wh::CholeskyArguments arguments;
+  arguments.a = view_of(a, strides);
+  if (!upper) std::swap(arguments.a.row_stride, arguments.a.column_stride);
+  arguments.factor = factor.data_ptr();
+  arguments.info = static_cast<std::int32_t*>(info.data_ptr());
+  const auto plan = wh::plan_cholesky({batch}, a.size(-1), dtype);
+  const Tensor workspace = workspace_for(a, workspace_bytes(plan));
+  run(plan, arguments, aligned(workspace), torch_parallel_for());
+  return {upper ? factor : torch::stable::transpose(factor, -2, -1), info};
+}
+
+Tensor solve_triangular(const Tensor& a, const Tensor& b, bool upper, bool left, bool unitriangular) {
+  STD_TORCH_CHECK(a.dim() >= 2 && a.size(-1) == a.size(-2), "freqrank::solve_triangular: A must be square");
+  const auto batch = sizes_of(a, 2);
+  check_batch(b, 2, batch);
+  const auto dtype = dtype_of(a);
+  STD_TORCH_CHECK((dtype == Dtype::float32 || dtype == Dtype::float64) && dtype_of(b) == dtype,
+                  "freqrank::solve_triangular: A and B must both be float32 or float64");
+  STD_TORCH_CHECK(b.size(left ? -2 : -1) == a.size(-1), "freqrank::solve_triangular: sizes do not match");
+  const auto x = torch::stable::new_empty(b, sizes_of(b, 0));
+  const auto a_strides = strides_of(a), b_strides = strides_of(b), x_strides = strides_of(x);
+  wh::TriangularArguments arguments;
+  arguments.a = view_of(a, a_strides);
+  arguments.b = view_of(b, b_strides);
+  arguments.x = view_of(x, x_strides);
+  arguments.upper = upper;
+  arguments.left = left;
+  arguments.unit_triangular = unitriangular;
+  const auto plan = wh::plan_triangular({batch}, a.size(-1), b.size(left ? -1 : -2), dtype);
+  const Tensor workspace = workspace_for(a, workspace_bytes(plan));
+  run(plan, arguments, aligned(workspace), torch_parallel_for());
+  return x;
+}
+
+std::tuple<Tensor, Tensor, Tensor> whiten(const Tensor& gram, const std::optional<Tensor>& scale) {
+  STD_TORCH_CHECK(gram.dim() >= 2 && gram.size(-1) == gram.size(-2), "freqrank::whiten: gram must be square");
+  const auto dtype = dtype_of(gram);
+  STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::float64,
+                  "freqrank::whiten: gram must be float32 or float64");
+  const auto batch = sizes_of(gram, 2);
+  const auto factor = torch::stable::new_empty(gram, sizes_of(gram, 0), ScalarType::Double);
+  const auto damping = torch::stable::new_empty(gram, batch, ScalarType::Double);
+  const auto info = torch::stable::new_empty(gram, batch, ScalarType::Int);
+  const auto strides = strides_of(gram);
+  wh::WhitenArguments arguments;
+  arguments.gram = view_of(gram, strides);
+  std::optional<Tensor> scales;  // one for each matrix: small, so any strides are made plain
+  if (scale) {
+    check_batch(*scale, 0, batch);
+    STD_TORCH_CHECK(scale->scalar_type() == ScalarType::Double, "freqrank::whiten: scale must be float64");
+    scales = torch::stable::contiguous(*scale);
+    arguments.scale = static_cast<const double*>(scales->data_ptr());
+  }
+  arguments.factor = static_cast<double*>(factor.data_ptr());
+  arguments.damping = static_cast<double*>(damping.data_ptr());
+  arguments.info = static_cast<std::int32_t*>(info.data_ptr());
+  const auto plan = wh::plan_cholesky({batch}, gram.size(-1), Dtype::float64);
+  const Tensor workspace = workspace_for(gram, workspace_bytes(plan));
+  run(plan, arguments, aligned(workspace), torch_parallel_for());
+  return {factor, damping, info};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(freqrank, CPU, m) {
+  m.impl("gram", TORCH_BOX(&gram));
+  m.impl("gram_", TORCH_BOX(&gram_));
+  m.impl("cholesky_ex", TORCH_BOX(&cholesky_ex));
+  m.impl("solve_triangular", TORCH_BOX(&solve_triangular));
+  m.impl("whiten", TORCH_BOX(&whiten));
+}
+
+}  // namespace freqrank::torch_adapter

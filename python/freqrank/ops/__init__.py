@@ -11,6 +11,17 @@ from freqrank.ops.attention import (
     linear_attention_step,
 )
 # linalg
+from freqrank.ops.linalg import (
+    CholeskyResult,
+    Whitening,
+    cholesky_ex,
+    gram,
+    gram_,
+    logdet,
+    solve_triangular,
+    whiten,
+    whiten_eigh,
+)
 
 __all__ = [
     "set_checks",
@@ -22,4 +33,13 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     # linalg
+    "CholeskyResult",
+    "Whitening",
+    "cholesky_ex",
+    "gram",
+    "gram_",
+    "logdet",
+    "solve_triangular",
+    "whiten",
+    "whiten_eigh",
 ]

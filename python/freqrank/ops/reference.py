@@ -170,3 +170,64 @@ def dijiang_attention(
 
 
 # --- linalg -------------------------------------------------------------------------------------------------------
+
+
+def gram(x: Tensor, y: Tensor | None = None, *, weight: Tensor | None = None) -> Tensor:
+    """X^T diag(weight) Y, a float64 copy at a time."""
+    y = x if y is None else y
+    scaled = x.double() if weight is None else x.double() * weight.double().unsqueeze(-1)
+    return scaled.mT @ y.double()
+
+
+def cholesky_ex(A: Tensor, *, upper: bool = False) -> tuple[Tensor, Tensor]:
+    """Cholesky column by column; (L, info). Columns from the failing one on are NaN."""
+    A = A.double()
+    lower = A.triu().mT if upper else A.tril()
+    n = A.shape[-1]
+    L = torch.zeros_like(lower)
+    info = torch.zeros(A.shape[:-2], dtype=torch.int32)
+    for j in range(n):
+        column = lower[..., j] - (L @ L[..., j, :].unsqueeze(-1)).squeeze(-1)
+        pivot = column[..., j]
+        info = torch.where((info == 0) & ~(pivot > 0), j + 1, info).to(torch.int32)
+        column = column / pivot.clamp(min=0).sqrt().unsqueeze(-1)
+        column = torch.where((info == 0).unsqueeze(-1), column, float("nan"))
+        L[..., j] = torch.where(torch.arange(n) >= j, column, 0.0)
+    return (L.mT if upper else L), info
+
+
+def solve_triangular(A: Tensor, B: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False) -> Tensor:
+    """Substitution, one unknown at a time."""
+    if not left:
+        return solve_triangular(A.mT, B.mT, upper=not upper, unitriangular=unitriangular).mT
+    batch = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
+    A, B = A.double(), B.double().expand(*batch, *B.shape[-2:])
+    n = A.shape[-1]
+    rows: dict[int, Tensor] = {}
+    for i in reversed(range(n)) if upper else range(n):
+        row = B[..., i, :]
+        for k, known in rows.items():
+            row = row - A[..., i, k, None] * known
+        rows[i] = row if unitriangular else row / A[..., i, i, None]
+    return torch.stack([rows[i] for i in range(n)], dim=-2) if n else B
+
+
+def logdet(L: Tensor) -> Tensor:
+    """The log-determinant of L L^T, from the determinant of L."""
+    return 2 * torch.linalg.slogdet(L.double()).logabsdet
+
+
+def whiten(gram: Tensor, *, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(factor, damping, info) by :func:`cholesky_ex` on more and more damped copies."""
+    G = gram.double() * torch.as_tensor(scale, dtype=torch.float64)[..., None, None]
+    diagonal = G.diagonal(dim1=-2, dim2=-1)
+    diagonal = torch.where(diagonal == 0, diagonal.mean(-1, keepdim=True), diagonal)
+    factor = torch.full_like(G, float("nan")).triu()
+    damping = torch.zeros(G.shape[:-2], dtype=torch.float64)
+    info = torch.ones(G.shape[:-2], dtype=torch.int32)
+    for level in (0.0, *(10.0**-k for k in range(12, 5, -1))):
+        candidate, failed = cholesky_ex(G + level * torch.diag_embed(diagonal), upper=True)
+        damping = torch.where(info > 0, level, damping)
+        factor = torch.where(((info > 0) & (failed == 0))[..., None, None], candidate, factor)
+        info = torch.where(info > 0, failed, info)
+    return factor, damping, info

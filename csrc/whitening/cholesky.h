@@ -1,0 +1,49 @@
+#pragma once
+// Batched Cholesky factorisation, and the whitening ladder on top of it.
+
+#include <cstdint>
+
+#include "common/parallel.h"
+#include "whitening/matrix.h"
+
+namespace freqrank::whitening {
+
+struct CholeskyPlan {
+  BatchSizes batch;
+  std::int64_t n;
+  Dtype dtype;         // of the arithmetic and of the factor: float32 or float64
+  bool share_matrix;   // the threads work on one matrix at a time rather than each on its own
+  std::int64_t slots;  // how many pieces may be in work at a time
+};
+
+CholeskyPlan plan_cholesky(BatchSizes batch, std::int64_t n, Dtype dtype);
+std::int64_t workspace_bytes(const CholeskyPlan& plan);
+
+// factor^T factor = A. The strides of `a` say where the *upper* triangle is: for a lower one pass them exchanged.
+// `factor` is contiguous, row-major and upper triangular, zeros below; read by columns it is the lower factor. info[b]
+// is 0, or the order of the first leading minor of A[b] that is not positive definite (NaN counts as not); the rows of
+// the factor before that one are then those of the leading minor's factor, and the others are undefined.
+struct CholeskyArguments {
+  MatrixBatch a;
+  void* factor = nullptr;
+  std::int32_t* info = nullptr;
+};
+
+// factor^T factor = scale G + damping diag(scale G), a zero on the diagonal damped by the mean of the diagonal. Tries
+// damping 0, then 1e-12 to 1e-6 by tens, for each matrix until one succeeds. If none does, info[b] > 0, the upper
+// triangle of the factor is NaN and damping[b] is the last level tried. The factor is float64, `gram` float32 or
+// float64.
+struct WhitenArguments {
+  MatrixBatch gram;               // only the upper triangle is read
+  const double* scale = nullptr;  // null (1), or one for each matrix, contiguous
+  double* factor = nullptr;
+  double* damping = nullptr;
+  std::int32_t* info = nullptr;
+};
+
+// `workspace` must be aligned to 64 bytes.
+void run(const CholeskyPlan& plan, const CholeskyArguments& arguments, void* workspace,
+         const ParallelFor& parallel_for);
+void run(const CholeskyPlan& plan, const WhitenArguments& arguments, void* workspace, const ParallelFor& parallel_for);
+
+}  // namespace freqrank::whitening

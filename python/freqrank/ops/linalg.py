@@ -219,9 +219,9 @@ def cholesky_ex(A: Tensor, *, upper: bool = False, check_errors: bool = False) -
             which synchronises with a GPU.
 
     Returns:
-        A named tuple (L, info). ``L`` [..., n, n] is zero in the other triangle. ``info`` [...] int32 is 0, or the order
-        of the first leading minor that is not positive definite; NaN in the triangle that is read gives ``info > 0``.
-        A matrix that fails leaves the others alone; of its own factor only the leading ``info - 1`` rows and columns
+        A named tuple (L, info). ``L`` [..., n, n] is zero in the other triangle. ``info`` [...] int32 is 0, or the
+        order of the first leading minor that is not positive definite; NaN in the triangle that is read gives
+        ``info > 0``. A matrix that fails leaves the others alone; of its own factor only the leading ``info - 1`` rows and columns
         are meaningful, the rest is finished partly or not at all.
 
     Differentiable any number of times; the gradient is symmetric. On the CPU every order, single large matrices
@@ -481,8 +481,8 @@ def whiten_eigh(gram: Tensor, *, scale: float | Tensor | None = None) -> Whiteni
 
     **Synchronises**: torch.linalg.eigh waits for a GPU and tells the host whether it converged.
 
-    Arguments, errors and results are those of :func:`whiten`, except that ``damping`` is ``n u`` where an eigenvalue was
-    raised (a fraction of the largest eigenvalue) and 0 elsewhere. ``info`` is 1 where G has no positive eigenvalue
+    Arguments, errors and results are those of :func:`whiten`, except that ``damping`` is ``n u`` where an eigenvalue
+    was raised (a fraction of the largest eigenvalue) and 0 elsewhere. ``info`` is 1 where G has no positive eigenvalue
     (``factor`` is 0) or is not finite (``factor`` is NaN in its upper triangle).
 
     >>> import torch

@@ -40,3 +40,5 @@ def __dir__() -> list[str]:
 
 
 _register()
+
+from freqrank import evaluate as evaluate  # noqa: E402

@@ -213,4 +213,5 @@ def _bar(total: int) -> _Bar | None:
         from rich.progress import Progress
     except ImportError:
         return None
-    return _Bar(Progress(console=Console(stderr=True), transient=True), total)
+    console = Console(stderr=True)
+    return _Bar(Progress(console=console, transient=True, disable=not console.is_terminal), total)

@@ -1,0 +1,579 @@
+"""The command line: ``freqrank`` or ``python -m freqrank``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import torch
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from typer.core import TyperGroup
+except ImportError as _error:
+    print(
+        f"freqrank: the command line needs typer and rich ({_error}): pip install 'freqrank[cli]'",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
+
+from freqrank import data, evaluate, report
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+BUNDLED = ("base", "linear")
+_BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+
+out = Console(highlight=False)
+#: progress and messages, so that what a command prints to stdout can be piped
+err = Console(stderr=True, highlight=False)
+
+
+class _Group(TyperGroup):
+    """Turns what the library raises about bad input into one line on stderr and exit code 2."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        if not options.get("standalone_mode", True) or os.environ.get("FREQRANK_TRACEBACK"):
+            return super().main(*args, **options)
+        try:
+            code = super().main(*args, **{**options, "standalone_mode": False})
+        except Exception as error:
+            _fail(error)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Say in one line what was wrong, and leave; what is no one's input comes through as the bug that it is."""
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's and click's own
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        _say(error.format_message() + hint)
+        sys.exit(error.exit_code)
+    if type(error).__name__ == "Abort":
+        _say("stopped")
+        sys.exit(1)
+    names = {base.__name__ for base in type(error).__mro__}
+    if isinstance(error, ImportError):
+        _say(f"{error}; pip install 'freqrank[cli]' installs what the command line needs")
+    elif isinstance(error, (ValueError, TypeError, OSError)) or "SafetensorError" in names:
+        _say(str(error) or type(error).__name__)
+    else:
+        raise error
+    sys.exit(2)
+
+
+def _say(message: str) -> None:
+    print("freqrank: " + " ".join(message.split()), file=sys.stderr)
+
+
+app = typer.Typer(
+    name="freqrank",
+    cls=_Group,
+    help="Make a trained language model linear-time and smaller.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog="FREQRANK_TRACEBACK=1 shows where an error came from.",
+)
+
+Model = Annotated[
+    str, typer.Argument(help="A Hugging Face model folder, or bundled:base or bundled:linear.", show_default=False)
+]
+Output = Annotated[Path, typer.Argument(help="Folder to write; must not exist, or be empty.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Download = Annotated[
+    bool,
+    typer.Option("--download", help="Allow fetching a model that is not a local folder from the Hugging Face hub."),
+]
+Dtype = Annotated[
+    str, typer.Option(help="Number format to compute and save in: auto (the model's own), float32, bfloat16, float16.")
+]
+_TEXT_HELP = "a text file, or stdlib:train, stdlib:validation, stdlib:test (the running Python's own source)."
+Window = Annotated[int, typer.Option(help="Tokens that the model sees at once.", min=2)]
+Limit = Annotated[int | None, typer.Option(help="Score only the first so many tokens.", min=2)]
+
+
+# ---------------------------------------------------------------- what the commands share
+
+
+@contextmanager
+def _progress(description: str) -> Iterator[Callable[..., None]]:
+    """A bar on stderr; yields ``update(done, total, description)``, which may be called any number of times."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, TimeElapsedColumn(), console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task(description, total=None)
+
+        def update(done: float | None = None, total: float | None = None, text: str | None = None) -> None:
+            progress.update(task, completed=done, total=total, description=text)
+
+        yield update
+
+
+def _load(name: str, *, download: bool = False, dtype: str = "float32") -> tuple[nn.Module, Any]:
+    """The causal language model called ``name`` and its tokenizer (None for a byte-level model without one)."""
+    import transformers
+
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype must be one of {', '.join(dtypes)}; got {dtype!r}")
+    source, local = _resolve(name, download)
+    options: dict[str, Any] = {"local_files_only": local or not download}
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with _progress(f"load {name}"):
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True, **options
+        )
+    model, loading = loaded
+    lost = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    if lost:
+        raise ValueError(
+            f"the model folder {source} is incomplete: {len(lost)} weights are missing or misshapen, {lost[0]} first"
+        )
+    model.eval()
+    return model, _tokenizer(model, source, options)
+
+
+def _resolve(name: str, download: bool) -> tuple[str, bool]:
+    """Where to load ``name`` from, and whether that is a folder here."""
+    if name.startswith("bundled:"):
+        which = name.removeprefix("bundled:")
+        if which not in BUNDLED:
+            raise ValueError(f"bundled models are {', '.join('bundled:' + b for b in BUNDLED)}; got {name!r}")
+        folder = _BUNDLED_FOLDER / which
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{name} is missing from this installation: no {folder / 'config.json'}")
+        return str(folder), True
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{name} is not a Hugging Face model folder: it has no config.json")
+        return name, True
+    if folder.exists():
+        raise ValueError(f"{name} is a file; a model is a folder with config.json and safetensors in it")
+    if not download:
+        raise ValueError(
+            f"no model folder {name!r} here; a name on the Hugging Face hub is fetched only with --download, and the "
+            "models that ship with freqrank are bundled:base and bundled:linear"
+        )
+    return name, False
+
+
+def _tokenizer(model: nn.Module, source: str, options: dict[str, Any]) -> Any:
+    import transformers
+
+    has_files = not Path(source).is_dir() or any(
+        (Path(source) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    )
+    if has_files:
+        return transformers.AutoTokenizer.from_pretrained(source, **options)
+    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    if vocabulary != 256:
+        raise ValueError(
+            f"{source} has no tokenizer files; only a model with a vocabulary of 256 is read as bytes, and this one "
+            f"has {vocabulary}"
+        )
+    return None
+
+
+def _read(name: str, tokenizer: Any, option: str) -> Tensor:
+    """Token ids [T] of a text file, or of a split of the standard library's source."""
+    if name.startswith("stdlib:"):
+        ids = data.stdlib_bytes(name.removeprefix("stdlib:"))
+        if tokenizer is None:
+            return ids
+        raw = bytes(ids.tolist())
+    else:
+        path = Path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"{option} must name a text file or stdlib:train, :validation, :test; got {name!r}")
+        raw = path.read_bytes()
+        if not raw:
+            raise ValueError(f"{option}: {name} is empty")
+        if tokenizer is None:
+            return torch.frombuffer(bytearray(raw), dtype=torch.uint8).long()
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option}: {name} is not UTF-8 text: {error}") from None
+    return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
+
+
+def _samples(ids: Tensor, count: int, length: int, seed: int, option: str) -> Tensor:
+    if ids.numel() < length:
+        raise ValueError(f"{option}: the text has {ids.numel()} tokens, fewer than one sample of --length {length}")
+    return data.windows(ids, length, count, seed=seed)
+
+
+def _save(model: nn.Module, folder: Path, tokenizer: Any) -> None:
+    from freqrank.models.saving import save_model
+
+    with _progress(f"write {folder}"):
+        save_model(model, folder, tokenizer=tokenizer)
+
+
+def _count(model: nn.Module) -> dict[str, int]:
+    """Parameters and bytes; a tensor that several modules share counts once."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    parameters = {id(p): p for p in model.parameters()}
+    return {
+        "parameters": sum(p.numel() for p in parameters.values()),
+        "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
+    }
+
+
+def _emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        print(json.dumps(report.plain(result), indent=1))
+    else:
+        show()
+
+
+def _facts(title: str, facts: dict[str, str]) -> None:
+    report.Table(["", ""], [[name, value] for name, value in facts.items()], title).print(out)
+
+
+# ---------------------------------------------------------------- the commands
+
+
+@app.callback()
+def _root() -> None:
+    torch.set_grad_enabled(True)
+
+
+@app.command()
+def info(as_json: AsJson = False) -> None:
+    """Versions, devices, and which native libraries were loaded and why."""
+    facts = report.machine()
+    bundled = {name: (_BUNDLED_FOLDER / name / "config.json").is_file() for name in BUNDLED}
+
+    def show() -> None:
+        cpu = facts["cpu"]
+        _facts(
+            "freqrank " + facts["versions"]["freqrank"],
+            {
+                **{name: version for name, version in facts["versions"].items() if name != "freqrank"},
+                "processor": f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads",
+                "instructions": f"{cpu['isa']}, chosen at run time",
+                "GPUs": ", ".join(facts["cuda"]) or "none that torch can use",
+                **{f"{name} library": state for name, state in facts["libraries"].items()},
+                **{f"bundled:{name}": "present" if here else "missing" for name, here in bundled.items()},
+            },
+        )
+
+    _emit({**facts, "bundled": bundled}, as_json, show)
+
+
+@app.command()
+def compress(
+    model: Model,
+    output: Output,
+    calibration: Annotated[str, typer.Option(help="Text that the model is measured on: " + _TEXT_HELP)],
+    method: Annotated[
+        str, typer.Option(help="svd, fwsvd, asvd, svd-llm, basis-sharing, lisc or best, as far as installed.")
+    ] = "lisc",
+    ratio: Annotated[float, typer.Option(help="Fraction of the compressed linears' parameters to remove.")] = 0.2,
+    group_size: Annotated[int, typer.Option(help="Neighbouring layers that share one basis.")] = 2,
+    share: Annotated[str, typer.Option(help="What shares a basis: layers, modules or both.")] = "layers",
+    scale: Annotated[str, typer.Option(help="A layer's input scale: trace, frobenius, spectral or none.")] = "trace",
+    exponent: Annotated[float, typer.Option(help="Power of the scale correction; 0 is none.")] = 1.0,
+    block_weight: Annotated[str | None, typer.Option(help="Weight of a layer's block: norm or sqrt-scale.")] = None,
+    refit: Annotated[str | None, typer.Option(help="Refit of the coefficients: own, sequential or cross.")] = None,
+    allocation: Annotated[str, typer.Option(help="Ranks: uniform, effective-rank or auto.")] = "uniform",
+    samples: Annotated[int, typer.Option(help="Calibration samples.", min=1)] = 256,
+    length: Annotated[int, typer.Option(help="Tokens in a calibration sample.", min=2)] = 2048,
+    text: Annotated[str | None, typer.Option(help="Score the model before and after on: " + _TEXT_HELP)] = None,
+    window: Window = 2048,
+    limit: Limit = None,
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    download: Download = False,
+    as_json: AsJson = False,
+) -> None:
+    """Replace a model's linears by calibrated low-rank factors that layers share, and save the smaller model."""
+    from freqrank.models.compression import compress as compress_model
+    from freqrank.models.saving import check_output_folder
+
+    check_output_folder(output)
+    network, tokenizer = _load(model, download=download, dtype=dtype)
+    ids = _read(calibration, tokenizer, "--calibration")
+    held_out = None if text is None else _read(text, tokenizer, "--text")[:limit]
+    before = _count(network)
+    losses: dict[str, float] = {}
+    if held_out is not None:
+        losses["before"] = evaluate.loss(network, held_out, window=window, progress=True)
+    done = compress_model(
+        network,
+        _samples(ids, samples, min(length, ids.numel()), seed, "--calibration"),
+        method=method,
+        ratio=ratio,
+        group_size=group_size,
+        share=share,
+        scale=scale,
+        exponent=exponent,
+        block_weight=block_weight,
+        refit=refit,
+        allocation=allocation,
+        seed=seed,
+        progress=True,
+    )
+    if held_out is not None:
+        losses["after"] = evaluate.loss(network, held_out, window=window, progress=True)
+    _save(network, output, tokenizer)
+    after = _count(network)
+
+    def show() -> None:
+        facts = {
+            "parameters": f"{before['parameters']:,} -> {after['parameters']:,}",
+            "bytes": f"{report.size(before['bytes'])} -> {report.size(after['bytes'])}",
+            "removed": f"{1 - after['parameters'] / before['parameters']:.1%} of the whole model, {ratio:.0%} of the "
+            "compressed linears asked for",
+        }
+        if losses:
+            facts["loss"] = f"{losses['before']:.4f} -> {losses['after']:.4f} nats a token"
+        _facts(f"{model} compressed by {method} into {output}", facts)
+
+    _emit({"model": model, "output": str(output), "before": before, "after": after, "loss": losses, "report": done},
+          as_json, show)  # fmt: skip
+
+
+@app.command()
+def linearize(
+    model: Model,
+    output: Output,
+    feature_map: Annotated[str, typer.Option(help="Feature map of the linear attention.")] = "dijiang",
+    layers: Annotated[str | None, typer.Option(help="Layers to convert, such as 0,2,4; all if not given.")] = None,
+    train: Annotated[str | None, typer.Option(help="Fine-tune after converting, on: " + _TEXT_HELP)] = None,
+    steps: Annotated[int, typer.Option(help="Fine-tuning steps.", min=1)] = 300,
+    recipe: Annotated[str, typer.Option(help="Fine-tuning recipe: released (next token) or distill.")] = "released",
+    batch: Annotated[int, typer.Option(help="Sequences a fine-tuning step.", min=1)] = 8,
+    length: Annotated[int, typer.Option(help="Tokens in a fine-tuning sequence.", min=2)] = 256,
+    text: Annotated[str | None, typer.Option(help="Score the model before and after on: " + _TEXT_HELP)] = None,
+    window: Window = 2048,
+    limit: Limit = None,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    download: Download = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn softmax attention into frequency-domain linear attention, fine-tune if asked, and save the model.
+
+    A converted model predicts badly until it is fine-tuned.
+    """
+    import copy
+
+    from freqrank.attention.distillation import distill
+    from freqrank.models.linearization import linearize as linearize_model
+    from freqrank.models.saving import check_output_folder
+
+    check_output_folder(output)
+    chosen = _numbers(layers)
+    network, tokenizer = _load(model, download=download, dtype=dtype)
+    training = None
+    if train is not None:
+        training = _samples(_read(train, tokenizer, "--train"), steps * batch, length, seed, "--train")
+    held_out = None if text is None else _read(text, tokenizer, "--text")[:limit]
+    losses: dict[str, float] = {}
+    if held_out is not None:
+        losses["before"] = evaluate.loss(network, held_out, window=window, progress=True)
+    teacher = copy.deepcopy(network) if training is not None else None
+    done = linearize_model(network, feature_map=feature_map, layers=chosen, seed=seed)
+    if held_out is not None:
+        losses["converted"] = evaluate.loss(network, held_out, window=window, progress=True)
+    trained = None
+    if training is not None:
+        trained = distill(network, teacher, training, recipe=recipe, steps=steps, batch_size=batch, seed=seed)
+        network.eval()
+        if held_out is not None:
+            losses["trained"] = evaluate.loss(network, held_out, window=window, progress=True)
+    _save(network, output, tokenizer)
+
+    def show() -> None:
+        facts = {"layers": "all" if chosen is None else ", ".join(map(str, chosen))}
+        facts |= {f"loss {when}": f"{nats:.4f} nats a token" for when, nats in losses.items()}
+        if training is None:
+            facts["next"] = "fine-tune it: --train FILE here, or any trainer"
+        _facts(f"{model} linearised into {output}", facts)
+
+    result = {"model": model, "output": str(output), "loss": losses, "report": done, "training": trained}
+    _emit(result, as_json, show)
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--layers must be numbers with commas between, such as 0,2,4; got {text!r}") from None
+
+
+@app.command("eval")
+def evaluate_model(
+    model: Model,
+    text: Annotated[str, typer.Option(help="Text to score: " + _TEXT_HELP)],
+    window: Window = 2048,
+    stride: Annotated[int | None, typer.Option(help="Distance of two windows; --window if not given.")] = None,
+    reduction: Annotated[str, typer.Option(help="Mean over tokens, or over windows: token, window.")] = "token",
+    remainder: Annotated[str, typer.Option(help="A shorter last window: keep or drop.")] = "keep",
+    limit: Limit = None,
+    dtype: Dtype = "float32",
+    download: Download = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Held-out loss and perplexity of a model on a text."""
+    torch.manual_seed(seed)
+    network, tokenizer = _load(model, download=download, dtype=dtype)
+    ids = _read(text, tokenizer, "--text")[:limit]
+    start = time.perf_counter()
+    nats = evaluate.loss(
+        network, ids, window=window, stride=stride, reduction=reduction, remainder=remainder, progress=True
+    )
+    seconds = time.perf_counter() - start
+    perplexity = float(torch.tensor(nats, dtype=torch.float64).exp())
+    conventions = {"window": window, "stride": stride or window, "reduction": reduction, "remainder": remainder}
+    size = _count(network)
+    result = {"model": model, "text": text, "tokens": ids.numel(), "loss": nats, "perplexity": perplexity}
+    result |= {**conventions, "seconds": seconds, **size}
+
+    def show() -> None:
+        _facts(
+            f"{model} on {text}",
+            {
+                "loss": f"{nats:.4f} nats a token" + (" (a byte)" if tokenizer is None else ""),
+                "perplexity": f"{perplexity:.4f}",
+                "tokens": f"{ids.numel():,} in {seconds:.1f} s",
+                "conventions": ", ".join(f"{name} {value}" for name, value in conventions.items()),
+                "model": f"{size['parameters']:,} parameters, {report.size(size['bytes'])}",
+            },
+        )
+
+    _emit(result, as_json, show)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.", min=1)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.", min=0)] = 0.0,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    download: Download = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt."""
+    if not prompt:
+        raise ValueError("--prompt must not be empty")
+    network, tokenizer = _load(model, download=download, dtype=dtype)
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    with _progress("generate"):
+        written, tokens = continuation(network, tokenizer, prompt, max_new_tokens, temperature)
+    seconds = time.perf_counter() - start
+    result = {"model": model, "prompt": prompt, "text": written, "tokens": tokens, "seconds": seconds}
+    result["tokens_per_second"] = tokens / seconds
+
+    def show() -> None:
+        out.print(prompt + written, markup=False, soft_wrap=True)
+        err.print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second", style="dim")
+
+    _emit(result, as_json, show)
+
+
+def continuation(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float = 0.0
+) -> tuple[str, int]:
+    """What the model writes after ``prompt``, and how many tokens that were; bytes without a tokenizer."""
+    ids = list(prompt.encode()) if tokenizer is None else tokenizer(prompt)["input_ids"]
+    inputs = torch.tensor([ids], device=model.device)
+    options: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        options["temperature"] = temperature
+    made = model.generate(
+        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, **options
+    )  # fmt: skip
+    new = made[0, len(ids) :].tolist()
+    if tokenizer is None:
+        return bytes(new).rstrip(b"\0").decode(errors="replace"), len(new)
+    return tokenizer.decode(new, skip_special_tokens=True), len(new)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the report; a report of an earlier run is replaced.")] = Path(
+        "demo-output"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Very small sizes: seconds, and numbers that mean little.")
+    ] = False,
+    base: Annotated[str, typer.Option(help="Byte-level model to work on.")] = "bundled:base",
+    twin: Annotated[str, typer.Option(help="The same model, linearised and recovered.")] = "bundled:linear",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show everything on the small model that ships with freqrank: tables here, plots and a page in a folder."""
+    from freqrank import demo as demonstration
+
+    report.check_folder(output)
+    models = []
+    for name in (base, twin):
+        network, tokenizer = _load(name)
+        if tokenizer is not None:
+            raise ValueError(f"the demo works on byte-level models; {name} has a tokenizer")
+        models.append(network)
+    with _demo_progress(demonstration.STEPS[quick]) as on_tick:
+        done = demonstration.run(models[0], models[1], quick=quick, seed=seed, on_tick=on_tick)
+    files = report.write_folder(done, output)
+
+    def show() -> None:
+        for section in done.sections:
+            section.print(out)
+        out.rule(align="left")
+        seconds = {section.title: section.seconds for section in done.sections}
+        parts = ", ".join(f"{title} {took:.0f} s" for title, took in seconds.items())
+        out.print(f"Computed in {sum(seconds.values()):.0f} s: {parts}", markup=False)
+        out.print(f"Written: {', '.join(str(file) for file in files)}", markup=False, soft_wrap=True)
+
+    _emit({"files": [str(file) for file in files], **done.to_dict()}, as_json, show)
+
+
+@contextmanager
+def _demo_progress(total: int) -> Iterator[Callable[[str, str], None]]:
+    columns = (
+        TextColumn("{task.description:<20}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[now]}"),
+    )  # fmt: skip
+    sections: list[str] = []
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task("start", total=total, now="")
+
+        def on_tick(section: str, now: str) -> None:
+            if section not in sections:
+                sections.append(section)
+                if not err.is_terminal:  # a log gets a line a section instead of a bar
+                    err.print(section, markup=False)
+            progress.update(task, advance=1, description=section, now=now)
+
+        yield on_tick
+
+
+def main() -> None:
+    """Entry point of the ``freqrank`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,740 @@
+"""`compress`: calibrated low-rank weights, shared between layers, in place of a model's dense linears."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from freqrank import _progress
+from freqrank.lowrank.allocation import ALLOCATIONS, Shape, allocate, kept
+from freqrank.lowrank.factorize import factorize, refit, squared_error, squared_singular_values
+from freqrank.lowrank.methods import METHODS, Method, Metric
+from freqrank.lowrank.modules import LowRankLinear, install_lowrank
+from freqrank.lowrank.scales import BLOCK_WEIGHTS, SCALES, input_scale
+from freqrank.lowrank.statistics import Batch, Grams, read_calibration
+from freqrank.models.architectures import Architecture, find_architecture
+from freqrank.models.streaming import BlockStream, evaluating
+
+__all__ = ["CompressionReport", "GroupReport", "LayerReport", "compress", "install"]
+
+REFITS = (None, "own", "sequential", "cross")
+SHARES = ("layers", "modules", "both")
+
+
+@dataclass
+class LayerReport:
+    """What became of one linear.
+
+    Attributes:
+        module: its name in the model.
+        layer: number of its block.
+        role: "q", "k", "v", "o", "gate", "up" or "down".
+        rank: directions kept; None if it stayed dense.
+        predicted_error: sqrt(share of ||S b W||_F^2 that the truncation drops), before any refit: the relative output
+            error on the data the group was decomposed with. 0 if dense.
+        error: measured, ||X (W - B C)||_F / ||X W||_F on the layer's own calibration inputs X, with the factors as
+            they are stored.
+        input_scale: mean square of an entry of X (or what ``scale`` says).
+        alpha: coefficient of the layer's Gram matrix in the group's pool.
+        block_weight: factor b on its weight in the decomposition (mean 1 over the group).
+        input_share: alpha_l tr G_l over the group's sum: how much of the pooled Gram matrix is this layer's.
+        output_share: b_l^2 tr(W_l^T G W_l), G the pool, over the group's sum: how much of what the decomposition
+            preserves is this layer's. The weight that the layer effectively got: equal shares, equal care.
+        parameters_before: of the dense weight.
+        parameters_after: of its own coefficient (the basis is counted with the group), or of the dense weight.
+    """
+
+    module: str
+    layer: int
+    role: str
+    rank: int | None
+    predicted_error: float
+    error: float
+    input_scale: float
+    alpha: float
+    block_weight: float
+    input_share: float
+    output_share: float
+    parameters_before: int
+    parameters_after: int
+
+
+@dataclass
+class GroupReport:
+    """What became of the linears that share one basis (or of one that has its own).
+
+    Attributes:
+        rank: directions kept; None if the group stayed dense.
+        full_rank: the most directions it could have, min(inputs, outputs of all its linears).
+        predicted_error: sqrt of the share of the squared singular values that were dropped.
+        measured_error: the same from the stored factors, in the same metric: equal but for rounding unless refitted.
+        whitening: "cholesky", "eigh" (no damping level sufficed), or "none": the decomposition needed none.
+        damping: relative damping of the pooled Gram matrix, 0 if none was needed.
+        parameters_before, parameters_after, bytes_before, bytes_after: weights, the basis among them.
+        layers: one entry a linear.
+    """
+
+    rank: int | None
+    full_rank: int
+    predicted_error: float
+    measured_error: float
+    whitening: str
+    damping: float
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    layers: list[LayerReport]
+
+
+@dataclass
+class CompressionReport:
+    """What `compress` did. ``str()`` gives a table, ``to_dict()`` what fits into JSON.
+
+    Attributes:
+        settings: the arguments.
+        tokens: calibration tokens that counted.
+        groups: what became of each group of linears.
+        parameters_before, parameters_after, bytes_before, bytes_after: of the compressed linears' weights.
+        model_parameters_before, model_parameters_after, model_bytes_before, model_bytes_after: of the whole model.
+        block_ratio: fraction of the linears' parameters that is gone; never less than ``settings["ratio"]``.
+        model_ratio: fraction of the model's parameters that is gone.
+        notes: what a reader should know: dense linears, damped or singular Gram matrices, too few tokens.
+        seconds: how long it took.
+    """
+
+    settings: dict[str, Any]
+    architecture: str
+    tokens: int
+    groups: list[GroupReport] = field(default_factory=list)
+    parameters_before: int = 0
+    parameters_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    model_parameters_before: int = 0
+    model_parameters_after: int = 0
+    model_bytes_before: int = 0
+    model_bytes_after: int = 0
+    block_ratio: float = 0.0
+    model_ratio: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def layers(self) -> list[LayerReport]:
+        """Every linear's entry, block by block."""
+        return sorted((layer for group in self.groups for layer in group.layers), key=lambda layer: layer.layer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries and lists of JSON types."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        s = self.settings
+        lines = [
+            f"{s['method']} (group size {s['group_size']}, scale {s['scale']}, exponent {s['exponent']}, block weight "
+            f"{s['block_weight']}, refit {s['refit']}, share {s['share']}, allocation {s['allocation']}), "
+            f"{self.tokens:,} calibration tokens, {self.seconds:.1f} s",
+            f"compressed linears: {self.parameters_before:,} -> {self.parameters_after:,} parameters, "
+            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes, {self.block_ratio:.2%} removed "
+            f"({s['ratio']:.2%} asked for)",
+            f"whole model: {self.model_parameters_before:,} -> {self.model_parameters_after:,} parameters, "
+            f"{self.model_bytes_before:,} -> {self.model_bytes_after:,} bytes, {self.model_ratio:.2%} removed",
+        ]
+        head = (
+            "linear",
+            "blocks",
+            "rank",
+            "predicted",
+            "measured",
+            "error in each block",
+            "scale",
+            "weight",
+            "damping",
+        )
+        rows = [head]
+        for group in self.groups:
+            roles = list(dict.fromkeys(layer.role for layer in group.layers))
+            blocks = sorted({layer.layer for layer in group.layers})
+            rows.append(
+                (
+                    "+".join(roles),
+                    str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}",
+                    "dense" if group.rank is None else f"{group.rank}/{group.full_rank}",
+                    f"{group.predicted_error:.4f}",
+                    f"{group.measured_error:.4f}",
+                    " ".join(f"{layer.error:.4f}" for layer in group.layers),
+                    " ".join(f"{layer.input_scale:.3g}" for layer in group.layers),
+                    " ".join(f"{layer.output_share:.2f}" for layer in group.layers),
+                    group.whitening if group.whitening == "eigh" else f"{group.damping:.0e}" if group.damping else "-",
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One linear: the number of its block, its role, the first role that reads the same input."""
+
+    layer: int
+    role: str
+    source: str
+
+
+@dataclass
+class _Group:
+    """Linears that share a basis; after the decomposition with factors in float64 and what the report says."""
+
+    sites: list[_Site]
+    shape: Shape
+    rank: int | None = None
+    basis: Tensor | None = None
+    coefficients: dict[_Site, Tensor] = field(default_factory=dict)
+    report: GroupReport | None = None
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted({site.layer for site in self.sites})
+
+    @property
+    def inputs(self) -> set[tuple[int, str]]:
+        return {(site.layer, site.source) for site in self.sites}
+
+
+def compress(
+    model: nn.Module,
+    calibration: Tensor | Iterable[Tensor] | Iterable[Mapping[str, Tensor]],
+    *,
+    method: str = "lisc",
+    ratio: float = 0.2,
+    group_size: int = 2,
+    share: str = "layers",
+    scale: str = "trace",
+    exponent: float = 1.0,
+    block_weight: str | None = None,
+    refit: str | None = None,
+    allocation: str = "uniform",
+    seed: int = 0,
+    progress: bool = True,
+) -> CompressionReport:
+    """Replace a model's linears by calibrated low-rank ones that share bases between layers, in place.
+
+    The model runs over the calibration tokens one decoder block at a time; the Gram matrices X^T X of the inputs of a
+    group of layers, in float64, and one block's activations are what it needs in memory. Nothing of the model changes
+    before everything has been computed: if anything fails it is as it was. Embeddings, norms, biases and the language
+    model head stay.
+
+    Args:
+        model: a decoder of `transformers` (Llama, Mistral, Qwen2, Qwen3 and others of their structure), linearised or
+            not, in float32, bfloat16 or float16; the factors are stored in its dtype.
+        calibration: token ids, a LongTensor [N, T], or an iterable, consumed once, of such tensors or of dicts with
+            ``input_ids`` and maybe ``attention_mask``, whose zeros mark padding.
+        method: "svd" and "svd-llm" factor each weight alone, whatever ``group_size`` and ``share``; "basis-sharing"
+            pools plain Gram matrices; "lisc" pools sum_l alpha_l G_l, alpha_l = (mean(s) / s_l)^exponent.
+        ratio: fraction of the compressed linears' parameters to remove, in (0, 1). Each basis gets
+            floor((1 - ratio) d1 D2 / (d1 + D2)) directions, D2 the outputs of all its linears.
+        group_size: consecutive layers that share a basis; the last group may be shorter. What is shared: q, k, v, gate
+            and up; without k and v where there are fewer key than query heads.
+        share: "layers": a role's weights of neighbouring layers; "modules": q, k, v (and gate, up) of one layer, which
+            read the same input; "both".
+        scale: s_l for "lisc": "trace" (mean square input), "frobenius" or "spectral" norm of G_l, or "none" (all 1).
+        exponent: for "lisc", >= 0.
+        block_weight: factor on each weight of a group for "lisc": None, "norm" (1 / ||W_l||_F) or "sqrt-scale"
+            (sqrt(s_l)). With one of them the result does not depend on how a norm's gain and a weight share a factor.
+        refit: how coefficients are fitted again to the bases: None; "own": to each layer's own inputs; "sequential": to
+            the inputs it gets in the compressed model; "cross": to these, aiming at the outputs of the original model.
+            The last two run each block eight times more.
+        allocation: "uniform", "effective-rank" (D-Rank) or "auto"; see `freqrank.lowrank.allocation.allocate`. The last
+            two run the calibration twice.
+        seed: for methods that draw random numbers; no present one does.
+        progress: show a bar on standard error.
+
+    Returns:
+        A :class:`CompressionReport`, also left as ``model.freqrank_report``.
+
+    Raises:
+        TypeError: model, calibration, or an option of the wrong type.
+        ValueError: an unknown option or architecture, a ratio outside (0, 1), a group size below 1, wrong calibration
+            shapes or values, NaN or Inf in activations or weights (the message names the layer), a model that is
+            compressed already.
+
+    Warns:
+        UserWarning: fewer calibration tokens than a Gram matrix has rows.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        ...                      num_attention_heads=2, num_key_value_heads=2)
+        >>> model = LlamaForCausalLM(config)
+        >>> report = compress(model, torch.randint(64, (4, 32)), ratio=0.4, progress=False)
+        >>> report.block_ratio >= 0.4, model.model.layers[0].mlp.up_proj.rank
+        (True, 15)
+    """
+    start = time.perf_counter()
+    architecture = find_architecture(model)
+    _check_options(method, ratio, group_size, share, scale, exponent, block_weight, refit, allocation, seed)
+    if method != "lisc" and (block_weight is not None or exponent != 1.0):
+        warnings.warn(f"block_weight and exponent are switches of 'lisc'; {method!r} ignores them", stacklevel=2)
+    _check_model(model, architecture)
+    config = getattr(model, "config", None)
+    batches = read_calibration(calibration, getattr(config, "vocab_size", None))
+    settings = {
+        "method": method, "ratio": float(ratio), "group_size": group_size, "share": share, "scale": scale,
+        "exponent": float(exponent), "block_weight": block_weight, "refit": refit, "allocation": allocation,
+        "seed": seed,
+    }  # fmt: skip
+    report = CompressionReport(settings, architecture.name, sum(batch.tokens for batch in batches))
+    rule = METHODS[method](scale, float(exponent), block_weight)
+    groups = _group(architecture, rule.shares, group_size, share)
+    _warn_if_few(report, groups, architecture)
+
+    work = _Work(architecture, batches, rule, groups, report.tokens)
+    passes = 1 + (allocation != "uniform") + (refit in ("sequential", "cross"))
+    with evaluating(model), _progress.bar(method, passes * len(architecture.blocks), progress) as advance:
+        spectra = work.spectra(advance) if allocation != "uniform" else None
+        for group, rank in zip(groups, allocate(allocation, [g.shape for g in groups], ratio, spectra), strict=True):
+            group.rank = rank
+        work.factor(refit, advance)
+
+    _count(report, groups, architecture)
+    report.notes += _notes(groups)
+    before = _size(model)
+    _convert(model, architecture, groups, settings)
+    after = _size(model)
+    report.model_parameters_before, report.model_bytes_before = before
+    report.model_parameters_after, report.model_bytes_after = after
+    report.model_ratio = 1 - after[0] / before[0]
+    report.seconds = time.perf_counter() - start
+    model.freqrank_report = report  # type: ignore[assignment]
+    return report
+
+
+def install(model: nn.Module, spec: Mapping[str, Any]) -> dict[str, LowRankLinear]:
+    """Swap empty low-rank linears into a dense model, meta device included, so that weights can be loaded into them.
+
+    Args:
+        model: of the architecture that was compressed.
+        spec: ``{"groups": [{"modules": [name, ...], "rank": k}, ...]}``, what `compress` left in
+            ``model.config.quantization_config.lowrank``.
+
+    Returns:
+        The new layers by name.
+
+    Raises:
+        ValueError: names that are missing or not dense linears, ranks out of range; the model is then unchanged.
+
+    >>> model = nn.Sequential(nn.Linear(6, 4), nn.Linear(6, 4))
+    >>> sorted(install(model, {"groups": [{"modules": ["0", "1"], "rank": 2}]}))
+    ['0', '1']
+    """
+    groups = spec.get("groups") if isinstance(spec, Mapping) else None
+    if not isinstance(groups, Sequence) or isinstance(groups, str):
+        raise ValueError(f"spec must be a dict with a list 'groups'; got {spec!r:.200}")
+    return install_lowrank(model, groups)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_options(
+    method: object, ratio: object, group_size: object, share: object, scale: object, exponent: object,
+    block_weight: object, refit: object, allocation: object, seed: object,
+) -> None:  # fmt: skip
+    for name, value, allowed in (
+        ("method", method, tuple(METHODS)),
+        ("share", share, SHARES),
+        ("scale", scale, SCALES),
+        ("block_weight", block_weight, BLOCK_WEIGHTS),
+        ("refit", refit, REFITS),
+        ("allocation", allocation, ALLOCATIONS),
+    ):
+        if not isinstance(value, (str, type(None))) or value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+        raise TypeError(f"ratio must be a number; got {type(ratio).__name__}")
+    if not 0 < ratio < 1:
+        raise ValueError(f"ratio must be between 0 and 1, both excluded; got {ratio}")
+    if isinstance(exponent, bool) or not isinstance(exponent, (int, float)):
+        raise TypeError(f"exponent must be a number; got {type(exponent).__name__}")
+    if not 0 <= exponent < math.inf:
+        raise ValueError(f"exponent must be finite and not negative; got {exponent}")
+    for name, value in (("group_size", group_size), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
+    if group_size < 1:  # type: ignore[operator]
+        raise ValueError(f"group_size must be at least 1; got {group_size}")
+
+
+def _check_model(model: nn.Module, architecture: Architecture) -> None:
+    compressed = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+    if compressed:
+        raise ValueError(f"model is compressed already: {compressed[0]} is a LowRankLinear; start from the dense model")
+    present = getattr(getattr(model, "config", None), "quantization_config", None)
+    if present is not None and getattr(present, "quant_method", None) != "freqrank":
+        raise ValueError(f"model is quantized by another method: {present}; start from the model in full precision")
+    for layer in range(len(architecture.blocks)):
+        for role, path in architecture.roles.items():
+            weight = architecture.linear(layer, role).weight
+            name = architecture.full_name(layer, path)
+            if weight.is_meta:
+                raise ValueError(f"{name} has no data (meta device): load the model without offloading to disk")
+            if not weight.dtype.is_floating_point or weight.element_size() < 2:
+                raise TypeError(f"{name} must have a floating-point weight of 16 bits or more; got {weight.dtype}")
+            if not bool(weight.isfinite().all()):
+                raise ValueError(f"{name} has NaN or Inf in its weight")
+
+
+def _warn_if_few(report: CompressionReport, groups: Sequence[_Group], architecture: Architecture) -> None:
+    largest = max(groups, key=lambda group: group.shape.inputs)
+    if report.tokens < largest.shape.inputs:
+        site = largest.sites[0]
+        note = (
+            f"calibration has {report.tokens} tokens, fewer than the {largest.shape.inputs} rows of the largest Gram "
+            f"matrix (the input of {architecture.full_name(site.layer, architecture.roles[site.role])}); the "
+            "compressed model may fit these tokens only"
+        )
+        warnings.warn(note, stacklevel=3)
+        report.notes.append(note)
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+
+def _group(architecture: Architecture, shares: bool, group_size: int, share: str) -> list[_Group]:
+    """The linears of the model in groups that get one basis each, ordered by the last block they need."""
+    source = {role: group[0] for group in architecture.inputs for role in group}
+    siblings = {role for group in architecture.inputs if len(group) > 1 for role in group}
+    shared = (architecture.shared_roles() if share == "layers" else siblings) if shares else frozenset()
+    span = 1 if share == "modules" else group_size
+    buckets: dict[tuple[Any, ...], list[_Site]] = {}
+    for layer in range(len(architecture.blocks)):
+        for role in architecture.roles:
+            linear = architecture.linear(layer, role)
+            key: tuple[Any, ...]
+            if role not in shared:
+                key = (layer, role)
+            elif share == "layers":  # linears of another shape, should an architecture have them, stay apart
+                key = ("shared", layer // span, role, *linear.weight.shape)
+            else:
+                key = ("shared", layer // span, source[role], linear.in_features)
+            buckets.setdefault(key, []).append(_Site(layer, role, source[role]))
+    groups = []
+    for sites in buckets.values():
+        linears = [architecture.linear(site.layer, site.role) for site in sites]
+        groups.append(_Group(sites, Shape(linears[0].in_features, sum(linear.out_features for linear in linears))))
+    return sorted(groups, key=lambda group: group.layers[-1])
+
+
+# --- the work ---------------------------------------------------------------------------------------------------------
+
+
+class _Work:
+    """Streams the calibration tokens through the model and decomposes each group once its statistics are there."""
+
+    def __init__(
+        self, architecture: Architecture, batches: Sequence[Batch], rule: Method, groups: Sequence[_Group], tokens: int
+    ) -> None:
+        self.architecture, self.batches, self.rule, self.groups, self.tokens = (
+            architecture, batches, rule, groups, tokens,
+        )  # fmt: skip
+        self.grams: dict[tuple[int, str], Tensor] = {}
+
+    def spectra(self, advance: Any) -> list[Tensor]:
+        """Squared singular values of each group."""
+        found: dict[int, Tensor] = {}
+        stream = BlockStream(self.architecture, self.batches)
+        for layer in range(len(self.architecture.blocks)):
+            self._collect(stream)
+            for group in self._complete(layer):
+                weights, metric, _ = self._metric(group)
+                found[id(group)] = squared_singular_values(weights, metric.gram, metric.block_weights)
+            self._release(layer)
+            advance(f"block {layer}: spectra")
+        return [found[id(group)] for group in self.groups]
+
+    def factor(self, how: str | None, advance: Any) -> None:
+        """Factors and report of every group."""
+        stream = BlockStream(self.architecture, self.batches)
+        prefix = _PrefixRefit(self.architecture, self.batches, how) if how in ("sequential", "cross") else None
+        waiting: list[_Group] = []
+        for layer in range(len(self.architecture.blocks)):
+            self._collect(stream)
+            for group in self._complete(layer):
+                self._factor(group, own=how == "own", measure=prefix is None)
+                waiting.append(group)
+            advance(f"block {layer}")
+            if prefix is not None:
+                while prefix.layer <= layer and all(
+                    group.report is not None for group in self.groups if prefix.layer in group.layers
+                ):
+                    prefix.block([group for group in waiting if prefix.layer in group.layers])
+                    advance(f"block {prefix.layer - 1}: refit")
+                for group in [group for group in waiting if group.layers[-1] < prefix.layer]:
+                    self._measure(group)
+                    waiting.remove(group)
+            self._release(layer if prefix is None else prefix.layer - 1)
+
+    def _collect(self, stream: BlockStream) -> None:
+        """Gram matrices of the next block's inputs."""
+        layer, grams = stream.layer, Grams()
+        stream.advance(grams.add)
+        for group in self.architecture.inputs:
+            name = self.architecture.full_name(layer, self.architecture.roles[group[0]])
+            if group[0] not in grams.of:
+                raise ValueError(f"{name} did not run on the calibration tokens, so nothing is known about its input")
+            if not grams.is_finite(group[0]):
+                raise ValueError(f"the input of {name} has NaN or Inf on the calibration tokens")
+            self.grams[layer, group[0]] = grams.of[group[0]]
+
+    def _complete(self, layer: int) -> list[_Group]:
+        return [group for group in self.groups if group.layers[-1] == layer]
+
+    def _release(self, layer: int) -> None:
+        """Drop the Gram matrices that no group beyond this block needs."""
+        needed = {key for group in self.groups if group.layers[-1] > layer for key in group.inputs}
+        self.grams = {key: gram for key, gram in self.grams.items() if key in needed}
+
+    def _weight(self, site: _Site) -> Tensor:
+        return self.architecture.linear(site.layer, site.role).weight.detach().double().mT
+
+    def _metric(self, group: _Group) -> tuple[list[Tensor], Metric, list[Tensor]]:
+        weights = [self._weight(site) for site in group.sites]
+        device = weights[0].device
+        weights = [weight.to(device) for weight in weights]
+        grams = [self.grams[layer, group.sites[0].source].to(device) for layer in group.layers]
+        index = [group.layers.index(site.layer) for site in group.sites]
+        return weights, self.rule.metric(grams, self.tokens, weights, index), grams
+
+    def _factor(self, group: _Group, own: bool, measure: bool) -> None:
+        weights, metric, grams = self._metric(group)
+        shape = group.shape
+        kind = self.rule.scale if self.rule.scale != "none" else "trace"
+        scales = [input_scale(gram, self.tokens, kind) for gram in grams]
+        traces = [a * float(gram.trace()) for a, gram in zip(metric.alpha, grams, strict=True)]
+        layers = []
+        factors = None if group.rank is None else factorize(weights, metric.gram, group.rank, metric.block_weights)
+        if factors is None:
+            energy = [
+                squared_error(w * b, w, metric.gram)[1] * b * b
+                for w, b in zip(weights, metric.block_weights, strict=True)
+            ]
+        else:
+            energy = factors.energy
+            group.basis = factors.basis
+            group.coefficients = dict(zip(group.sites, factors.coefficients, strict=True))
+        for i, site in enumerate(group.sites):
+            at = group.layers.index(site.layer)
+            size = weights[i].numel()
+            lost = 0.0 if factors is None else factors.lost[i]
+            layers.append(
+                LayerReport(
+                    module=self.architecture.full_name(site.layer, self.architecture.roles[site.role]),
+                    layer=site.layer,
+                    role=site.role,
+                    rank=group.rank,
+                    predicted_error=_relative(lost, energy[i]),
+                    error=0.0,
+                    input_scale=scales[at],
+                    alpha=metric.alpha[at],
+                    block_weight=metric.block_weights[i],
+                    input_share=_share(traces[at], traces),
+                    output_share=_share(energy[i], energy),
+                    parameters_before=size,
+                    parameters_after=size if group.rank is None else group.rank * weights[i].shape[1],
+                )
+            )
+            if own and factors is not None:
+                group.coefficients[site] = refit(
+                    factors.basis, factors.coefficients[i], grams[at], grams[at] @ weights[i]
+                )
+        element = self.architecture.linear(group.sites[0].layer, group.sites[0].role).weight.element_size()
+        after = shape.dense if group.rank is None else group.rank * shape.per_rank
+        group.report = GroupReport(
+            rank=group.rank,
+            full_rank=min(shape.inputs, shape.outputs),
+            predicted_error=0.0 if factors is None else _relative(
+                float(factors.spectrum[group.rank :].sum()), float(factors.spectrum.sum())
+            ),
+            measured_error=0.0,
+            whitening="none" if factors is None else factors.whitening,
+            damping=0.0 if factors is None else factors.damping,
+            parameters_before=shape.dense,
+            parameters_after=after,
+            bytes_before=shape.dense * element,
+            bytes_after=after * element,
+            layers=layers,
+        )  # fmt: skip
+        if measure:
+            self._measure(group)
+
+    def _measure(self, group: _Group) -> None:
+        """Errors of the factors as they will be stored."""
+        if group.rank is None:
+            return
+        assert group.report is not None
+        weights, metric, grams = self._metric(group)
+        lost = total = 0.0
+        for i, (site, weight) in enumerate(zip(group.sites, weights, strict=True)):
+            basis, coefficient = self._stored(group, site)
+            product = basis.double().mT @ coefficient.double().mT
+            group.report.layers[i].error = _relative(
+                *squared_error(weight, product, grams[group.layers.index(site.layer)])
+            )
+            error, energy = squared_error(weight, product, metric.gram)
+            lost += error * metric.block_weights[i] ** 2
+            total += energy * metric.block_weights[i] ** 2
+        group.report.measured_error = _relative(lost, total)
+
+    def _stored(self, group: _Group, site: _Site) -> tuple[Tensor, Tensor]:
+        return _stored(group, site, self.architecture)
+
+
+def _stored(group: _Group, site: _Site, architecture: Architecture) -> tuple[Tensor, Tensor]:
+    """Basis [rank, in] and coefficient [out, rank] in the model's dtype, on the linear's device."""
+    assert group.basis is not None
+    weight = architecture.linear(site.layer, site.role).weight
+    basis, coefficient = (
+        t.mT.to(weight.device, weight.dtype).contiguous() for t in (group.basis, group.coefficients[site])
+    )
+    if not bool(basis.isfinite().all() & coefficient.isfinite().all()):
+        raise ValueError(
+            f"the factors of {architecture.full_name(site.layer, architecture.roles[site.role])} do not fit into "
+            f"{weight.dtype}; convert the model to float32 or bfloat16 first"
+        )
+    return basis, coefficient
+
+
+def _relative(part: float, whole: float) -> float:
+    return math.sqrt(max(part, 0.0) / whole) if whole > 0 else 0.0
+
+
+def _share(part: float, parts: Sequence[float]) -> float:
+    return part / sum(parts) if sum(parts) > 0 else 1 / len(parts)
+
+
+class _PrefixRefit:
+    """Fits coefficients again, block by block, to the inputs that they get from the compressed blocks before."""
+
+    def __init__(self, architecture: Architecture, batches: Sequence[Batch], how: str | None) -> None:
+        self.architecture, self.how = architecture, how
+        self.original = BlockStream(architecture, batches)
+        self.compressed = BlockStream(architecture, batches)
+
+    @property
+    def layer(self) -> int:
+        """The block that comes next."""
+        return self.compressed.layer
+
+    def block(self, groups: Sequence[_Group]) -> None:
+        """Refit one block's linears, one input after the other, and move on to the next block."""
+        block = copy.deepcopy(self.architecture.blocks[self.layer])
+        for roles in self.architecture.inputs:
+            sites = [
+                (group, site)
+                for group in groups
+                for site in group.sites
+                if site.layer == self.layer and site.role in roles and group.rank is not None
+            ]
+            if not sites:
+                continue
+            gram, cross = self._statistics(block, roles[0])
+            for group, site in sites:
+                linear = self.architecture.linear(site.layer, site.role)
+                weight = linear.weight.detach().double().mT
+                assert group.basis is not None
+                group.coefficients[site] = refit(
+                    group.basis.to(gram.device), group.coefficients[site].to(gram.device), gram, cross @ weight
+                )
+                basis, coefficient = _stored(group, site, self.architecture)
+                factors = LowRankLinear.from_factors(basis, coefficient, linear.bias)
+                block.set_submodule(self.architecture.roles[site.role], factors)
+        self.original.advance()
+        self.compressed.advance(block=block)
+
+    def _statistics(self, block: nn.Module, source: str) -> tuple[Tensor, Tensor]:
+        """X'^T X' and X'^T X, X' the input in the compressed model and X ("cross") the original one; else X' too."""
+        grams = Grams()
+        for i in range(len(self.compressed)):
+            x = self._input(self.compressed, block, i, source)
+            grams.add("gram", x)
+            if self.how == "cross":
+                grams.add("cross", x, self._input(self.original, None, i, source))
+        return grams.of["gram"], grams.of.get("cross", grams.of["gram"])
+
+    @staticmethod
+    def _input(stream: BlockStream, block: nn.Module | None, i: int, source: str) -> Tensor:
+        seen: dict[str, Tensor] = {}
+        with stream.runner(block) as run:
+            run(i, lambda role, x: seen.__setitem__(role, x))
+        return seen[source]
+
+
+# --- the result -------------------------------------------------------------------------------------------------------
+
+
+def _count(report: CompressionReport, groups: Sequence[_Group], architecture: Architecture) -> None:
+    report.groups = [group.report for group in groups if group.report is not None]
+    for name in ("parameters_before", "parameters_after", "bytes_before", "bytes_after"):
+        setattr(report, name, sum(getattr(group, name) for group in report.groups))
+    report.block_ratio = 1 - report.parameters_after / report.parameters_before
+    assert report.parameters_after <= kept(report.settings["ratio"]) * report.parameters_before
+
+
+def _notes(groups: Sequence[_Group]) -> list[str]:
+    reports = [group.report for group in groups if group.report is not None]
+    notes = []
+    dense = [layer.module for group in reports if group.rank is None for layer in group.layers]
+    if dense:
+        notes.append(f"left dense, since their factors would cost as much: {', '.join(dense)}")
+    eigh = [group.layers[0].module for group in reports if group.whitening == "eigh"]
+    if eigh:
+        notes.append(f"singular beyond any damping, so whitened by eigenvalues: {', '.join(eigh)}")
+    return notes
+
+
+def _size(model: nn.Module) -> tuple[int, int]:
+    """Parameters and bytes; what several modules share counts once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _convert(model: nn.Module, architecture: Architecture, groups: Sequence[_Group], settings: dict[str, Any]) -> None:
+    """Put the factors into the model and the settings into its config; on failure put everything back."""
+    spec_groups, new = [], {}
+    for group in groups:
+        if group.rank is None:
+            continue
+        names, shared = [], None
+        for site in group.sites:
+            linear = architecture.linear(site.layer, site.role)
+            basis, coefficient = _stored(group, site, architecture)
+            if shared is None:
+                shared = nn.Parameter(basis, requires_grad=linear.weight.requires_grad)
+            weight = nn.Parameter(coefficient, requires_grad=linear.weight.requires_grad)
+            name = architecture.full_name(site.layer, architecture.roles[site.role])
+            new[name] = LowRankLinear.from_factors(shared, weight, linear.bias).train(linear.training)
+            names.append(name)
+        spec_groups.append({"modules": names, "rank": group.rank})
+    old = {name: model.get_submodule(name) for name in new}
+    try:
+        for name, module in new.items():
+            model.set_submodule(name, module)
+        if hasattr(model, "config"):
+            from freqrank.models.quantizer import attach
+
+            attach(model, lowrank={"groups": spec_groups, **settings})
+    except BaseException:
+        for name, module in old.items():
+            model.set_submodule(name, module)
+        raise

@@ -1,0 +1,95 @@
+"""Runs a decoder one block at a time over the calibration tokens, so that one block's activations are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freqrank.lowrank.statistics import Batch, observe
+from freqrank.models.architectures import Architecture
+
+
+class BlockStream:
+    """The hidden states of every batch before one decoder block, and the step to the next.
+
+    The model's own decoder is called for each step with every other block patched to hand its input on: so a block gets
+    the masks, positions and whatever else its architecture gives it, and none of that is kept.
+    """
+
+    def __init__(self, architecture: Architecture, batches: Sequence[Batch]) -> None:
+        self.architecture = architecture
+        self.batches = batches
+        self.layer = 0  # the block that comes next
+        self._hidden: list[Tensor | None] = [None] * len(batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @contextmanager
+    def runner(self, block: nn.Module | None = None) -> Iterator[Callable[..., Tensor]]:
+        """``run(i, callback=None)``: batch i through the next block (or ``block`` in its place), giving its output.
+
+        ``callback(role, x)`` gets the input x [tokens, features], padding left out, of each of the architecture's
+        inputs, under the name of the first role that reads it.
+        """
+        real = self.architecture.blocks[self.layer]
+        block = real if block is None else block
+        roles = {group[0]: self.architecture.roles[group[0]] for group in self.architecture.inputs}
+        observed = {role: block.get_submodule(path) for role, path in roles.items()}
+        # accelerate puts a forward of its own on the instance: what was there comes back afterwards
+        before = {module: module.__dict__.get("forward") for module in self.architecture.blocks}
+        forward = block.forward
+        device = next(self.architecture.decoder.parameters()).device
+
+        def run(i: int, callback: Callable[[str, Tensor], object] | None = None) -> Tensor:
+            batch, result = self.batches[i], []
+
+            def step(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                stored = self._hidden[i]
+                output = forward(hidden if stored is None else stored, *args, **kwargs)
+                result.append(output[0] if isinstance(output, tuple) else output)
+                return result[0]
+
+            real.forward = step
+            mask = None if batch.mask is None else batch.mask.long().to(device)
+            with observe(observed if callback is not None else {}, callback or (lambda *_: None), batch.mask):
+                self.architecture.decoder(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
+            return result[0]
+
+        try:
+            for module in self.architecture.blocks:
+                module.forward = _hand_on
+            yield run
+        finally:
+            for module, original in before.items():
+                module.__dict__.pop("forward", None)
+                if original is not None:
+                    module.forward = original
+
+    def advance(self, callback: Callable[[str, Tensor], object] | None = None, block: nn.Module | None = None) -> None:
+        """Move every batch through the next block, or ``block`` in its place."""
+        with self.runner(block) as run:
+            for i in range(len(self)):
+                self._hidden[i] = run(i, callback)
+        self.layer += 1
+
+
+def _hand_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; each module's own mode comes back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

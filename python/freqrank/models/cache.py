@@ -1,0 +1,129 @@
+"""The cache of a linear-attention layer: one state of fixed size and a token count, inside a transformers ``Cache``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
+
+from freqrank.ops import LinearAttentionState
+
+
+class LinearStateLayer(LinearAttentionLayer, DynamicLayer):
+    """State [B, H, K, V] of one layer and the number of tokens that went into it.
+
+    A ``LinearAttentionLayer`` for its state, so that it counts as one wherever transformers asks, and a
+    ``DynamicLayer`` for its length, which ``generate`` asks any Llama-like model's cache for.
+    :func:`linear_cache_layer` puts it into the cache that a model is called with, so that ``config.layer_types``
+    stays the base model's.
+    """
+
+    is_compileable = False
+    is_croppable = False  # type: ignore[assignment]  # a property of LinearAttentionLayer
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        DynamicLayer.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=1)
+        self.length = 0
+
+    @property
+    def state(self) -> LinearAttentionState | None:
+        """What the tokens so far left, or None before the first."""
+        return LinearAttentionState(self._kv, None) if self.is_initialized else None
+
+    @property
+    def _kv(self) -> Tensor:
+        kv = self.recurrent_states[0]
+        assert kv is not None
+        return kv
+
+    @_kv.setter
+    def _kv(self, kv: Tensor) -> None:
+        self.recurrent_states[0] = kv
+
+    def advance(self, state: LinearAttentionState, tokens: int) -> None:
+        """Keep ``state`` as it is after ``tokens`` more tokens."""
+        self._kv = state.kv
+        self.is_recurrent_states_initialized[0] = self.has_previous_state[0] = self.is_initialized = True
+        self.dtype, self.device = state.kv.dtype, state.kv.device
+        self.length += tokens
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise RuntimeError(
+            "this cache layer holds a linear-attention state and cannot take keys and values: the cache was used by a "
+            "linearised model; give the softmax model a cache of its own"
+        )
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def offload(self) -> None:
+        LinearAttentionLayer.offload(self)
+
+    def prefetch(self) -> None:
+        LinearAttentionLayer.prefetch(self)
+
+    def reset(self) -> None:
+        """Forget every token. The state is dropped, not zeroed: somebody may hold it."""
+        self.__init__()  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._kv = self._kv.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            self._kv = self._kv[indices]
+
+    def activate_past_recording(self) -> None:
+        raise RuntimeError(
+            "assisted decoding needs a cache that can go back, and a linear-attention state keeps no past to go back "
+            "to; generate without an assistant, or keep the layers softmax"
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise RuntimeError(
+                f"crop({tokens_to_remove}): a linear-attention state cannot forget its last tokens, they are summed "
+                "into it; copy.deepcopy the cache before going on, and go back to the copy"
+            )
+
+
+def linear_cache_layer(cache: Cache, layer_idx: int) -> LinearStateLayer:
+    """The state layer at ``layer_idx`` of ``cache``, put there at first use in place of the layer that was there.
+
+    Works in ``DynamicCache``, ``StaticCache`` and any other ``Cache`` made of layers; only the place is taken over,
+    since a state has the same size however long the text.
+
+    Raises:
+        TypeError: ``cache`` is not made of layers.
+        ValueError: the layer already holds keys and values, so the tokens behind them are lost to a state.
+    """
+    layers = getattr(cache, "layers", None)
+    if not isinstance(cache, Cache) or layers is None:
+        raise TypeError(f"past_key_values must be a transformers Cache made of layers; got {type(cache).__name__}")
+    while len(layers) <= layer_idx:
+        layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]  # set wherever layers are made lazily
+    layer = layers[layer_idx]
+    if isinstance(layer, LinearStateLayer):
+        return layer
+    filled = layer.get_seq_length()
+    if torch.compiler.is_compiling() or int(filled) == 0:
+        layers[layer_idx] = LinearStateLayer()
+        return layers[layer_idx]
+    raise ValueError(
+        f"past_key_values.layers[{layer_idx}] already holds keys and values of {int(filled)} tokens, which a linear "
+        "layer cannot take over: the cache was filled by a softmax model; start from an empty cache"
+    )

@@ -1,0 +1,150 @@
+"""Make the bundled linearised twin: convert the bundled base model and recover it by distillation, on a CPU.
+
+    python checkpoints/train_linear.py --minutes 40 --output python/freqrank/bundled/linear
+
+Seeded; the schedule is a function of the step alone, so `--steps N` repeats a run on the same machine and Python.
+The log, one JSON object a line, goes to --log. The layer's options and the training's settings are also in the saved
+config.json: they are chosen for a small model and few tokens, and are not all the released ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from freqrank import distill, linearize
+from freqrank.attention.distillation import TrainingReport, validation_loss
+from freqrank.data import stdlib_bytes, windows
+from torch import Tensor, nn
+from train_base import Muon
+from transformers import AutoModelForCausalLM
+
+
+class RandomWindows:
+    """Endless batches of random windows of a text; each pass starts from the same seed."""
+
+    def __init__(self, text: Tensor, length: int, batch: int, seed: int) -> None:
+        self.text, self.length, self.batch, self.seed = text, length, batch, seed
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        offsets = torch.arange(self.length)
+        while True:
+            starts = torch.randint(0, self.text.numel() - self.length, (self.batch, 1), generator=generator)
+            yield self.text[starts + offsets]
+
+
+def optimizers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
+    """Muon on the matrices of the blocks, AdamW on everything else, as the base model was trained."""
+    matrices = [
+        p
+        for n, p in model.named_parameters()
+        if p.dim() == 2 and not any(part in n for part in ("embed", "lm_head", "_factors"))
+    ]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [Muon(matrices, lr=muon_lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", type=Path, default=Path("python/freqrank/bundled/base"))
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--minutes", type=float, default=None, help="choose --steps so that training takes this long")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--muon-lr", type=float, default=3e-3)
+    parser.add_argument("--kl-weight", type=float, default=1.0)
+    parser.add_argument("--hidden-weight", type=float, default=1.0)
+    parser.add_argument("--feature-map", default="dijiang")
+    parser.add_argument("--norm-groups", default="heads")
+    parser.add_argument("--gate", default="open")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--position-table", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("python/freqrank/bundled/linear"))
+    parser.add_argument("--log", type=Path, default=Path("checkpoints/train_linear.jsonl"))
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    teacher = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
+    teacher.requires_grad_(False)
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    conversion = linearize(
+        student,
+        feature_map=args.feature_map,
+        seed=args.seed,
+        norm_groups=args.norm_groups,
+        gate=args.gate,
+        temperature=args.temperature,
+        position_table=args.position_table,
+    )
+    validation = windows(stdlib_bytes("validation"), args.context, 64, seed=1)
+    data = RandomWindows(stdlib_bytes("train"), args.context, args.batch, args.seed)
+
+    def recover(model: nn.Module, steps: int, **more: object) -> TrainingReport:
+        return distill(
+            model,
+            teacher,
+            data,
+            recipe="distill",
+            steps=steps,
+            batch_size=args.batch,
+            lr=args.lr,
+            kl_weight=args.kl_weight,
+            hidden_weight=args.hidden_weight,
+            optimizer=lambda m: optimizers(m, args.lr, args.muon_lr),
+            schedule=lambda step: min(1.0, (step + 1) / 100) * min(1.0, 1.4 * (1 - step / steps)),
+            seed=args.seed,
+            progress=False,
+            **more,
+        )
+
+    args.log.parent.mkdir(parents=True, exist_ok=True)
+    with args.log.open("w") as log:
+
+        def write(**row: object) -> None:
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            print(row, flush=True)
+
+        write(
+            **{name: value if isinstance(value, (int, float, str)) else str(value) for name, value in
+            vars(args).items()}, conversion=conversion.to_dict(), teacher_validation=round(validation_loss(teacher,
+            validation), 4), python=platform.python_version(), torch=torch.__version__,
+            transformers=transformers.__version__, threads=torch.get_num_threads(),
+        )  # fmt: skip
+        steps = args.steps
+        if args.minutes:
+            trial = copy.deepcopy(student)
+            recover(trial, 2)
+            start = time.perf_counter()
+            recover(trial, 10)
+            steps = max(100, int(args.minutes * 60 / ((time.perf_counter() - start) / 10)))
+            write(steps=steps)
+
+        def on_step(done: int, report: TrainingReport) -> None:
+            if done % 50 == 0 or done == steps:
+                recent = report.next_token[-50:]
+                row = {"step": done, "seconds": round(report.seconds, 1), "train": round(sum(recent) / len(recent), 4)}
+                if report.validation and report.validation[-1][0] == done:
+                    row["validation"] = round(report.validation[-1][1], 4)
+                write(**row)
+
+        recover(student, steps, validation=validation, validate_every=250, on_step=on_step)
+        student = student.to(torch.bfloat16)
+        student.save_pretrained(args.output)
+        rounded = validation_loss(student.float(), validation)
+        write(saved=str(args.output), validation_after_bf16=round(rounded, 4))
+
+
+if __name__ == "__main__":
+    main()

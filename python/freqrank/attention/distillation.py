@@ -214,10 +214,10 @@ def distill(
     """Train a converted model in place until it is of use again.
 
     Recipe "released": next-token cross-entropy on all parameters, AdamW (betas 0.9, 0.95), weight decay 0.1, a cosine
-    schedule with warm-up, gradients clipped to norm 1 (the released script of arXiv 2403.19928; its learning rate
-    is 3e-4 for 70 M parameters, small models want more). Recipe "distill" adds ``kl_weight`` times
-    KL(teacher || student) of the next-token distributions, and ``hidden_weight`` times the relative distance of the hidden states; during the
-    first ``align_steps`` steps only the latter counts.
+    schedule with warm-up, gradients clipped to norm 1 (the released script of arXiv 2403.19928; its learning rate is
+    3e-4 for 70 M parameters, small models want more). Recipe "distill" adds ``kl_weight`` times KL(teacher || student)
+    of the next-token distributions, and ``hidden_weight`` times the relative distance of the hidden states; during
+    the first ``align_steps`` steps only the latter counts.
 
     Args:
         student: the model to train; called as ``model(input_ids=..., attention_mask=..., use_cache=False)``.

@@ -116,10 +116,7 @@ class LowRankLinear(nn.Linear):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        basis, weight = self.basis, self.weight
-        if basis.device != weight.device:  # a group that a device map has spread over several devices
-            return F.linear(F.linear(input.to(basis.device), basis).to(weight.device), weight, self.bias)
-        return F.linear(F.linear(input, basis), weight, self.bias)
+        return F.linear(F.linear(input, self.basis), self.weight, self.bias)
 
     @torch.no_grad()
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -130,7 +127,7 @@ class LowRankLinear(nn.Linear):
         >>> torch.allclose(layer(x), x @ layer.dense_weight(torch.float64).T)
         True
         """
-        return self.weight.to(dtype) @ self.basis.to(self.weight.device, dtype)
+        return self.weight.to(dtype) @ self.basis.to(dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -55,8 +56,12 @@ class FreqrankConfig(QuantizationConfigMixin):
         self.format = format
         self.lowrank = _json_copy("lowrank", lowrank)
         self.linear_attention = _json_copy("linear_attention", linear_attention)
-        if self.lowrank is not None and not isinstance(self.lowrank.get("groups"), list):
-            raise ValueError(f"lowrank must hold a list 'groups', got {self.lowrank.get('groups')!r}")
+        if self.lowrank is not None:
+            groups = self.lowrank.get("groups")
+            for group in groups if isinstance(groups, list) else [groups]:
+                if not isinstance(group, dict) or not {"modules", "rank"} <= group.keys():
+                    expected = "'groups', a list of {'modules': [name, ...], 'rank': k}"
+                    raise ValueError(f"lowrank must hold {expected}; got {group!r:.200}")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a new dictionary, without the conversions that were not made."""
@@ -206,11 +211,16 @@ def _check_files(model: Any, files: Sequence[str], dense: Mapping[str, tuple[int
     for target, source in model.all_tied_weights_keys.items():
         if source in stored:
             stored.setdefault(target, stored[source])
+    same_class = type(model).__name__ in (model.config.architectures or ())
+    if same_class and expected.keys() <= stored.keys():
+        ignored = "|".join(model._keys_to_ignore_on_load_unexpected or ()) or "(?!)"
+        left_over = sorted(name for name in stored.keys() - expected.keys() if not re.search(ignored, name))
+        if left_over:
+            raise ValueError(f"config.json and weights disagree: the config says nothing of {_some(left_over)}")
     lowrank = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LowRankLinear))
     ours = {name for name, shape in expected.items() if dense.get(name) != shape or name.startswith(lowrank)}
     # Other tensors may be stored under other names (transformers converts them), then some name is left over; and a
     # class with a new head draws that at random, rightly.
-    same_class = type(model).__name__ in (model.config.architectures or ())
     required = ours
     if stored.keys() <= expected.keys():
         required = {n for n in expected if n in ours or same_class or n.startswith(prefix) or model.base_model is model}

@@ -68,8 +68,15 @@ def register() -> None:
         sys.meta_path.insert(0, _finder)
 
 
+def _supported() -> bool:
+    """Whether this transformers is one that models can be loaded with; an older one must still import as ever."""
+    return int(sys.modules["transformers"].__version__.split(".")[0]) >= 5
+
+
 def _register_config(module: ModuleType) -> None:
     """Lock and unlock where a config is written to and read from JSON, for all config classes at once."""
+    if not _supported():
+        return
     base: Any = module.PreTrainedConfig
     if getattr(base, "_freqrank_locks", False):
         return
@@ -93,7 +100,8 @@ def _register_config(module: ModuleType) -> None:
 
 
 def _register_quantizer(module: ModuleType) -> None:
-    importlib.import_module("freqrank.models.quantizer")  # registers itself
+    if _supported():
+        importlib.import_module("freqrank.models.quantizer")  # registers itself
 
 
 _ACTIONS: dict[str, Callable[[ModuleType], None]] = {

@@ -221,8 +221,8 @@ def cholesky_ex(A: Tensor, *, upper: bool = False, check_errors: bool = False) -
     Returns:
         A named tuple (L, info). ``L`` [..., n, n] is zero in the other triangle. ``info`` [...] int32 is 0, or the
         order of the first leading minor that is not positive definite; NaN in the triangle that is read gives
-        ``info > 0``. A matrix that fails leaves the others alone; of its own factor only the leading ``info - 1`` rows and
-        columns are meaningful, the rest is finished partly or not at all.
+        ``info > 0``. A matrix that fails leaves the others alone; of its own factor only the leading ``info - 1`` rows
+        and columns are meaningful, the rest is finished partly or not at all.
 
     Differentiable any number of times; the gradient is symmetric. On the CPU every order, single large matrices
     included, uses the library's own blocked factorisation; nothing is handed to LAPACK.

@@ -7,6 +7,11 @@ STABLE_TORCH_LIBRARY(freqrank, m) {
   m.def("cpu_isa() -> str");
 
   // dct
+  // Along each of `dims` (not negative, distinct): crop or zero-pad to `lengths`, transform, crop or zero-pad to
+  // `sizes`. norm, in_ends, out_ends as in dct/dct.h. The result is contiguous.
+  m.def(
+      "dct(Tensor x, int[] dims, SymInt[] lengths, SymInt[] sizes, int type, int norm, int in_ends, int out_ends) "
+      "-> Tensor");
 
   // linear_attention
   m.def(

@@ -1,7 +1,9 @@
 """The public ops: thin Python functions over the native library, with checks, fakes and autograd."""
 
 from freqrank.ops._checks import set_checks
+
 # transforms
+from freqrank.ops.transforms import dct, dctn, idct, idctn
 # attention
 from freqrank.ops.attention import (
     LinearAttentionState,
@@ -26,6 +28,10 @@ from freqrank.ops.linalg import (
 __all__ = [
     "set_checks",
     # transforms
+    "dct",
+    "dctn",
+    "idct",
+    "idctn",
     # attention
     "LinearAttentionState",
     "dijiang_attention",

@@ -9,6 +9,115 @@ from torch import Tensor
 
 # --- transforms ---------------------------------------------------------------------------------------------------
 
+
+def _cosines(k: Tensor, n: Tensor, period: int) -> Tensor:
+    """cos(2 pi k n / period) for every pair, the product reduced as an integer."""
+    turns = (k[:, None] * n[None, :]) % period
+    return torch.cos(2 * torch.pi * turns.double() / period)
+
+
+def dct_matrix(type: int, n: int, norm: str | None = None, orthogonalize: bool | None = None) -> Tensor:
+    """The n x n matrix that :func:`scipy.fft.dct` of this type multiplies a column with."""
+    if orthogonalize is None:
+        orthogonalize = norm == "ortho"
+    i = torch.arange(n)
+    if type == 1:
+        matrix = 2 * _cosines(i, i, 2 * (n - 1))
+        ends = torch.ones(n, dtype=torch.float64)
+        ends[0] = ends[-1] = 0.5
+        matrix = ends.sqrt()[:, None] * matrix * ends.sqrt() if orthogonalize else matrix * ends
+    elif type == 2:
+        matrix = 2 * _cosines(i, 2 * i + 1, 4 * n)
+        if orthogonalize:
+            matrix[0] /= 2**0.5
+    elif type == 3:
+        matrix = 2 * _cosines(2 * i + 1, i, 4 * n)
+        matrix[:, 0] /= 2**0.5 if orthogonalize else 2
+    else:
+        matrix = 2 * _cosines(2 * i + 1, 2 * i + 1, 8 * n)
+    period = 2 * (n - 1 if type == 1 else n)
+    return matrix / {None: 1, "backward": 1, "ortho": period**0.5, "forward": period}[norm]
+
+
+def _dct(
+    x: Tensor, type: int, s: list[int], dims: list[int], norm: str | None, orthogonalize: bool | None, inverse: bool
+) -> Tensor:
+    x = x.double()
+    if inverse:
+        orthogonalize = norm == "ortho" if orthogonalize is None else orthogonalize
+        type = {1: 1, 2: 3, 3: 2, 4: 4}[type]
+        norm = {None: "forward", "backward": "forward", "ortho": "ortho", "forward": "backward"}[norm]
+    for n, dim in zip(s, dims, strict=True):
+        row = x.movedim(dim, -1)
+        row = torch.nn.functional.pad(row, (0, n - row.shape[-1]))
+        x = (row @ dct_matrix(type, n, norm, orthogonalize).T).movedim(-1, dim)
+    return x
+
+
+def dct(
+    x: Tensor,
+    type: int = 2,
+    n: int | None = None,
+    dim: int = -1,
+    norm: str | None = None,
+    *,
+    orthogonalize: bool | None = None,
+) -> Tensor:
+    """:func:`freqrank.dct` by the dense matrix."""
+    return _dct(x, type, [x.shape[dim] if n is None else n], [dim], norm, orthogonalize, False)
+
+
+def idct(
+    x: Tensor,
+    type: int = 2,
+    n: int | None = None,
+    dim: int = -1,
+    norm: str | None = None,
+    *,
+    orthogonalize: bool | None = None,
+) -> Tensor:
+    """:func:`freqrank.idct` by the dense matrix."""
+    return _dct(x, type, [x.shape[dim] if n is None else n], [dim], norm, orthogonalize, True)
+
+
+def _shape(x: Tensor, s: object, dim: object) -> tuple[list[int], list[int]]:
+    lengths = [s] if isinstance(s, int) else s
+    dims = [dim] if isinstance(dim, int) else dim
+    if dims is None:
+        dims = range(x.dim()) if lengths is None else range(x.dim() - len(lengths), x.dim())  # type: ignore[arg-type]
+    dims = list(dims)  # type: ignore[call-overload]
+    sizes = [x.shape[d] for d in dims]
+    if lengths is None:
+        return sizes, dims
+    return [size if n == -1 else n for n, size in zip(lengths, sizes, strict=True)], dims  # type: ignore[call-overload]
+
+
+def dctn(
+    x: Tensor,
+    type: int = 2,
+    s: object = None,
+    dim: object = None,
+    norm: str | None = None,
+    *,
+    orthogonalize: bool | None = None,
+) -> Tensor:
+    """:func:`freqrank.dctn` by dense matrices."""
+    return _dct(x, type, *_shape(x, s, dim), norm, orthogonalize, False)
+
+
+def idctn(
+    x: Tensor,
+    type: int = 2,
+    s: object = None,
+    dim: object = None,
+    norm: str | None = None,
+    *,
+    orthogonalize: bool | None = None,
+) -> Tensor:
+    """:func:`freqrank.idctn` by dense matrices."""
+    return _dct(x, type, *_shape(x, s, dim), norm, orthogonalize, True)
+
+
 # --- attention ----------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,30 @@
+#pragma once
+// The arithmetic, compiled once for each instruction set. All variants, and vectors of any width, do the same
+// operations in the same order, without contraction into fused multiply-adds: the same bits whatever the machine, the
+// number of rows or of threads.
+
+#include "dct/dct.h"
+
+namespace freqrank::dct {
+
+struct Work {
+  const Pass* pass;
+  const Row* row;
+  const void* table;
+  const void* in;
+  void* out;
+};
+
+#define FREQRANK_DCT_KERNELS(isa)                                                                                   \
+  namespace isa {                                                                                                   \
+  /* Groups [begin, end) of a pass, one after another. */                                                           \
+  void run_groups(const Work& work, std::int64_t begin, std::int64_t end, void* scratch);                           \
+  /* In place, re and im of length fft.inner each, without Bluestein; other_* is scratch of the same size. */       \
+  void fft_double(const Fft& fft, const double* table, double* re, double* im, double* other_re, double* other_im); \
+  }
+FREQRANK_DCT_KERNELS(baseline)
+FREQRANK_DCT_KERNELS(avx2)
+FREQRANK_DCT_KERNELS(avx512)
+#undef FREQRANK_DCT_KERNELS
+
+}  // namespace freqrank::dct

@@ -1,0 +1,254 @@
+// Sizes -> algorithms and tuning numbers. Nothing else chooses.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "common/isa.h"
+#include "dct/dct.h"
+
+namespace freqrank::dct {
+
+namespace {
+
+// Lengths with a larger prime factor go through Bluestein's convolution.
+constexpr std::int64_t kLargestRadix = 13;
+// Rows side by side in vector lanes as long as their scratch stays within a typical second-level cache ...
+constexpr std::int64_t kVectorScratchBytes = 640 * 1024;
+// ... and at least this fraction of the lanes is used.
+constexpr std::int64_t kMinLaneFraction = 4;
+// Work below this many elements is not worth another thread.
+constexpr std::int64_t kElementsPerSlot = 16384;
+constexpr std::size_t kAlign = 64;
+
+std::size_t align(std::size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+std::int64_t largest_prime_factor(std::int64_t n) {
+  std::int64_t largest = 1;
+  for (std::int64_t p = 2; p * p <= n; ++p) {
+    while (n % p == 0) {
+      n /= p;
+      largest = p;
+    }
+  }
+  return std::max(largest, n);
+}
+
+// The smallest 2^a 3^b 5^c that is at least n.
+std::int64_t smooth_at_least(std::int64_t n) {
+  std::int64_t best = std::numeric_limits<std::int64_t>::max();
+  for (std::int64_t five = 1; five < best; five *= 5) {
+    for (std::int64_t three = five; three < best; three *= 3) {
+      std::int64_t two = three;
+      while (two < n) two *= 2;
+      best = std::min(best, two);
+      if (three >= n) break;
+    }
+    if (five >= n) break;
+  }
+  return best;
+}
+
+// Appends the FFT's tables at `elements`.
+Fft plan_fft(std::int64_t n, std::int64_t& elements) {
+  Fft fft;
+  fft.n = n;
+  fft.inner = largest_prime_factor(n) <= kLargestRadix ? n : smooth_at_least(2 * n - 1);
+  std::int64_t rest = fft.inner;
+  for (int radix : {4, 3, 5, 7, 11, 13, 2}) {
+    while (rest % radix == 0) {
+      rest /= radix;
+      const int stage = fft.stages++;
+      fft.radix[stage] = radix;
+      fft.twiddles[stage] = elements;
+      elements += 2 * (radix - 1) * rest;
+      fft.roots[stage] = elements;
+      if (radix % 2) elements += 2 * radix;
+    }
+  }
+  if (fft.bluestein()) {
+    fft.chirp = elements;
+    elements += 2 * n;
+    fft.spectrum = elements;
+    elements += 2 * fft.inner;
+  }
+  return fft;
+}
+
+Row plan_row(const Problem& problem, std::int64_t n) {
+  Row row;
+  row.type = problem.type;
+  row.norm = problem.norm;
+  row.wide = problem.dtype == Dtype::float64;
+  row.n = n;
+  const std::int64_t period = row.type == 1 ? n - 1 : n;
+  row.scale = row.norm == 0   ? 1.0
+              : row.norm == 1 ? 1.0 / std::sqrt(2.0 * static_cast<double>(period))
+                              : 0.5 / static_cast<double>(period);
+  row.even = row.type != 1 && n % 2 == 0;
+  std::int64_t elements = 0;
+  const std::int64_t length = row.even ? n / 2 : period;
+  const auto reserve = [&](std::int64_t count) {
+    const std::int64_t at = elements;
+    elements += 2 * count;
+    return at;
+  };
+  if (row.type == 1 || (row.even && row.type != 4)) row.rotation = reserve(length / 2 + 1);
+  if (row.type == 4) {
+    if (row.even) row.pre = reserve(length);
+    row.post = reserve(row.even ? length : 1);
+  } else if (row.type != 1) {
+    row.post = reserve(row.even ? length + 1 : n / 2 + 1);
+  }
+  row.fft = plan_fft(length, elements);
+  row.table_elements = elements;
+  row.scratch = n + 4 * row.fft.inner;
+  return row;
+}
+
+void check(const Problem& p) {
+  const auto require = [](bool ok, const char* what) {
+    if (!ok) throw std::invalid_argument(std::string("dct: ") + what);
+  };
+  const auto three = [](int e) { return e >= 0 && e <= 2; };
+  require(p.type >= 1 && p.type <= 4, "type must be 1, 2, 3 or 4");
+  require(three(p.norm), "norm must be 0, 1 or 2");
+  require(three(p.in_ends) && (p.in_ends == 0 || p.type == 1 || p.type == 3),
+          "in_ends must be 0, 1 or 2, types I, III");
+  require(three(p.out_ends) && (p.out_ends == 0 || p.type <= 2), "out_ends must be 0, 1 or 2, types I, II");
+  const std::size_t ndim = p.in_sizes.size();
+  require(ndim <= 64, "at most 64 dimensions");
+  require(p.in_strides.size() == ndim && p.out_sizes.size() == ndim && p.out_strides.size() == ndim,
+          "sizes and strides must have one entry a dimension");
+  require(!p.dims.empty() && p.dims.size() == p.lengths.size(), "dims and lengths must be as many, at least one");
+  require(p.threads >= 1, "threads must be positive");
+  std::vector<char> transformed(ndim, 0);
+  for (std::size_t i = 0; i < p.dims.size(); ++i) {
+    require(p.dims[i] >= 0 && p.dims[i] < static_cast<int>(ndim), "dims out of range");
+    char& seen = transformed[static_cast<std::size_t>(p.dims[i])];
+    require(!seen, "dims must be distinct");
+    seen = 1;
+    require(p.lengths[i] >= (p.type == 1 ? 2 : 1), "lengths must be at least 1, for type I at least 2");
+  }
+  for (std::size_t d = 0; d < ndim; ++d) {
+    require(p.in_sizes[d] >= 0 && p.out_sizes[d] >= 0, "sizes must not be negative");
+    require(transformed[d] || p.in_sizes[d] == p.out_sizes[d], "sizes may differ only along transformed dimensions");
+  }
+}
+
+// Drops dimensions of size 1, puts the smallest output stride innermost and merges what is one run in memory.
+void collapse(std::vector<BatchDim>& batch) {
+  batch.erase(std::remove_if(batch.begin(), batch.end(), [](const BatchDim& d) { return d.size == 1; }), batch.end());
+  std::stable_sort(batch.begin(), batch.end(),
+                   [](const BatchDim& a, const BatchDim& b) { return a.out_stride > b.out_stride; });
+  std::vector<BatchDim> merged;
+  for (const BatchDim& inner : batch) {
+    if (!merged.empty() && merged.back().in_stride == inner.in_stride * inner.size &&
+        merged.back().out_stride == inner.out_stride * inner.size) {
+      merged.back() = {merged.back().size * inner.size, inner.in_stride, inner.out_stride};
+    } else {
+      merged.push_back(inner);
+    }
+  }
+  batch = merged;
+}
+
+int vector_bytes() {
+  switch (isa()) {
+    case Isa::avx512: return 64;
+    case Isa::avx2: return 32;
+    default: return 16;
+  }
+}
+
+}  // namespace
+
+Plan plan(const Problem& problem) {
+  check(problem);
+  Plan plan;
+  const std::size_t ndim = problem.in_sizes.size();
+  const Dtype compute = problem.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  const std::int64_t element = compute == Dtype::float64 ? 8 : 4;
+
+  // What each dimension holds before, and after, its own pass.
+  std::vector<std::int64_t> before = problem.in_sizes;
+  bool out_is_empty = false, out_can_hold_intermediates = problem.dtype == compute;
+  std::vector<std::int64_t> extents = problem.out_sizes;
+  for (std::size_t i = 0; i < problem.dims.size(); ++i) {
+    const auto d = static_cast<std::size_t>(problem.dims[i]);
+    before[d] = std::min(problem.in_sizes[d], problem.lengths[i]);
+    if (before[d] > extents[d]) {
+      extents[d] = before[d];
+      out_can_hold_intermediates = false;
+    }
+  }
+  for (const std::int64_t size : problem.out_sizes) out_is_empty |= size == 0;
+  if (out_is_empty) return plan;
+
+  std::vector<std::int64_t> work_strides(ndim);
+  std::int64_t work_elements = 1;
+  for (std::size_t d = ndim; d-- > 0;) {
+    work_strides[d] = work_elements;
+    work_elements *= extents[d];
+  }
+  const Buffer middle = out_can_hold_intermediates ? Buffer::out : Buffer::work;
+  if (middle == Buffer::work && problem.dims.size() > 1) {
+    plan.work_bytes = align(static_cast<std::size_t>(work_elements * element));
+  }
+  const auto strides = [&](Buffer b) -> const std::vector<std::int64_t>& {
+    return b == Buffer::in ? problem.in_strides : b == Buffer::out ? problem.out_strides : work_strides;
+  };
+
+  std::vector<std::int64_t> now = before;
+  for (std::size_t i = 0; i < problem.dims.size(); ++i) {
+    const auto d = static_cast<std::size_t>(problem.dims[i]);
+    const std::int64_t n = problem.lengths[i];
+    Pass pass;
+    const auto known =
+        std::find_if(plan.rows.begin(), plan.rows.end(), [&](const Row& candidate) { return candidate.n == n; });
+    pass.row = static_cast<int>(known - plan.rows.begin());
+    if (known == plan.rows.end()) plan.rows.push_back(plan_row(problem, n));
+    const Row& row = plan.rows[static_cast<std::size_t>(pass.row)];
+    const bool first = i == 0, last = i + 1 == problem.dims.size();
+    pass.from = first ? Buffer::in : middle;
+    pass.to = last ? Buffer::out : middle;
+    pass.from_dtype = first ? problem.dtype : compute;
+    pass.to_dtype = last ? problem.dtype : compute;
+    pass.in_stride = strides(pass.from)[d];
+    pass.out_stride = strides(pass.to)[d];
+    pass.filled = before[d];
+    pass.out_size = problem.out_sizes[d];
+    pass.in_end = std::pow(0.5, 0.5 * problem.in_ends);
+    pass.out_end = std::pow(0.5, 0.5 * problem.out_ends);
+    pass.rows = 1;
+    for (std::size_t e = 0; e < ndim; ++e) {
+      if (e == d) continue;
+      pass.batch.push_back({now[e], strides(pass.from)[e], strides(pass.to)[e]});
+      pass.rows *= now[e];
+    }
+    now[d] = problem.out_sizes[d];
+    collapse(pass.batch);
+
+    const std::int64_t lanes = vector_bytes() / element;
+    const bool side_by_side =
+        pass.rows * kMinLaneFraction >= lanes && pass.rows > 1 && row.scratch * vector_bytes() <= kVectorScratchBytes;
+    pass.lanes = side_by_side ? static_cast<int>(lanes) : 1;
+    pass.groups = (pass.rows + pass.lanes - 1) / pass.lanes;
+    const std::int64_t worth =
+        std::max<std::int64_t>(1, pass.groups * pass.lanes / std::max<std::int64_t>(1, kElementsPerSlot / n));
+    pass.slots = std::min<std::int64_t>({problem.threads, std::max<std::int64_t>(1, pass.groups), worth});
+    pass.scratch_bytes = align(static_cast<std::size_t>(row.scratch * element * pass.lanes));
+    plan.scratch_bytes = std::max(plan.scratch_bytes, pass.scratch_bytes * static_cast<std::size_t>(pass.slots));
+    plan.passes.push_back(pass);
+  }
+  return plan;
+}
+
+std::size_t workspace_bytes(const Plan& plan) {
+  const std::size_t bytes = plan.work_bytes + plan.scratch_bytes;
+  return bytes == 0 ? 0 : bytes + kAlign;  // the workspace itself may lie anywhere
+}
+
+}  // namespace freqrank::dct

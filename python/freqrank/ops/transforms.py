@@ -1,0 +1,255 @@
+"""Discrete cosine transforms of types I to IV, in one and in several dimensions."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freqrank.ops._checks import FLOATS, check_option, check_tensor
+
+__all__ = ["dct", "dctn", "idct", "idctn"]
+
+
+def dct(
+    x: Tensor,
+    type: int = 2,
+    n: int | None = None,
+    dim: int = -1,
+    norm: str | None = None,
+    *,
+    orthogonalize: bool | None = None,
+) -> Tensor:
+    r"""Discrete cosine transform along one dimension, with :func:`scipy.fft.dct`'s definitions.
+
+    With :math:`N` the length and ``norm=None`` or ``"backward"``,
+
+    - type I: :math:`y_k = x_0 + (-1)^k x_{N-1} + 2 \sum_{n=1}^{N-2} x_n \cos(\pi k n / (N-1))`, :math:`N \ge 2`
+    - type II: :math:`y_k = 2 \sum_n x_n \cos(\pi k (2n+1) / 2N)`
+    - type III: :math:`y_k = x_0 + 2 \sum_{n \ge 1} x_n \cos(\pi (2k+1) n / 2N)`
+    - type IV: :math:`y_k = 2 \sum_n x_n \cos(\pi (2k+1)(2n+1) / 4N)`
+
+    Args:
+        x: float16, bfloat16, float32 or float64, any strides, any number of dimensions from one on. Integers and bool
+            are converted to the default dtype, as in :mod:`torch.fft`.
+        type: 1, 2, 3 or 4.
+        n: length of the transform; ``x`` is cropped or zero-padded at its end. Default: the size of ``x``.
+        dim: dimension to transform, negative ones count from the end. It is read and written in place: no transposing
+            copy is made.
+        norm: None or "backward" (no factor; :func:`idct` has it), "ortho" (both have the square root) or "forward"
+            (this one has all of it, :math:`1/2N`, for type I :math:`1/2(N-1)`).
+        orthogonalize: use the orthogonal variant of the matrix: in types II and III the zeroth coefficient is scaled
+            by :math:`\sqrt{1/2}`, in type I both ends are; type IV is orthogonal anyway. Default: ``norm == "ortho"``.
+
+    Returns:
+        A new contiguous tensor of the dtype of ``x``, of size ``n`` along ``dim``. 16-bit tensors are computed in
+        float32 and rounded once. O(N log N) for every N. Each row has the same bits whatever the other rows, their
+        number and that of threads. Differentiable any number of times, works under :func:`torch.vmap`.
+
+    Raises:
+        TypeError: ``x`` is not a tensor or is complex, ``n`` or ``dim`` is not an integer.
+        ValueError: ``type`` or ``norm`` is none of the above, ``dim`` is out of range, the length is below 1, below 2
+            for type I.
+
+    Types I to IV: Wang and Hunt 1985. The algorithm for type II: Makhoul 1980, for lengths with large prime factors
+    Bluestein 1970.
+
+    >>> import torch, freqrank
+    >>> freqrank.dct(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    tensor([20.0000, -6.3086,  0.0000, -0.4483])
+    """
+    return _transform(x, type, n, dim, norm, orthogonalize, inverse=False, many=False)
+
+
+def idct(
+    x: Tensor,
+    type: int = 2,
+    n: int | None = None,
+    dim: int = -1,
+    norm: str | None = None,
+    *,
+    orthogonalize: bool | None = None,
+) -> Tensor:
+    """Inverse of :func:`dct` with the same ``type``, ``norm`` and ``orthogonalize``, as :func:`scipy.fft.idct`.
+
+    Arguments, result and errors are those of :func:`dct`; ``norm=None`` or ``"backward"`` divides by 2N (for type I by
+    2(N - 1)), ``"forward"`` does not.
+
+    >>> import torch, freqrank
+    >>> x = torch.tensor([1.0, 2.0, 3.0])
+    >>> torch.allclose(freqrank.idct(freqrank.dct(x, type=4), type=4), x)
+    True
+    """
+    return _transform(x, type, n, dim, norm, orthogonalize, inverse=True, many=False)
+
+
+def dctn(
+    x: Tensor,
+    type: int = 2,
+    s: int | Sequence[int] | None = None,
+    dim: int | Sequence[int] | None = None,
+    norm: str | None = None,
+    *,
+    orthogonalize: bool | None = None,
+) -> Tensor:
+    """Discrete cosine transform along several dimensions, as :func:`scipy.fft.dctn`.
+
+    Args:
+        x, type, norm, orthogonalize: as in :func:`dct`.
+        s: lengths of the transform along the dimensions of ``dim``; ``x`` is cropped or zero-padded at its end. -1
+            stands for the size of ``x``. Default: the sizes of ``x``.
+        dim: the dimensions, each once. Default: all, or the last ``len(s)`` if ``s`` is given.
+
+    Returns:
+        A new contiguous tensor of the dtype of ``x``. 16-bit tensors are rounded once, after the last dimension.
+
+    Raises:
+        TypeError, ValueError: as :func:`dct`; ValueError also if ``s`` and ``dim`` differ in length, ``s`` has more
+            entries than ``x`` dimensions, or a dimension is repeated.
+
+    >>> import torch, freqrank
+    >>> x = torch.ones(2, 3)
+    >>> freqrank.dctn(x, norm="ortho")[0, 0].item() == freqrank.dctn(x, norm="ortho").norm().item()
+    True
+    """
+    return _transform(x, type, s, dim, norm, orthogonalize, inverse=False, many=True)
+
+
+def idctn(
+    x: Tensor,
+    type: int = 2,
+    s: int | Sequence[int] | None = None,
+    dim: int | Sequence[int] | None = None,
+    norm: str | None = None,
+    *,
+    orthogonalize: bool | None = None,
+) -> Tensor:
+    """Inverse of :func:`dctn` with the same ``type``, ``norm`` and ``orthogonalize``, as :func:`scipy.fft.idctn`.
+
+    Arguments, result and errors are those of :func:`dctn`.
+
+    >>> import torch, freqrank
+    >>> x = torch.arange(6.0).reshape(2, 3)
+    >>> torch.allclose(freqrank.idctn(freqrank.dctn(x)), x, atol=1e-6)
+    True
+    """
+    return _transform(x, type, s, dim, norm, orthogonalize, inverse=True, many=True)
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, (int, torch.SymInt)):
+        return value  # type: ignore[return-value]  # a SymInt stays one, or every size would be compiled anew
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer; got {value!r}") from None
+
+
+def _integers(name: str, value: Any) -> list[int] | None:
+    if value is None:
+        return None
+    if isinstance(value, (tuple, list, torch.Size)):
+        return [_integer(f"{name}[{i}]", item) for i, item in enumerate(value)]
+    try:
+        return [_integer(name, value)]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer or a sequence of integers; got {value!r}") from None
+
+
+def _transform(
+    x: Tensor, type: int, n: Any, dim: Any, norm: str | None, orthogonalize: bool | None, *, inverse: bool, many: bool
+) -> Tensor:
+    check_tensor("x", x)
+    if x.is_complex():
+        raise TypeError(f"x must be real; got {x.dtype}. Transform real and imaginary part each on its own")
+    check_option("type", type, (1, 2, 3, 4))
+    check_option("norm", norm, (None, "backward", "ortho", "forward"))
+    if orthogonalize is None:
+        orthogonalize = norm == "ortho"
+
+    length_name = "s" if many else "n"
+    if many:
+        lengths, dims = _integers("s", n), _integers("dim", dim)
+        if lengths is not None and len(lengths) > x.dim():
+            raise ValueError(f"s must have at most one entry for each of x's {x.dim()} dimensions; got {len(lengths)}")
+        if dims is None:
+            dims = list(range(x.dim() if lengths is None else len(lengths)))
+            dims = [d - len(dims) for d in dims]
+        if lengths is not None and len(lengths) != len(dims):
+            raise ValueError(f"s and dim must have the same length; got {len(lengths)} and {len(dims)}")
+    else:
+        lengths, dims = None if n is None else [_integer("n", n)], [_integer("dim", dim)]
+
+    for d in dims:
+        if not -x.dim() <= d < x.dim():
+            allowed = f"from {-x.dim()} to {x.dim() - 1}" if x.dim() else "none, for x has no dimensions"
+            raise ValueError(f"dim out of range: allowed is {allowed}; got {d}")
+    dims = [d % x.dim() for d in dims]
+    if len(set(dims)) != len(dims):
+        raise ValueError(f"dim must name each dimension once; got {dim!r}")
+    sizes = [x.shape[d] for d in dims]
+    if lengths is None:
+        lengths = sizes
+    elif many:
+        lengths = [size if length == -1 else length for length, size in zip(lengths, sizes, strict=True)]
+    smallest = 2 if type == 1 else 1
+    for length, d in zip(lengths, dims, strict=True):
+        if length < smallest:
+            raise ValueError(
+                f"{length_name}, the length of the transform, must be at least {smallest} for type {type}; "
+                f"got {length} along dimension {d}"
+            )
+
+    if x.dtype not in FLOATS:
+        if x.is_floating_point():  # the 8-bit ones and their kin
+            raise TypeError(f"x must have dtype float16, bfloat16, float32, float64 or an integer one; got {x.dtype}")
+        x = x.to(torch.get_default_dtype())
+    if not dims:
+        return x.clone()
+
+    # The inverse of a type is a type too; only the direction of the norm changes.
+    kind = {1: 1, 2: 3, 3: 2, 4: 4}[type] if inverse else type
+    halves = {None: 0, "backward": 0, "ortho": 1, "forward": 2}[norm]
+    in_ends = 0 if kind in (2, 4) else 1 if orthogonalize else 2
+    out_ends = 1 if orthogonalize and kind in (1, 2) else 0
+    return torch.ops.freqrank.dct(x, dims, lengths, lengths, kind, 2 - halves if inverse else halves, in_ends, out_ends)
+
+
+# --- fake, autograd, vmap -----------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("freqrank::dct")
+def _fake(
+    x: Tensor, dims: list[int], lengths: list[int], sizes: list[int], type: int, norm: int, in_ends: int, out_ends: int
+) -> Tensor:
+    shape = list(x.shape)
+    for d, size in zip(dims, sizes, strict=True):
+        shape[d] = size
+    return x.new_empty(shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.dims, ctx.lengths, _, ctx.type, ctx.norm, ctx.in_ends, ctx.out_ends = inputs
+    ctx.sizes = [x.shape[d] for d in ctx.dims]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # The transposed matrix: the type's own transpose, ends exchanged; cropping and padding exchanged too.
+    type = {1: 1, 2: 3, 3: 2, 4: 4}[ctx.type]
+    grad_x = torch.ops.freqrank.dct(grad, ctx.dims, ctx.lengths, ctx.sizes, type, ctx.norm, ctx.out_ends, ctx.in_ends)
+    return grad_x, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd("freqrank::dct", _backward, setup_context=_setup_context)
+
+
+@torch.library.register_vmap("freqrank::dct")
+def _vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, dims: list[int], *args: Any) -> tuple[Tensor, int]:
+    moved = x.movedim(in_dims[0], 0)
+    return torch.ops.freqrank.dct(moved, [d + 1 for d in dims], *args), 0

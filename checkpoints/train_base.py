@@ -1,6 +1,6 @@
 """Train the bundled byte-level LLaMA on the standard library's source text, from scratch, on a CPU.
 
-    python checkpoints/train_base.py --minutes 60 --output python/freqrank/bundled/base
+    python checkpoints/train_base.py --steps 2000 --output python/freqrank/bundled/base
 
 Seeded; the schedule is a function of the step alone, so `--steps N` repeats a run on the same machine and Python.
 The log, one JSON object a line, goes to --log. The weights with the lowest validation loss are those of the last step:
@@ -76,7 +76,8 @@ def held_out_loss(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--decay", type=float, default=0.5, help="fraction of the steps over which the rate falls to 0")
     parser.add_argument("--minutes", type=float, default=None, help="choose --steps so that training takes this long")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)
@@ -104,7 +105,7 @@ def main() -> None:
     offsets = torch.arange(args.context)
 
     def run(step: int, steps: int) -> float:
-        factor = min(1.0, (step + 1) / 100) * min(1.0, 1.4 * (1 - step / steps))
+        factor = min(1.0, (step + 1) / 100) * min(1.0, (1 - step / steps) / args.decay)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
@@ -127,6 +128,7 @@ def main() -> None:
 
         write(
             seed=args.seed, context=args.context, batch=args.batch, lr=args.lr, muon_lr=args.muon_lr,
+            steps=None if args.minutes else args.steps, decay=args.decay,
             parameters=sum(p.numel() for p in model.parameters()), train_bytes=text.numel(),
             python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
             threads=torch.get_num_threads(),

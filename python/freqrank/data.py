@@ -14,6 +14,9 @@ from torch import Tensor
 
 SPLITS = ("train", "validation", "test")
 
+# Character tables and generated help texts are near-copies of one another: held out, they would flatter the loss.
+_NEVER_HELD_OUT = ("encodings/", "pydoc_data/")
+
 # Test suites are absent from some distributions' Python, so they are left out everywhere.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -25,17 +28,18 @@ def stdlib_files() -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def split_of(name: str) -> str:
+def split_of(name: str) -> str | None:
     """Split that a source file belongs to, from the hash of its name: 1/20 test, 1/20 validation, the rest train.
 
     The name is the path relative to the standard library's folder, with forward slashes, so a file keeps its split from
-    one machine and one Python version to the next.
+    one machine and one Python version to the next. None for a character table or generated text outside the train split.
 
     >>> split_of("argparse.py")
     'train'
     """
     bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 20
-    return {0: "test", 1: "validation"}.get(bucket, "train")
+    split = {0: "test", 1: "validation"}.get(bucket, "train")
+    return None if split != "train" and name.startswith(_NEVER_HELD_OUT) else split
 
 
 def stdlib_bytes(split: str) -> Tensor:

@@ -679,6 +679,7 @@ def test_training_state_and_grad_flags_are_kept():
     assert small.model.layers[0].self_attn.q_proj.training
     assert not small.model.layers[1].mlp.up_proj.training
     assert not small.model.layers[0].self_attn.q_proj.weight.requires_grad
+    assert small.model.layers[0].self_attn.q_proj.basis.requires_grad  # block 1 has it too, and trains it
     assert small.model.layers[1].self_attn.q_proj.weight.requires_grad
     small(tokens(), labels=tokens()).loss.backward()
     assert small.model.layers[2].mlp.up_proj.basis.grad.norm() > 0

@@ -14,7 +14,7 @@ _SECONDS_BETWEEN_LINES = 2.0
 def bar(title: str, total: int, show: bool = True) -> Iterator[Callable[[str], None]]:
     """Yields ``advance(what)``, to be called after each of ``total`` steps with a word on what comes next."""
     if not show:
-        yield lambda what="": None
+        yield _nothing
         return
     try:
         from rich.console import Console
@@ -25,7 +25,15 @@ def bar(title: str, total: int, show: bool = True) -> Iterator[Callable[[str], N
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=total)
-        yield lambda what="": progress.update(task, advance=1, description=f"{title} {what}".rstrip())
+
+        def advance(what: str = "") -> None:
+            progress.update(task, advance=1, description=f"{title} {what}".rstrip())
+
+        yield advance
+
+
+def _nothing(what: str = "") -> None:
+    pass
 
 
 def _lines(title: str, total: int) -> Callable[[str], None]:

@@ -75,7 +75,7 @@ def allocate(
     [16, 25]
     >>> flat, steep = torch.ones(64), 10.0 ** -torch.arange(64)
     >>> allocate("effective-rank", [Shape(64, 64), Shape(64, 64)], 0.5, [flat, steep])
-    [27, 4]
+    [26, 5]
     >>> allocate("auto", [Shape(64, 64), Shape(64, 64)], 0.5, [flat, steep])
     [24, 8]
     """

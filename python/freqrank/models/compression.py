@@ -273,6 +273,7 @@ def compress(
         UserWarning: fewer calibration tokens than a Gram matrix has rows.
 
     Example:
+        >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         ...                      num_attention_heads=2, num_key_value_heads=2)
@@ -711,16 +712,18 @@ def _size(model: nn.Module) -> tuple[int, int]:
 
 def _convert(model: nn.Module, architecture: Architecture, groups: Sequence[_Group], settings: dict[str, Any]) -> None:
     """Put the factors into the model and the settings into its config; on failure put everything back."""
-    spec_groups, new = [], {}
+    spec_groups: list[dict[str, Any]] = []
+    new: dict[str, LowRankLinear] = {}
     for group in groups:
         if group.rank is None:
             continue
-        names, shared = [], None
-        for site in group.sites:
-            linear = architecture.linear(site.layer, site.role)
+        names: list[str] = []
+        linears = [architecture.linear(site.layer, site.role) for site in group.sites]
+        shared: nn.Parameter | None = None
+        for site, linear in zip(group.sites, linears, strict=True):
             basis, coefficient = _stored(group, site, architecture)
             if shared is None:
-                shared = nn.Parameter(basis, requires_grad=linear.weight.requires_grad)
+                shared = nn.Parameter(basis, requires_grad=any(other.weight.requires_grad for other in linears))
             weight = nn.Parameter(coefficient, requires_grad=linear.weight.requires_grad)
             name = architecture.full_name(site.layer, architecture.roles[site.role])
             new[name] = LowRankLinear.from_factors(shared, weight, linear.bias).train(linear.training)
@@ -735,6 +738,6 @@ def _convert(model: nn.Module, architecture: Architecture, groups: Sequence[_Gro
 
             attach(model, lowrank={"groups": spec_groups, **settings})
     except BaseException:
-        for name, module in old.items():
-            model.set_submodule(name, module)
+        for name, former in old.items():
+            model.set_submodule(name, former)
         raise

@@ -22,6 +22,7 @@ import transformers
 from freqrank import distill, linearize
 from freqrank.attention.distillation import TrainingReport, validation_loss
 from freqrank.data import stdlib_bytes, windows
+from freqrank.models.quantizer import attach
 from torch import Tensor, nn
 from train_base import Muon
 from transformers import AutoModelForCausalLM
@@ -58,8 +59,8 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path("python/freqrank/bundled/base"))
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--minutes", type=float, default=None, help="choose --steps so that training takes this long")
-    parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--muon-lr", type=float, default=3e-3)
     parser.add_argument("--kl-weight", type=float, default=1.0)
@@ -69,6 +70,8 @@ def main() -> None:
     parser.add_argument("--gate", default="open")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--position-table", type=int, default=0)
+    parser.add_argument("--shortest-span", type=float, default=32.0)
+    parser.add_argument("--learned-decay", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("python/freqrank/bundled/linear"))
     parser.add_argument("--log", type=Path, default=Path("checkpoints/train_linear.jsonl"))
@@ -86,6 +89,8 @@ def main() -> None:
         gate=args.gate,
         temperature=args.temperature,
         position_table=args.position_table,
+        shortest_span=args.shortest_span,
+        learned_decay=args.learned_decay,
     )
     validation = windows(stdlib_bytes("validation"), args.context, 64, seed=1)
     data = RandomWindows(stdlib_bytes("train"), args.context, args.batch, args.seed)
@@ -139,7 +144,9 @@ def main() -> None:
                     row["validation"] = round(report.validation[-1][1], 4)
                 write(**row)
 
-        recover(student, steps, validation=validation, validate_every=250, on_step=on_step)
+        training = recover(student, steps, validation=validation, validate_every=250, on_step=on_step)
+        made = student.config.quantization_config.linear_attention
+        attach(student, linear_attention={**made, "recipe": training.recipe, "training": training.settings})
         student = student.to(torch.bfloat16)
         student.save_pretrained(args.output)
         rounded = validation_loss(student.float(), validation)

@@ -251,10 +251,10 @@ def distill(
     if align_steps and recipe == "released":
         raise ValueError('align_steps needs recipe="distill"')
     warmup = max(1, steps // 20) if warmup is None else warmup
-    settings = {
-        "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "weight_decay": weight_decay,
-        "clip": clip, "seed": seed, "schedule": "cosine" if schedule is None else "given",
-    }  # fmt: skip
+    settings: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "clip": clip, "seed": seed}
+    if optimizer is None:
+        settings |= {"lr": lr, "weight_decay": weight_decay}
+    settings |= {"schedule": "cosine", "warmup": warmup} if schedule is None else {"schedule": "given"}
     if recipe == "distill":
         settings |= {
             "kl_weight": kl_weight, "temperature": temperature, "hidden_weight": hidden_weight,
@@ -266,7 +266,7 @@ def distill(
         if optimizer is None
         else list(optimizer(student))
     )
-    settings["optimizers"] = [type(o).__name__ for o in optimizers]
+    settings["optimizers"] = [{"name": type(o).__name__, "lr": [g["lr"] for g in o.param_groups]} for o in optimizers]
     peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
     trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     batches = _batches(data, batch_size, torch.Generator().manual_seed(seed))

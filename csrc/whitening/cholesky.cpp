@@ -37,33 +37,32 @@ struct Source {
 
   template <class T>
   T at(std::int64_t i, std::int64_t j) const {
-    return static_cast<T>(data[i * row_stride + j * column_stride]);
-  }
-
-  template <class T>
-  T scaled(std::int64_t i, std::int64_t j) const {
-    T value = at<T>(i, j);
-    if (scale != 1) value *= static_cast<T>(scale);
-    if (i == j && damping != 0) value += static_cast<T>(damping * (value != 0 ? static_cast<double>(value) : mean));
-    return value;
+    return static_cast<T>(data[i * row_stride + j * column_stride]) * static_cast<T>(scale);
   }
 };
 
+// A tile of the upper triangle, zeros below the diagonal.
 template <class T, class In>
 void read(const Source<In>& a, std::int64_t row, std::int64_t column, std::int64_t rows, std::int64_t columns, T* tile,
           std::int64_t ld) {
+  const bool diagonal = row == column;
   if (a.row_stride == 1 && a.column_stride != 1) {
     for (std::int64_t j = 0; j < columns; ++j) {
-      for (std::int64_t i = 0; i < rows; ++i) {
-        tile[i * ld + j] = row + i <= column + j ? a.template scaled<T>(row + i, column + j) : T(0);
-      }
+      const std::int64_t last = diagonal ? j + 1 : rows;
+      for (std::int64_t i = 0; i < last; ++i) tile[i * ld + j] = a.template at<T>(row + i, column + j);
+      for (std::int64_t i = last; i < rows; ++i) tile[i * ld + j] = 0;
     }
   } else {
     for (std::int64_t i = 0; i < rows; ++i) {
-      for (std::int64_t j = 0; j < columns; ++j) {
-        tile[i * ld + j] = row + i <= column + j ? a.template scaled<T>(row + i, column + j) : T(0);
-      }
+      const std::int64_t first = diagonal ? i : 0;
+      std::fill_n(tile + i * ld, first, T(0));
+      for (std::int64_t j = first; j < columns; ++j) tile[i * ld + j] = a.template at<T>(row + i, column + j);
     }
+  }
+  if (!diagonal || a.damping == 0) return;
+  for (std::int64_t i = 0; i < rows; ++i) {
+    T& value = tile[i * ld + i];
+    value += static_cast<T>(a.damping * (value != 0 ? static_cast<double>(value) : a.mean));
   }
 }
 
@@ -175,7 +174,7 @@ void run_whiten(const CholeskyPlan& plan, const WhitenArguments& arguments, void
         Source<In> a{static_cast<const In*>(arguments.gram.data) + plan.batch.offset(b, arguments.gram.batch_strides),
                      arguments.gram.row_stride, arguments.gram.column_stride};
         if (arguments.scale) a.scale = arguments.scale[b];
-        for (std::int64_t i = 0; i < n; ++i) a.mean += a.template scaled<double>(i, i) / static_cast<double>(n);
+        for (std::int64_t i = 0; i < n; ++i) a.mean += a.template at<double>(i, i) / static_cast<double>(n);
         double* const u = arguments.factor + b * n * n;
         Outcome outcome;
         for (const double level : kLevels) {

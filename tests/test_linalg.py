@@ -163,9 +163,6 @@ def test_gram_repeats_bitwise_on_any_number_of_threads(shape):
 
 
 def test_gram_reads_beyond_two_to_the_31():
-    # 2^33 elements of a few bytes: the batch and token strides are zero, the index arithmetic is not
-    x = torch.randn(3).bfloat16().expand(2**33, 3)[:: 2**31 + 1]
-    assert relative(freqrank.gram(x), reference.gram(x)) < 1e-15
     storage = torch.empty(2**31 + 2**20, dtype=torch.bfloat16)  # touched at its ends alone
     far = storage.as_strided((2, 4), (2**31, 1))
     far.copy_(torch.randn(2, 4))

@@ -386,8 +386,6 @@ struct Group {
   i64 heads = 1, states = 1;
   Group(const Sizes& sizes) : heads(sizes.heads / sizes.key_heads), states(sizes.state_heads / sizes.key_heads) {}
   i64 state_of(i64 r) const { return states == 1 ? 0 : r; }
-  // head r's partners in its state: only the group's first state_of() user begins anew
-  bool shares(i64 r, i64 state) const { return state_of(r) == state; }
 };
 
 inline i64 checkpoint_slot(const Plan& plan, const Inputs& in, const Sequence& sequence) {
@@ -525,7 +523,7 @@ struct Forward {
 
 // ---- backward -----------------------------------------------------------------------------------------------------
 
-// dq, forward in time. The state is kept transposed, [V, K], because dq = (do S^T) ... needs it so.
+// dq, forward in time. The state is kept transposed, [V, K]: dq takes do S^T, and a right factor must have rows.
 template <class A>
 struct BackwardQuery {
   i64 chunk, ldk, ldv;
@@ -720,7 +718,7 @@ struct BackwardKey {
   i64 chunk, ldk, ldv;
   A *q, *k, *k_transposed, *v, *v_transposed, *grad_o, *scores, *dscores, *dk, *dv, *inter_k, *inter_v, *states,
       *states_transposed, *z, *columns;
-  double *dlog, *k_dk, *passing;
+  double *dlog, *k_dk, *passing, *across;
   ChunkDecay<A>* decays;
 
   BackwardKey(const Plan& plan, Arena& arena) {
@@ -748,6 +746,7 @@ struct BackwardKey {
     dlog = arena.take<double>(group.states * chunk);
     k_dk = arena.take<double>(group.states * chunk);
     passing = arena.take<double>(group.states);
+    across = arena.take<double>(group.states);
     decays = arena.take<ChunkDecay<A>>(group.states);
     for (i64 i = 0; i < group.states; ++i) {
       ChunkDecay<A> decay;
@@ -817,6 +816,10 @@ struct BackwardKey {
                 static_cast<double>(end) * static_cast<double>(dot(ldk, k + t * ldk, inter_k + t * ldk));
           }
         }
+        if (s.decay_gradient && starts_afresh(plan, begin)) {
+          across[i] = static_cast<double>(decay.whole) *
+                      dot_with_state_before(plan, in, shared, sequence, begin, key_head * group.states + i, i);
+        }
         if (s.decay != Decay::none) {
           scale_row(ldk * ldv, decay.whole, state);
           scale_row(ldk, decay.whole, z + i * ldk);
@@ -864,7 +867,7 @@ struct BackwardKey {
       store_rows(args.dv, tokens, key_head, 0, s.value_dim, dv, ldv);
       if (s.decay_gradient) {
         for (i64 i = 0; i < group.states; ++i) {
-          finish_decay_gradient(plan, in, args, shared, sequence, tokens, begin, key_head * group.states + i, i);
+          finish_decay_gradient(plan, args, shared, sequence, tokens, begin, key_head * group.states + i, i);
         }
       }
     }
@@ -893,16 +896,47 @@ struct BackwardKey {
     }
   }
 
-  // The other pairs: i here and j before, j here and i after, and those that pass over the whole chunk (`passing`, kept
-  // as a running difference in double and set afresh from a saved state at every checkpoint).
-  void finish_decay_gradient(const Plan& plan, const Inputs& in, const BackwardArguments& args, const Shared& shared,
+  // Whether the state before the chunk is at hand: 0 or the initial one, or one that was saved.
+  static bool starts_afresh(const Plan& plan, i64 begin) { return begin % plan.checkpoint == 0; }
+
+  // <state before the chunk, gradient of the state after it>
+  double dot_with_state_before(const Plan& plan, const Inputs& in, const Shared& shared, const Sequence& sequence,
+                               i64 begin, i64 state_head, i64 i) {
+    const Sizes& s = plan.sizes;
+    const A *kv = nullptr, *key_sum = nullptr;
+    i64 kv_down = 0, kv_across = 0, z_step = 0;
+    if (begin > 0) {
+      const i64 slot = checkpoint_slot(plan, in, sequence) + begin / plan.checkpoint - 1;
+      kv = static_cast<const A*>(shared.checkpoints) +
+           (slot * s.state_heads + state_head) * s.key_dim * (s.value_dim + 1);
+      key_sum = kv + s.key_dim * s.value_dim;
+      kv_down = 1, kv_across = s.key_dim, z_step = 1;
+    } else {
+      if (in.initial_kv) kv = &element<A>(in.initial_kv, sequence.index, state_head, 0);
+      if (in.initial_z) key_sum = &element<A>(in.initial_z, sequence.index, state_head, 0);
+      kv_down = in.initial_kv.stride[2], kv_across = in.initial_kv.stride[3], z_step = in.initial_z.stride[2];
+    }
+    double sum = 0;
+    for (i64 d = 0; d < s.key_dim; ++d) {
+      const A* gradient = states + (i * ldk + d) * ldv;
+      for (i64 e = 0; kv != nullptr && e < s.value_dim; ++e) {
+        sum += static_cast<double>(kv[d * kv_down + e * kv_across]) * static_cast<double>(gradient[e]);
+      }
+      if (key_sum != nullptr) sum += static_cast<double>(key_sum[d * z_step]) * static_cast<double>(z[i * ldk + d]);
+    }
+    return sum;
+  }
+
+  // The other pairs: i here and j before, j here and i after, and those on both sides of the chunk. The last are exact
+  // where the state before the chunk is at hand; in between they follow as a running difference (`passing`) in double.
+  void finish_decay_gradient(const Plan& plan, const BackwardArguments& args, const Shared& shared,
                              const Sequence& sequence, const Tokens& tokens, i64 begin, i64 state_head, i64 i) {
     const Sizes& s = plan.sizes;
     const double* from_before = shared.q_dq + (tokens.batch * s.time + tokens.first) * s.state_heads + state_head;
     double* gradient = dlog + i * chunk;
     double sum_after = 0;
     for (i64 t = 0; t < tokens.count; ++t) sum_after += k_dk[i * chunk + t];
-    const double over = passing[i] - sum_after;
+    const double over = starts_afresh(plan, begin) ? across[i] : passing[i] - sum_after;
     double later = 0;
     for (i64 t = tokens.count - 1; t >= 0; --t) {
       later += from_before[t * s.state_heads];
@@ -920,21 +954,6 @@ struct BackwardKey {
     }
     shared.head_sums[sequence.index * s.state_heads + state_head] += head_sum;
     passing[i] = over + later;
-    if (begin > 0 && begin % plan.checkpoint == 0) {
-      const i64 slot = checkpoint_slot(plan, in, sequence) + begin / plan.checkpoint - 1;
-      const A* saved = static_cast<const A*>(shared.checkpoints) +
-                       (slot * s.state_heads + state_head) * s.key_dim * (s.value_dim + 1);
-      double sum = 0;
-      for (i64 e = 0; e < s.value_dim; ++e) {
-        for (i64 d = 0; d < s.key_dim; ++d) {
-          sum += static_cast<double>(saved[e * s.key_dim + d]) * static_cast<double>(states[(i * ldk + d) * ldv + e]);
-        }
-      }
-      for (i64 d = 0; d < s.key_dim; ++d) {
-        sum += static_cast<double>(saved[s.value_dim * s.key_dim + d]) * static_cast<double>(z[i * ldk + d]);
-      }
-      passing[i] = sum;
-    }
   }
 };
 

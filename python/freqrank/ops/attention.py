@@ -1,18 +1,19 @@
 """Causal linear attention: the chunked scan, one decoding step, and the scan behind a feature map.
 
-Shapes: B batch, T time, H query heads, Hk key heads (H a multiple of Hk), K and V the dimensions of a key and a value, N
-sequences (B, or the sequences that ``cu_seqlens`` cuts out of one row).
+Shapes: B batch, T time, H query heads, Hk key heads (H a multiple of Hk), K and V the dimensions of a key and a value,
+N sequences (B, or the sequences that ``cu_seqlens`` cuts out of one row).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from freqrank.ops._checks import FLOATS, check_device, check_dtype, check_option, check_tensor, check_values
+from freqrank.ops._checks import check_device, check_dtype, check_option, check_tensor, check_values
 
 MAX_DIM = 256
 MAX_FEATURES = 512
@@ -21,8 +22,9 @@ MAX_FEATURES = 512
 class LinearAttentionState(NamedTuple):
     """What linear attention remembers of the tokens so far.
 
-    ``kv`` is [N, Hk, K, V], or [N, H, K, V] where the decay differs between the query heads of a key head; ``z``, the decayed
-    sum of keys that ``normalize=True`` divides by, is the same without V, or None. Both float32 (float64 for float64 inputs).
+    ``kv`` is [N, Hk, K, V], or [N, H, K, V] where the decay differs between the query heads of a key head; ``z``, the
+    decayed sum of keys that ``normalize=True`` divides by, is the same without V, or None. Both are float32 (float64
+    for float64 inputs).
     """
 
     kv: Tensor
@@ -49,7 +51,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _check_qkv(q: object, k: object, v: object, layout: str) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
-    assert isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+    assert isinstance(q, Tensor)
+    assert isinstance(k, Tensor)
+    assert isinstance(v, Tensor)
     dims = len(layout.split(","))
     lead = layout.removesuffix(",H,D")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -66,7 +70,8 @@ def _check_qkv(q: object, k: object, v: object, layout: str) -> None:
         )
     if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(
-            f"v must be [{lead},Hk,V] with the {lead} and Hk of k, whose shape is {tuple(k.shape)}; got {tuple(v.shape)}"
+            f"v must be [{lead},Hk,V] with the {lead} and Hk of k, whose shape is {tuple(k.shape)}; "
+            f"got {tuple(v.shape)}"
         )
     if k.shape[-2] == 0 or q.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(
@@ -128,11 +133,7 @@ def _check_cu_seqlens(cu_seqlens: object, q: Tensor) -> Tensor | None:
     check_device("cu_seqlens", cu_seqlens, "q", q)
     if check_values(cu_seqlens):
         offsets = cu_seqlens.tolist()
-        if (
-            offsets[0] != 0
-            or offsets[-1] != q.shape[1]
-            or any(b < a for a, b in zip(offsets, offsets[1:], strict=False))
-        ):
+        if offsets[0] != 0 or offsets[-1] != q.shape[1] or any(b < a for a, b in itertools.pairwise(offsets)):
             shown = str(offsets) if len(offsets) <= 12 else f"{str(offsets[:6])[:-1]}, ..., {str(offsets[-6:])[1:]}"
             raise ValueError(f"cu_seqlens must start at 0, not decrease and end at T = {q.shape[1]}; got {shown}")
     return cu_seqlens.to(torch.int64).contiguous()
@@ -189,18 +190,20 @@ def linear_attention(
     """Causal linear attention in O(T) time, ``S_t = exp(g_t) S_{t-1} + k_t v_t^T``, ``o_t = scale q_t^T S_t``.
 
     Args:
-        q: [B, T, H, K]; k: [B, T, Hk, K]; v: [B, T, Hk, V]; one dtype of float16, bfloat16, float32, float64; K and V from 1
-            to 256; any strides, expanded tensors included, without a copy. H is a multiple of Hk: key head j serves query
-            heads j H/Hk to (j + 1) H/Hk - 1. Under autocast they are cast to its dtype.
-        log_decay: g <= 0, natural logarithm: None, [H] or [Hk] (per head), [B, T, H] or [B, T, Hk] (per token), any of the
-            dtypes, used in float32 (float64 for float64 q). -inf forgets everything.
+        q: [B, T, H, K]; k: [B, T, Hk, K]; v: [B, T, Hk, V]; one dtype of float16, bfloat16, float32, float64; K and V
+            from 1 to 256; any strides, expanded tensors included, without a copy. H is a multiple of Hk: key head j
+            serves query heads j H/Hk to (j + 1) H/Hk - 1. Under autocast they are cast to its dtype.
+        log_decay: g <= 0, natural logarithm: None, [H] or [Hk] (per head), [B, T, H] or [B, T, Hk] (per token), any of
+            the dtypes, used in float32 (float64 for float64 q). -inf forgets everything.
         scale: default ``K ** -0.5``.
         normalize: divide o_t by ``scale q_t . z_t + eps`` with ``z_t = exp(g_t) z_{t-1} + k_t``.
         mask: bool [B, T]; a token that is False writes nothing to the state, does not decay it, outputs 0 and gets zero
             gradients, whatever its q, k and v hold.
-        initial_state: a :class:`LinearAttentionState` of N sequences. Its z, if given, is carried on also without ``normalize``.
+        initial_state: a :class:`LinearAttentionState` of N sequences. Its z, if given, is carried on also without
+            ``normalize``.
         output_final_state: return the state after the last token of each sequence.
-        cu_seqlens: int32 or int64 [N + 1] with B == 1: sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1] - 1``.
+        cu_seqlens: int32 or int64 [N + 1] with B == 1: sequence n is the tokens from ``cu_seqlens[n]`` up to, not
+            including, ``cu_seqlens[n + 1]``.
 
     Returns:
         ``(o, final_state)``: o [B, T, H, V] in the dtype of v, and a :class:`LinearAttentionState` or None.
@@ -209,9 +212,10 @@ def linear_attention(
         TypeError, ValueError: a wrong shape, dtype, device or option; for CPU tensors in eager mode also a positive
             ``log_decay`` or offsets that do not start at 0, decrease, or do not end at T.
 
-    Gradients reach q, k, v, log_decay and the initial state, of first order natively and of higher order through torch ops that
-    are linear in T. Sums are float32 (float64 for float64) and do not depend on the number of threads. The layout is that of
-    flash-linear-attention; decay is applied as products of ``exp(g) <= 1`` within chunks, so no length overflows.
+    Gradients reach q, k, v, log_decay and the initial state, of first order natively and of higher order through torch
+    operations that are linear in T. Sums are float32 (float64 for float64) and do not depend on the number of threads.
+    The layout is that of flash-linear-attention; decay is applied as products of ``exp(g) <= 1`` within chunks, so no
+    length overflows.
 
     >>> q = k = torch.ones(1, 3, 1, 4); v = torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)
     >>> o, state = linear_attention(q, k, v, scale=0.25, output_final_state=True)
@@ -273,9 +277,10 @@ def linear_attention_step(
     """One token of :func:`linear_attention`: updates ``state`` in place and returns the output. Inference only.
 
     Args:
-        q: [B, H, K]; k: [B, Hk, K]; v: [B, Hk, V]; dtypes and limits as in :func:`linear_attention`.
-        state: kv [B, Hs, K, V] and z [B, Hs, K] or None (needed if ``normalize``), float32 (float64 for float64), with Hs the
-            heads of log_decay, or Hk without one. Any strides under which no two elements share memory.
+        q: [B, H, K]; k: [B, Hk, K]; v: [B, Hk, V]; dtypes as in :func:`linear_attention`; K and V from 1 to 512, so
+            that the state of :func:`feature_map_attention` can be stepped with its features as q and k and scale 1.
+        state: kv [B, Hs, K, V] and z [B, Hs, K] or None (needed if ``normalize``), float32 (float64 for float64), with
+            Hs the heads of log_decay, or Hk without one. Any strides under which no two elements share memory.
         log_decay: None, [H] or [Hk], [B, H] or [B, Hk].
         mask: bool [B]; where False the state stays as it is and o is 0.
 
@@ -308,8 +313,8 @@ def linear_attention_step(
         wanting = [name for name, x in tensors.items() if x is not None and x.requires_grad]
         if wanting:
             raise RuntimeError(
-                f"linear_attention_step has no gradient, and {', '.join(wanting)} require one: call it under torch.no_grad() "
-                "(or detach them), or use linear_attention with initial_state to train"
+                f"linear_attention_step has no gradient, and {', '.join(wanting)} require one: call it under "
+                "torch.no_grad() (or detach them), or use linear_attention with initial_state to train"
             )
     for name, x in (("state.kv", kv), ("state.z", z)):
         if x is not None and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
@@ -362,12 +367,13 @@ def feature_map_attention(
 
     Args:
         q, k, v: as in :func:`linear_attention`.
-        projection: [K, M], or [Hk, K, M] with one map for a key head and its queries; any of the dtypes, used in float32
-            (float64 for float64 q).
-        feature: "softmax" over the M products, "exp" of each, or "softmax_pm", the softmax over the 2M products [xP, -xP].
+        projection: [K, M], or [Hk, K, M] with one map for a key head and its queries; any of the dtypes, used in
+            float32 (float64 for float64 q).
+        feature: "softmax" over the M products, "exp" of each, or "softmax_pm", the softmax over the 2M products
+            [xP, -xP].
         weights: one weight a feature, [M] or [Hk, M] (2M for "softmax_pm"); the number of features goes to 512.
-        log_decay, normalize, eps, mask, initial_state, output_final_state, cu_seqlens: as in :func:`linear_attention`, the
-            state's K being the number of features.
+        log_decay, normalize, eps, mask, initial_state, output_final_state, cu_seqlens: as in :func:`linear_attention`,
+            the state's K being the number of features.
 
     Returns:
         ``(o, final_state)`` as :func:`linear_attention`.
@@ -375,9 +381,9 @@ def feature_map_attention(
     Raises:
         TypeError, ValueError: as :func:`linear_attention`, and for projection, feature and weights.
 
-    Gradients reach q, k, v, projection, weights, log_decay and the initial state. The features are float32 (float64) tensors
-    of their own: on the CPU they are written to memory, and with ``mask`` q and k are copied. The softmax features are those
-    of the released DiJiang code (arXiv 2403.19928), "exp" those of its paper.
+    Gradients reach q, k, v, projection, weights, log_decay and the initial state. The features are float32 (float64)
+    tensors of their own: on the CPU they are written to memory, and with ``mask`` q and k are copied. The softmax
+    features are those of the released DiJiang code (arXiv 2403.19928), "exp" those of its paper.
 
     >>> q = torch.randn(1, 5, 2, 4); v = torch.ones(1, 5, 2, 3)
     >>> o, _ = feature_map_attention(q, q, v, torch.eye(4), normalize=True, eps=0.0)
@@ -398,7 +404,8 @@ def feature_map_attention(
         or (projection.dim() == 3 and projection.shape[0] != key_heads)
     ):
         raise ValueError(
-            f"projection must be [K, M] or [Hk, K, M] with K = {key_dim}, Hk = {key_heads}; got shape {tuple(projection.shape)}"
+            f"projection must be [K, M] or [Hk, K, M] with K = {key_dim}, Hk = {key_heads}; "
+            f"got shape {tuple(projection.shape)}"
         )
     features = projection.shape[-1] * (2 if feature == "softmax_pm" else 1)
     _check_dim(
@@ -452,12 +459,13 @@ def dijiang_attention(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, LinearAttentionState | None]:
-    """:func:`feature_map_attention` with DiJiang's projection ``diag(signs) C diag(scales)``, C the orthonormal DCT-II matrix.
+    """:func:`feature_map_attention` with DiJiang's projection ``diag(signs) C diag(scales)``, C the DCT-II matrix.
 
     Args:
         q, k, v: as in :func:`linear_attention`.
         scales: [K] or [Hk, K], the sampled frequencies' lengths t; any of the dtypes. Gradients reach them.
-        transform: "idct" for x C, as DiJiang's code was released, or "dct" for x C^T, as in its paper (arXiv 2403.19928).
+        transform: "idct" for x C, as DiJiang's code was released, or "dct" for x C^T, as in its paper (arXiv
+            2403.19928); C is orthonormal.
         signs: [K] of +1 and -1, or None: multiplies the channels of q and k before the transform.
         feature, weights, log_decay, normalize, eps, mask, initial_state, output_final_state, cu_seqlens: as in
             :func:`feature_map_attention`.
@@ -469,7 +477,8 @@ def dijiang_attention(
         TypeError, ValueError: as :func:`feature_map_attention`, and for scales, transform and signs.
 
     >>> q, v = torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
-    >>> o, state = dijiang_attention(q, q, v, torch.ones(8), log_decay=torch.tensor([-0.1, -0.2]), output_final_state=True)
+    >>> log_decay = torch.tensor([-0.1, -0.2])
+    >>> o, state = dijiang_attention(q, q, v, torch.ones(8), log_decay=log_decay, output_final_state=True)
     >>> o.shape, state.kv.shape
     (torch.Size([2, 7, 2, 8]), torch.Size([2, 2, 8, 8]))
     """
@@ -579,25 +588,21 @@ def _backward(ctx, grad_o, grad_kv, grad_z):
 torch.library.register_autograd("freqrank::linear_attention", _backward, setup_context=_setup)
 
 
-def _chunked(q, k, v, log_decay, mask, cu_seqlens, kv, z, scale, normalize, eps, chunk=64):
+def _chunked(q, k, v, log_decay, mask, cu_seqlens, kv, z, scale, normalize, eps):
     """The op in differentiable torch operations, linear in T: what higher derivatives are taken of."""
     if cu_seqlens is not None:
-        offsets = cu_seqlens.tolist()
+        options = {"scale": scale, "normalize": normalize, "eps": eps}
         parts = []
-        for n, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
-
-            def cut(x, begin=begin, end=end):
-                return x if x is None or x.dim() == 1 else x[:, begin:end]
-
-            own = [None if x is None else x[n : n + 1] for x in (kv, z)]
-            parts.append(
-                _chunked(*(cut(x) for x in (q, k, v, log_decay, mask)), None, *own, scale, normalize, eps, chunk)
-            )
-        if not parts:
-            heads = k.shape[2] if log_decay is None else log_decay.shape[-1]
-            empty = q.new_zeros((0, heads, q.shape[3], v.shape[3]), dtype=_real(q.dtype))
-            return q.new_zeros((1, 0, q.shape[2], v.shape[3])), empty, empty[..., 0]
-        return torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
+        for n, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+            a, b, c, d, e = (x if x is None or x.dim() == 1 else x[:, begin:end] for x in (q, k, v, log_decay, mask))
+            own_kv, own_z = (None if x is None else x[n : n + 1] for x in (kv, z))
+            parts.append(_chunked(a, b, c, d, e, None, own_kv, own_z, **options))
+        if not parts:  # no sequence, so no token either: what is left is empty whichever way it is computed
+            state = [None if x is None else x.new_zeros((1, *x.shape[1:])) for x in (kv, z)]
+            o, kv, z = _chunked(q, k, v, log_decay, mask, None, *state, **options)
+            return o, kv[:0], z[:0]
+        o, kv, z = (list(x) for x in zip(*parts, strict=True))
+        return torch.cat(o, 1), torch.cat(kv), torch.cat(z)
 
     real = _real(q.dtype)
     batch, time, heads, key_dim = q.shape
@@ -610,12 +615,13 @@ def _chunked(q, k, v, log_decay, mask, cu_seqlens, kv, z, scale, normalize, eps,
     g = torch.zeros(batch, time, state_heads, dtype=torch.float64, device=q.device)
     if log_decay is not None:
         # float64, and nothing below what exp() sends to 0 anyway, so that differences of sums stay exact and finite
-        g = g + log_decay.to(torch.float64).clamp(min=-1e4)
+        g = g + log_decay.to(torch.float64).clamp(min=-800)
         if mask is not None:
             g = torch.where(mask[:, :, None], g, 0)
     kv = q.new_zeros(batch, state_heads, key_dim, v.shape[-1]) if kv is None else kv
     z = q.new_zeros(batch, state_heads, key_dim) if z is None else z
     outputs = []
+    chunk = 64
     for begin in range(0, time, chunk):
         qc, kc, vc, gc = (x[:, begin : begin + chunk] for x in (q, k, v, g))
         total = gc.cumsum(1).transpose(1, 2)  # [B, Hs, C]
@@ -646,7 +652,7 @@ def _setup_second(ctx, inputs, output):
 
 
 def _second_backward(ctx, *directions):
-    """Gradients of the first-order gradients, from the chunked torch form, itself differentiable any number of times."""
+    """Gradients of the first-order gradients, from the chunked torch form, which can be differentiated on and on."""
     inputs = list(ctx.saved_tensors)
     outer = torch.is_grad_enabled()
     differentiable = [i for i, x in enumerate(inputs) if x is not None and x.is_floating_point()]

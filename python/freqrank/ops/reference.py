@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -122,10 +123,10 @@ def idctn(
 
 
 def _decay_by_token(log_decay: Tensor | None, q: Tensor, mask: Tensor | None) -> Tensor | None:
-    """log_decay as float64 [B, T, heads], 0 where masked; below -1e4, where exp() is 0, it makes no difference."""
+    """log_decay as float64 [B, T, heads], 0 where masked; below -800, where exp() is 0, it makes no difference."""
     if log_decay is None:
         return None
-    g = log_decay.double().clamp(min=-1e4).expand(*q.shape[:2], log_decay.shape[-1])
+    g = log_decay.double().clamp(min=-800).expand(*q.shape[:2], log_decay.shape[-1])
     return g if mask is None else torch.where(mask[..., None], g, 0)
 
 
@@ -137,7 +138,7 @@ def _split(cu_seqlens: Tensor | None, batch: int, time: int) -> list[tuple[int, 
     if cu_seqlens is None:
         return [(b, 0, time) for b in range(batch)]
     offsets = cu_seqlens.tolist()
-    return [(0, begin, end) for begin, end in zip(offsets, offsets[1:], strict=False)]
+    return [(0, begin, end) for begin, end in itertools.pairwise(offsets)]
 
 
 def linear_attention(
@@ -145,7 +146,7 @@ def linear_attention(
     normalize: bool = False, eps: float = 1e-6, mask: Tensor | None = None,
     initial_state: tuple[Tensor, Tensor | None] | None = None, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(o, kv, z) of linear attention in the quadratic form: every pair of tokens of a sequence, one query head at a time."""
+    """(o, kv, z) of linear attention in the quadratic form: every pair of tokens of a sequence, head by head."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads, key_heads = q.shape[2], k.shape[2]
     g = _decay_by_token(log_decay, q, mask)

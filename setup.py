@@ -18,8 +18,9 @@ class CMakeBuild(build_ext):
             import torch
         except ImportError:
             raise SystemExit(
-                "freqrank builds against the torch you already have, and none can be imported here. If torch is installed, "
-                "pip's build isolation hides it: use `pip install . --no-build-isolation`. Otherwise install torch >= 2.10 first."
+                "freqrank builds against the torch you already have, and none can be imported here. If torch is "
+                "installed, pip's build isolation hides it: use `pip install . --no-build-isolation`. Otherwise "
+                "install torch >= 2.10 first."
             ) from None
         package = ROOT / "python" / "freqrank" if self.inplace else Path(self.build_lib).resolve() / "freqrank"
         build = ROOT / "build" / "native"

@@ -17,16 +17,25 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from freqrank.data import stdlib_bytes, windows
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def config() -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=256, hidden_size=160, intermediate_size=416, num_hidden_layers=6, num_attention_heads=5,
-        num_key_value_heads=5, max_position_embeddings=2048, rms_norm_eps=1e-5, rope_theta=10000.0,
-        tie_word_embeddings=False, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+        vocab_size=256,
+        hidden_size=160,
+        intermediate_size=416,
+        num_hidden_layers=6,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
     )
 
 
@@ -127,10 +136,18 @@ def main() -> None:
             print(row, flush=True)
 
         write(
-            seed=args.seed, context=args.context, batch=args.batch, lr=args.lr, muon_lr=args.muon_lr,
-            steps=None if args.minutes else args.steps, decay=args.decay,
-            parameters=sum(p.numel() for p in model.parameters()), train_bytes=text.numel(),
-            python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
+            seed=args.seed,
+            context=args.context,
+            batch=args.batch,
+            lr=args.lr,
+            muon_lr=args.muon_lr,
+            steps=None if args.minutes else args.steps,
+            decay=args.decay,
+            parameters=sum(p.numel() for p in model.parameters()),
+            train_bytes=text.numel(),
+            python=platform.python_version(),
+            torch=torch.__version__,
+            transformers=transformers.__version__,
             threads=torch.get_num_threads(),
         )
         steps, start, step, smooth = args.steps, time.perf_counter(), 0, None

@@ -6,15 +6,14 @@ import itertools
 import math
 import threading
 
+import freqrank
 import numpy as np
 import pytest
 import scipy.fft
 import torch
+from freqrank.ops import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import freqrank
-from freqrank.ops import reference
 
 TYPES = (1, 2, 3, 4)
 NORMS = (None, "backward", "ortho", "forward")

@@ -1,6 +1,6 @@
-"""The text that ships with every machine: the running Python's own standard-library source, as bytes.
+"""The text that every machine has: the running Python's own standard-library source, as bytes.
 
-Token ids are byte values (0..255), so no tokenizer is needed: ``list(text.encode())`` encodes and ``bytes(ids)`` decodes.
+Token ids are byte values (0..255), so no tokenizer is needed: ``list(text.encode())`` and ``bytes(ids)`` do its work.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def stdlib_files() -> list[Path]:
 def split_of(name: str) -> str | None:
     """Split that a source file belongs to, from the hash of its name: 1/20 test, 1/20 validation, the rest train.
 
-    The name is the path relative to the standard library's folder, with forward slashes, so a file keeps its split from
-    one machine and one Python version to the next. None for a character table or generated text outside the train split.
+    The name is the path relative to the standard library's folder, with forward slashes, so a file keeps its split
+    from one machine and one Python version to the next. None for character tables and generated texts outside train.
 
     >>> split_of("argparse.py")
     'train'

@@ -11,7 +11,7 @@ _value_checks = False
 
 
 def set_checks(enabled: bool) -> None:
-    """Check the *values* in CUDA tensors too (positive ``log_decay``, bad ``cu_seqlens``), at the price of a synchronisation.
+    """Check *values* in CUDA tensors too (positive ``log_decay``, bad ``cu_seqlens``): each check synchronises.
 
     CPU tensors are always checked in eager mode. Without the checks CUDA kernels stay memory-safe and write NaN to the
     sequence or head concerned.
@@ -30,7 +30,7 @@ def checks_enabled() -> bool:
 
 
 def check_values(tensor: Tensor) -> bool:
-    """Whether the values of ``tensor`` should be looked at now: a CPU tensor in eager mode, or any under ``set_checks(True)``."""
+    """Whether to look at the values of ``tensor``: a CPU tensor in eager mode, or any under ``set_checks(True)``."""
     if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor) or tensor.is_meta:
         return False
     return tensor.device.type == "cpu" or _value_checks

@@ -195,6 +195,8 @@ def _check_files(model: Any, files: Sequence[str], dense: Mapping[str, tuple[int
     """
     stored: dict[str, tuple[int, ...]] = {}
     for path in files:
+        if not str(path).endswith(".safetensors"):
+            raise ValueError(f"weights must be in safetensors files, got {path}")
         try:
             with safe_open(path, framework="pt") as file:
                 stored |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -19,7 +19,6 @@ pytest.importorskip("transformers")
 import transformers
 from freqrank.models.quantizer import FreqrankConfig, attach
 from freqrank.models.saving import check_output_folder, save_model
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -65,6 +64,25 @@ def _compress(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
+def by_compress() -> LlamaForCausalLM:
+    return _by_compress(dense())
+
+
+def _by_compress(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    calibration = torch.randint(0, 64, (8, 32), generator=torch.Generator().manual_seed(3))
+    freqrank.compress(model, calibration, method="lisc", ratio=0.4, progress=False)
+    return model
+
+
+def by_linearize(layers: list[int] | None = None) -> LlamaForCausalLM:
+    return _by_linearize(dense(), layers)
+
+
+def _by_linearize(model: LlamaForCausalLM, layers: list[int] | None = None) -> LlamaForCausalLM:
+    freqrank.linearize(model, layers=layers, position_table=32)
+    return model
+
+
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS).logits
@@ -73,6 +91,11 @@ def logits(model: nn.Module) -> torch.Tensor:
 KINDS = {
     "compressed": compressed,
     "compressed-tied-embeddings": lambda: compressed(tie=True),
+    "by-compress": by_compress,
+    "linear": by_linearize,
+    "half-linear": lambda: by_linearize([0, 2]),
+    "linear-then-compressed": lambda: _by_compress(by_linearize()),
+    "compressed-then-linear": lambda: _by_linearize(by_compress()),
 }
 
 
@@ -93,7 +116,7 @@ def folders(tmp_path_factory) -> Path:
 
 
 def _stays_fp32(name: str) -> bool:
-    return False
+    return ".feature_map." in name or ".decay." in name
 
 
 def run(code: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -110,10 +133,12 @@ RELOAD = """
 import json, sys
 from pathlib import Path
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM  # before freqrank: either order works
 import freqrank
 from safetensors.torch import load_file
 
+transformers.logging.disable_progress_bar()
 root = Path(sys.argv[1])
 ids = torch.arange(24).view(2, 12)
 results = {}
@@ -129,12 +154,14 @@ for kind in sys.argv[2:]:
     check("sharded", folder=f"{kind}-sharded")
     check("bf16", "bf16", dtype=torch.bfloat16)
     check("device_map", device_map="auto")
-    for name, memory in (("disk", 20_000), ("part on disk", 100_000)):
+    size = (root / kind / "model.safetensors").stat().st_size
+    for name, memory in (("disk", size // 10), ("part on disk", size * 8 // 10)):
         model = check(name, device_map="auto", max_memory={"cpu": memory}, offload_folder=root / f"offload-{kind}")
         results[f"{kind} {name} used"] = "disk" in model.hf_device_map.values()
 print("RESULTS" + json.dumps(results))
 """
 CHECKS = ["auto class", "own class", "sharded", "bf16", "device_map", "disk", "disk used", "part on disk"]
+CHECKS += ["part on disk used"]
 
 
 @pytest.fixture(scope="module")
@@ -191,12 +218,12 @@ def test_import_is_quick_and_needs_no_transformers():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_shared_basis_is_stored_once(folders, kind):
-    with safe_open(folders / kind / "model.safetensors", "pt") as file:
-        stored = sorted(name for name in file.keys() if name.endswith(".basis"))  # noqa: SIM118
-        parameters = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    stored = load_file(folders / kind / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folders / kind)
-    assert stored == sorted(f"{names[0]}.basis" for names in shared_groups(model))
-    assert parameters == sum(p.numel() for p in model.parameters()) == model.num_parameters()
+    bases = {name for name in stored if name.endswith(".basis")}
+    assert bases == {f"{names[0]}.basis" for names in shared_groups(model)}
+    persistent = sum(buffer.numel() for name, buffer in model.named_buffers() if name in stored)
+    assert sum(tensor.numel() for tensor in stored.values()) == model.num_parameters() + persistent
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,9 +231,11 @@ def test_settings_are_in_the_config_and_nothing_is_pickled(folders, kind):
     config = json.loads((folders / kind / "config.json").read_text())
     settings = config["quantization_config"]
     assert settings["quant_method"] == "freqrank"
-    assert ("lowrank" in settings) == ("compressed" in kind)
+    assert ("lowrank" in settings) == ("compress" in kind)
+    assert ("linear_attention" in settings) == ("linear" in kind)
     if "lowrank" in settings:
-        assert settings["lowrank"] == {"groups": GROUPS, "method": "lisc", "ratio": 0.5}
+        assert settings["lowrank"]["method"] == "lisc"
+        assert settings["lowrank"]["groups"]
     assert {path.suffix for path in (folders / kind).iterdir()} == {".json", ".safetensors"}
     assert "auto_map" not in config
 
@@ -229,9 +258,10 @@ def model(request, folders):
 
 
 def test_bases_are_shared_after_loading(model):
-    for names in shared_groups(model):
-        assert names in [group["modules"] for group in GROUPS]
-    assert len(shared_groups(model)) in (0, len(GROUPS))
+    lowrank = model.config.quantization_config.lowrank
+    groups = lowrank["groups"] if lowrank else []
+    assert sorted(shared_groups(model)) == sorted(group["modules"] for group in groups)
+    assert not lowrank or max(map(len, shared_groups(model))) == 2
 
 
 def test_deepcopy_is_equal_and_apart(model):
@@ -248,6 +278,22 @@ def test_dtype_casts_and_memory_footprint(model):
     assert model.half().lm_head.weight.dtype == torch.float16
     assert model.float().lm_head.weight.dtype == torch.float32
     assert model.to(torch.float64).lm_head.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear-then-compressed"])
+def test_what_must_stay_fp32_does_in_bf16(folders, kind):
+    own = AutoModelForCausalLM.from_pretrained(folders / kind)
+    half = AutoModelForCausalLM.from_pretrained(folders / kind, dtype=torch.bfloat16)
+    for name, tensor in half.state_dict().items():
+        assert tensor.dtype == (torch.float32 if _stays_fp32(name) else torch.bfloat16), name
+        assert torch.equal(tensor, own.state_dict()[name].to(tensor.dtype)), name
+
+
+def test_a_new_head_on_a_converted_model(folders):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folders / "linear-then-compressed", num_labels=3, pad_token_id=0
+    )
+    assert model(IDS).logits.shape == (2, 3)
 
 
 def test_torch_compile(model):
@@ -284,7 +330,6 @@ def _train(model, folder: Path, **options):
 def test_trainer_steps_checkpoints_and_resumes(model, folders, tmp_path):
     folder, before = model.config._name_or_path, {n: p.detach().clone() for n, p in model.named_parameters()}
     want = logits(_train(model, tmp_path))
-    # a key's bias-free projection under a frozen map may see no gradient; every factor must
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == moved
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")), want)
@@ -300,7 +345,9 @@ def test_lora_trains_saves_and_reloads(model, tmp_path):
     before = logits(model)
     targets = ["q_proj", "v_proj", "gate_proj"]
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
-    assert sum(isinstance(m, peft.tuners.lora.Linear) for m in adapted.modules()) == len(targets) * LAYERS
+    wrapped = [name for name, m in adapted.named_modules() if isinstance(m, peft.tuners.lora.Linear)]
+    for target, block in zip(targets, ("self_attn", "self_attn", "mlp"), strict=True):
+        assert sum(name.endswith(f"{block}.{target}") for name in wrapped) == LAYERS
     after = logits(_train(adapted, tmp_path / "training"))
     assert not torch.equal(before, after)
     adapted.save_pretrained(tmp_path / "adapter")
@@ -316,9 +363,10 @@ def test_lora_cannot_be_merged_into_factors(folders):
         adapted.merge_and_unload()
 
 
-def test_the_base_model_loads_and_saves_alone(folders, tmp_path):
-    base = transformers.AutoModel.from_pretrained(folders / "compressed")
-    want = compressed().model(IDS).last_hidden_state
+@pytest.mark.parametrize("kind", ["compressed", "half-linear", "linear-then-compressed"])
+def test_the_base_model_loads_and_saves_alone(folders, tmp_path, kind):
+    base = transformers.AutoModel.from_pretrained(folders / kind)
+    want = KINDS[kind]().model(IDS).last_hidden_state
     assert torch.equal(base(IDS).last_hidden_state, want)
     base.save_pretrained(tmp_path)
     assert torch.equal(transformers.AutoModel.from_pretrained(tmp_path)(IDS).last_hidden_state, want)
@@ -372,11 +420,28 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+LINEAR_DAMAGE = {
+    "decay lost": (_drop("model.layers.1.self_attn.decay.log_decay"), "lack model.layers.1.self_attn.decay"),
+    "frequencies lost": (_drop("model.layers.0.self_attn.feature_map.scales"), "lack model.layers.0.self_attn.feat"),
+    "linear settings lost": (_config(lambda c, q: q.pop("linear_attention")), "says nothing of model.layers.0"),
+    "other layers": (
+        _config(lambda c, q: q["linear_attention"].update(layers=[0, 1])),
+        "says nothing of model.layers.2",
+    ),
+    "shorter table": (
+        _config(lambda c, q: q["linear_attention"]["options"].update(position_table=8)),
+        r"factors.weight is \[\d, 32\] in the file",
+    ),
+    "unknown option": (_config(lambda c, q: q["linear_attention"]["options"].update(heat=1)), "heat"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE | LINEAR_DAMAGE)
 def test_a_damaged_folder_is_a_clear_error(folders, tmp_path, damage):
-    change, message = DAMAGE[damage]
-    shutil.copytree(folders / "compressed-sharded", tmp_path / "sharded")
-    folder = Path(shutil.copytree(folders / "compressed", tmp_path / "model"))
+    kind = "linear" if damage in LINEAR_DAMAGE else "compressed"
+    change, message = (DAMAGE | LINEAR_DAMAGE)[damage]
+    shutil.copytree(folders / f"{kind}-sharded", tmp_path / "sharded")
+    folder = Path(shutil.copytree(folders / kind, tmp_path / "model"))
     change(folder)
     with pytest.raises((ValueError, OSError), match=message):
         AutoModelForCausalLM.from_pretrained(folder)
@@ -401,6 +466,14 @@ def test_attach_refuses_what_does_not_describe_the_model(settings, error, messag
     with pytest.raises(error, match=message):
         attach(model, **settings)
     assert model.config.quantization_config.to_dict() == before
+
+
+def test_weights_must_be_safetensors(folders, tmp_path):
+    folder = Path(shutil.copytree(folders / "compressed", tmp_path / "model"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="must be in safetensors files"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_attach_merges_and_copies():

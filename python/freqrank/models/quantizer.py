@@ -8,7 +8,6 @@ its settings in ``model.config.quantization_config`` and nothing else of the qua
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -80,7 +79,8 @@ class FreqrankQuantizer(HfQuantizer):
         dense = _shapes(model)
         settings = self.quantization_config
         if settings.linear_attention is not None:
-            linearization = importlib.import_module("freqrank.models.linearization")
+            from freqrank.models import linearization  # which imports more of transformers than is loaded by now
+
             linearization.install(model, settings.linear_attention)
         if settings.lowrank is not None:
             install_lowrank(model, _local_groups(model, settings.lowrank["groups"]))

@@ -60,7 +60,7 @@ def test_matches_scipy(n):
 
 @pytest.mark.parametrize("n", LONG_LENGTHS)
 def test_matches_scipy_at_long_lengths(n):
-    check_against_scipy(n, list(itertools.product(ONE, TYPES, (None, "ortho"), (None,))), (1, 5))
+    check_against_scipy(n, list(itertools.product(ONE, TYPES, (None, "ortho"), (None,))), (1, 5) if n < 10**5 else (1,))
 
 
 @pytest.mark.long
@@ -70,8 +70,11 @@ def test_matches_scipy_at_every_length(first):
         check_against_scipy(n, list(itertools.product(ONE, TYPES, NORMS, ORTHOGONALIZE)), (1, 19))
 
 
-@pytest.mark.parametrize("n", [1_000_003, 2_000_006, 3 * 2**18])
-@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize(
+    ("n", "type"),
+    [(1_000_003, 2), (1_000_003, 3), (2**19 + 1, 1), (3 * 2**18, 4)]
+    + [pytest.param(n, type, marks=pytest.mark.long) for n in (1_000_003, 2_000_006, 3 * 2**18) for type in TYPES],
+)
 def test_huge_lengths(n, type):
     x = rows(n, dtype=torch.float32)
     got = freqrank.dct(x, type, norm="ortho")

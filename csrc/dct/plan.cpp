@@ -15,8 +15,8 @@ namespace {
 
 // Lengths with a larger prime factor go through Bluestein's convolution.
 constexpr std::int64_t kLargestRadix = 13;
-// Rows side by side in vector lanes as long as their scratch stays within a typical second-level cache ...
-constexpr std::int64_t kVectorScratchBytes = 640 * 1024;
+// Rows go side by side in vector lanes as long as their scratch stays within one core's share of the caches ...
+constexpr std::int64_t kVectorScratchBytes = 2 * 1024 * 1024;
 // ... and at least this fraction of the lanes is used.
 constexpr std::int64_t kMinLaneFraction = 4;
 // Work below this many elements is not worth another thread.

@@ -890,3 +890,23 @@ def test_a_further_method_is_one_class():
         assert [layer.input_share for layer in report.layers if layer.role == "q"][:2] == [0, 1]
     finally:
         METHODS.pop("last", None)
+
+
+def test_linearised_models_compress():
+    model = build(dtype=torch.float32)
+    freqrank.linearize(model, seed=0)
+    _, expected = all_grams(model, tokens())
+    small, report = compressed(model, refit="cross")
+    assert report.block_ratio >= 0.4
+    assert {layer.module for layer in report.layers} <= expected.keys()
+    for layer in report.layers:
+        assert isinstance(small.get_submodule(layer.module), LowRankLinear)
+        scale = expected[layer.module].diagonal().mean() / tokens().numel()
+        assert layer.input_scale == pytest.approx(float(scale), rel=1e-4)
+    settings = small.config.quantization_config
+    assert settings.linear_attention is not None
+    assert settings.lowrank is not None
+    assert small(tokens()).logits.isfinite().all()
+    plain, _ = compressed(model, method="svd")
+    logits = model(tokens()).logits
+    assert (small(tokens()).logits - logits).norm() < 0.8 * (plain(tokens()).logits - logits).norm()

@@ -467,10 +467,9 @@ mask = torch.ones_like(ids)
 mask[0, :100] = 0
 with torch.no_grad():
     model(ids[:, :64], attention_mask=mask[:, -64:])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     out = model(ids, attention_mask=mask, use_cache=False).last_hidden_state
 assert out.isfinite().all()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
@@ -481,8 +480,10 @@ def test_memory_of_a_padded_forward_grows_linearly():
         done = subprocess.run([sys.executable, "-c", MEMORY, str(length)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout) / 1024)
-    assert peaks[2] < 600, f"MiB at 16k, 32k, 64k tokens: {peaks}"
-    assert peaks[2] < 2.6 * peaks[1] < 2.6 * 2.6 * peaks[0], f"MiB at 16k, 32k, 64k tokens: {peaks}"
+    first, second = peaks[1] - peaks[0], peaks[2] - peaks[1]
+    # Twice the tokens, twice the growth; four times as much if anything were quadratic.
+    assert second < max(3 * first, 64), f"MiB at 16k, 32k, 64k tokens: {peaks}"
+    assert second < 400, f"MiB at 16k, 32k, 64k tokens: {peaks}"
 
 
 # --- training

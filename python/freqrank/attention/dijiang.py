@@ -91,23 +91,26 @@ class Decay(Float32Module):
     (0, 1).
     """
 
+    log_rate: nn.Parameter
+    log_decay: Tensor | None
+
     def __init__(self, heads: int, options: DiJiangOptions, device: torch.device | None = None) -> None:
         super().__init__()
         self.heads, self.options = heads, options
         empty = torch.empty(heads, dtype=torch.float32, device=device)
-        self.log_rate = nn.Parameter(empty) if options.learned_decay else None
+        self.register_parameter("log_rate", nn.Parameter(empty) if options.learned_decay else None)
         self.register_buffer("log_decay", None if options.learned_decay else empty)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         start = multiscale_log_decay(self.heads, self.options.shortest_span, self.options.longest_span)
-        if self.log_rate is not None:
-            self.log_rate.copy_(start.neg().log())
-        else:
+        if self.log_decay is not None:
             self.log_decay.copy_(start)
+        else:
+            self.log_rate.copy_(start.neg().log())
 
     def forward(self) -> Tensor:
-        return self.log_decay if self.log_rate is None else -self.log_rate.exp()
+        return self.log_decay if self.log_decay is not None else -self.log_rate.exp()
 
 
 class PositionFactors(nn.Module):

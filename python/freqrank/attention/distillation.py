@@ -119,7 +119,7 @@ def _batches(data: Data, batch_size: int, generator: torch.Generator) -> Iterato
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "vocab_size", None)
 
 

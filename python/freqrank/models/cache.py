@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from freqrank.ops import LinearAttentionState
 
 
-class LinearStateLayer(LinearAttentionLayer, DynamicLayer):
+class LinearStateLayer(LinearAttentionLayer, DynamicLayer):  # type: ignore[misc]  # both have a dtype and device
     """State [B, H, K, V] of one layer and the number of tokens that went into it.
 
     A ``LinearAttentionLayer`` for its state, so that it counts as one wherever transformers asks, and a
@@ -21,6 +21,8 @@ class LinearStateLayer(LinearAttentionLayer, DynamicLayer):
     """
 
     is_compileable = False
+    dtype: Any
+    device: Any
     is_croppable = False  # type: ignore[assignment]  # a property of LinearAttentionLayer
     supports_early_init = False
 
@@ -76,7 +78,7 @@ class LinearStateLayer(LinearAttentionLayer, DynamicLayer):
         """Forget every token. The state is dropped, not zeroed: somebody may hold it."""
         self.__init__()  # type: ignore[misc]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         LinearAttentionLayer.reorder_cache(self, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -577,6 +577,17 @@ def test_distill_loss_is_what_it_says():
     assert report.next_token[0] == pytest.approx(ce.item(), rel=1e-4)
 
 
+def test_hidden_state_alignment_counts_alone_at_first():
+    teacher, student = small_model(seed=1), linear_model()
+    data = tokens(8, 24)
+    report = distill(
+        student, teacher, data, recipe="distill", steps=9, align_steps=6, lr=3e-3, hidden_weight=1.0, progress=False
+    )
+    assert report.losses[5] < report.losses[0]
+    assert all(loss < ce for loss, ce in zip(report.losses[:6], report.next_token[:6], strict=True))
+    assert all(loss > ce for loss, ce in zip(report.losses[6:], report.next_token[6:], strict=True))
+
+
 def test_distill_stops_at_a_loss_that_is_not_finite():
     model = linear_model()
     good = tokens(2, 16)
@@ -676,6 +687,14 @@ def test_linearize_refuses_what_it_does_not_know():
     model = small_model()
     model.model.layers[1].self_attn.__class__ = type("OtherAttention", (nn.Module,), {})
     with pytest.raises(ValueError, match=r"layer 1 has attention OtherAttention.*ATTENTION_CLASSES"):
+        linearize(model)
+    assert type(model.model.layers[0].self_attn).__name__ == "LlamaAttention"
+
+
+def test_linearize_refuses_another_quantization():
+    model = small_model()
+    model.config.quantization_config = {"quant_method": "other"}
+    with pytest.raises(ValueError, match="quantized by another method"):
         linearize(model)
     assert type(model.model.layers[0].self_attn).__name__ == "LlamaAttention"
 

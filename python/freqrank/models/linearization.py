@@ -229,7 +229,7 @@ def linearize(
 
     Source: DiJiang (Chen et al., ICML 2024, arXiv 2403.19928) and its released code.
     """
-    from freqrank.models.quantizer import attach
+    from freqrank.models.quantizer import FreqrankConfig, attach
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel; got {type(model).__name__}")
@@ -242,6 +242,8 @@ def linearize(
     architecture = find_architecture(model)
     chosen = _chosen_layers(layers, len(architecture.blocks))
     _check_layers(architecture, chosen, chosen_options)
+    if not isinstance(quantization := getattr(model.config, "quantization_config", None), FreqrankConfig | None):
+        raise ValueError(f"model is quantized by another method and cannot be converted: {quantization}")
 
     before = sum(p.numel() for p in model.parameters())
     _swap(model, architecture, chosen, chosen_options)

@@ -301,9 +301,14 @@ def test_torch_compile(model):
     torch.testing.assert_close(logits(compiled), logits(model))
 
 
-def test_generate(model):
-    ids = model.generate(IDS[:, :4], attention_mask=torch.ones(2, 4), max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert ids.shape == (2, 8)
+def test_generate_gives_what_the_original_gives(model):
+    original = KINDS[Path(model.config._name_or_path).name]()
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, :3] = 0  # left padding
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    for beams in (1, 2):
+        want = original.generate(IDS[:, :6], num_beams=beams, **options)
+        assert torch.equal(model.generate(IDS[:, :6], num_beams=beams, **options), want)
 
 
 def _examples(count: int) -> list[dict[str, torch.Tensor]]:

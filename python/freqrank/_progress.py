@@ -22,8 +22,12 @@ def bar(title: str, total: int, show: bool = True) -> Iterator[Callable[[str], N
     except ImportError:
         yield _lines(title, total)
         return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(title, total)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task(title, total=total)
 
         def advance(what: str = "") -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +63,7 @@ def _fail(error: Exception) -> NoReturn:
         _say("stopped")
         sys.exit(1)
     names = {base.__name__ for base in type(error).__mro__}
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) and not (error.name or "").startswith("freqrank"):
         _say(f"{error}; pip install 'freqrank[cli]' installs what the command line needs")
     elif isinstance(error, (ValueError, TypeError, OSError)) or "SafetensorError" in names:
         _say(str(error) or type(error).__name__)
@@ -89,7 +90,9 @@ app = typer.Typer(
 Model = Annotated[
     str, typer.Argument(help="A Hugging Face model folder, or bundled:base or bundled:linear.", show_default=False)
 ]
-Output = Annotated[Path, typer.Argument(help="Folder to write; must not exist, or be empty.", show_default=False)]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder to write; must not exist, or be empty.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Download = Annotated[
@@ -120,7 +123,7 @@ def _progress(description: str) -> Iterator[Callable[..., None]]:
         yield update
 
 
-def _load(name: str, *, download: bool = False, dtype: str = "float32") -> tuple[nn.Module, Any]:
+def _load(name: str, *, download: bool = False, dtype: str = "float32") -> tuple[Any, Any]:
     """The causal language model called ``name`` and its tokenizer (None for a byte-level model without one)."""
     import transformers
 
@@ -249,7 +252,10 @@ def _facts(title: str, facts: dict[str, str]) -> None:
 
 @app.callback()
 def _root() -> None:
-    torch.set_grad_enabled(True)
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        _say(f"warning: {message}")
+
+    warnings.showwarning = show
 
 
 @app.command()
@@ -334,15 +340,11 @@ def compress(
     after = _count(network)
 
     def show() -> None:
-        facts = {
-            "parameters": f"{before['parameters']:,} -> {after['parameters']:,}",
-            "bytes": f"{report.size(before['bytes'])} -> {report.size(after['bytes'])}",
-            "removed": f"{1 - after['parameters'] / before['parameters']:.1%} of the whole model, {ratio:.0%} of the "
-            "compressed linears asked for",
-        }
+        out.print(str(done), markup=False, soft_wrap=True)
+        facts = {"from": model, "to": str(output)}
         if losses:
             facts["loss"] = f"{losses['before']:.4f} -> {losses['after']:.4f} nats a token"
-        _facts(f"{model} compressed by {method} into {output}", facts)
+        _facts("", facts)
 
     _emit({"model": model, "output": str(output), "before": before, "after": after, "loss": losses, "report": done},
           as_json, show)  # fmt: skip

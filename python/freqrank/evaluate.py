@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freqrank._progress import bar
 from freqrank.ops._checks import check_option, check_tensor
 
 REDUCTIONS = ("token", "window")
@@ -86,7 +87,7 @@ def loss(
     For a byte-level model nats a token are nats a byte.
 
     Args:
-        progress: show a bar (needs rich; without it there is none).
+        progress: show a bar on standard error.
 
     Example:
         >>> uniform = torch.nn.Embedding.from_pretrained(torch.zeros(4, 4))  # every token equally likely
@@ -102,20 +103,18 @@ def loss(
     was_training = model.training
     model.eval()
     total, count, means = 0.0, 0, 0.0
-    bar = _bar(len(pieces)) if progress else None
+    groups = list(_batches(pieces, batch))
     try:
-        for group in _batches(pieces, batch):
-            inputs = torch.stack([row[start:stop] for row, start, stop, _ in group]).to(device)
-            for losses in _token_losses(model, inputs, group[0][3]):
-                total += losses.sum().item()
-                means += losses.mean().item()
-                count += losses.numel()
-            if bar is not None:
-                bar.advance(len(group))
+        with bar("evaluate", len(groups), progress) as advance:
+            for group in groups:
+                inputs = torch.stack([row[start:stop] for row, start, stop, _ in group]).to(device)
+                for losses in _token_losses(model, inputs, group[0][3]):
+                    total += losses.sum().item()
+                    means += losses.mean().item()
+                    count += losses.numel()
+                advance("")
     finally:
         model.train(was_training)
-        if bar is not None:
-            bar.close()
     return total / count if reduction == "token" else means / len(pieces)
 
 
@@ -148,7 +147,7 @@ def perplexity(
         reduction: "token": mean over all scored tokens; "window": mean over windows of each window's mean, in which a
             shorter last window weighs as much as a full one.
         remainder: "keep" the last window, shorter than the others, or "drop" it.
-        progress: show a bar (needs rich; without it there is none).
+        progress: show a bar on standard error.
 
     Returns:
         The perplexity; infinite where it passes the largest float, NaN where the model's logits are.
@@ -193,25 +192,3 @@ def _token_losses(model: nn.Module, inputs: Tensor, scored: int) -> Tensor:
     targets = inputs[:, -scored:]
     # token by token: a mean here would round before the sum over windows
     return nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double()
-
-
-class _Bar:
-    def __init__(self, progress: Any, total: int) -> None:
-        self._progress, self._task = progress, progress.add_task("evaluate", total=total)
-        progress.start()
-
-    def advance(self, count: int) -> None:
-        self._progress.advance(self._task, count)
-
-    def close(self) -> None:
-        self._progress.stop()
-
-
-def _bar(total: int) -> _Bar | None:
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError:
-        return None
-    console = Console(stderr=True)
-    return _Bar(Progress(console=console, transient=True, disable=not console.is_terminal), total)

@@ -341,23 +341,19 @@ def label_ends(axes: Any, labels: list[tuple[float, float, str, str]], *, gap: f
     ``gap`` is the smallest distance of two labels as a fraction of the axis' height. Call it when the limits are final.
     """
     to_axes = axes.transData + axes.transAxes.inverted()
-    placed: list[tuple[float, float, float, str, str]] = []
-    for x, y, text, colour in labels:
-        ax, ay = to_axes.transform((x, y))
-        placed.append((float(ax), float(ay), float(ay), text, colour))
-    placed.sort(key=lambda item: item[1])
-    heights = [item[1] for item in placed]
+    placed = sorted((float(to_axes.transform((x, y))[1]), x, text, colour) for x, y, text, colour in labels)
+    heights = [height for height, *_ in placed]
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + gap)
-    overflow = max(0.0, heights[-1] - 1.0) if heights else 0.0
-    for i in range(len(heights) - 1, -1, -1):
-        limit = heights[i + 1] - gap if i + 1 < len(heights) else 1.0
-        heights[i] = min(heights[i], limit) if overflow else heights[i]
-    for (ax, _, _, text, colour), height in zip(placed, heights, strict=True):
+    limit = 1.0
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], limit)
+        limit = heights[i] - gap
+    for (_, x, text, colour), height in zip(placed, heights, strict=True):
         axes.annotate(
             text,
-            (ax, height),
-            xycoords="axes fraction",
+            (x, height),
+            xycoords=("data", "axes fraction"),
             xytext=(6, 0),
             textcoords="offset points",
             color=colour,

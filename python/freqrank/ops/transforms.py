@@ -250,6 +250,6 @@ torch.library.register_autograd("freqrank::dct", _backward, setup_context=_setup
 
 
 @torch.library.register_vmap("freqrank::dct")
-def _vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, dims: list[int], *args: Any) -> tuple[Tensor, int]:
+def _vmap(info: Any, in_dims: tuple[int, ...], x: Tensor, dims: list[int], *args: Any) -> tuple[Tensor, int]:
     moved = x.movedim(in_dims[0], 0)
     return torch.ops.freqrank.dct(moved, [d + 1 for d in dims], *args), 0

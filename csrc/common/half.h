@@ -1,8 +1,12 @@
 #pragma once
 // 16-bit storage types. Arithmetic is done in float: convert on load, round to nearest even on store.
+// Everything is inlined by force: files compiled for different instruction sets include this, and a copy shared between
+// them could hold instructions that the processor lacks.
 
 #include <cstdint>
 #include <cstring>
+
+#define FREQRANK_INLINE static inline __attribute__((always_inline))
 
 namespace freqrank {
 
@@ -14,17 +18,17 @@ struct float16 {
   std::uint16_t bits;
 };
 
-static inline float to_float(float x) { return x; }
-static inline double to_float(double x) { return x; }
+FREQRANK_INLINE float to_float(float x) { return x; }
+FREQRANK_INLINE double to_float(double x) { return x; }
 
-static inline float to_float(bfloat16 x) {
+FREQRANK_INLINE float to_float(bfloat16 x) {
   const std::uint32_t wide = static_cast<std::uint32_t>(x.bits) << 16;
   float out;
   std::memcpy(&out, &wide, 4);
   return out;
 }
 
-static inline float to_float(float16 x) {
+FREQRANK_INLINE float to_float(float16 x) {
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = x.bits & 0x7fffu;
   std::uint32_t wide;
@@ -43,12 +47,12 @@ static inline float to_float(float16 x) {
 }
 
 template <class T>
-static inline T from_float(float x) {
+FREQRANK_INLINE T from_float(float x) {
   return static_cast<T>(x);
 }
 
 template <>
-inline bfloat16 from_float<bfloat16>(float x) {
+inline __attribute__((always_inline)) bfloat16 from_float<bfloat16>(float x) {
   std::uint32_t wide;
   std::memcpy(&wide, &x, 4);
   if ((wide & 0x7fffffffu) > 0x7f800000u) return {static_cast<std::uint16_t>((wide >> 16) | 0x40u)};
@@ -56,7 +60,7 @@ inline bfloat16 from_float<bfloat16>(float x) {
 }
 
 template <>
-inline float16 from_float<float16>(float x) {
+inline __attribute__((always_inline)) float16 from_float<float16>(float x) {
   std::uint32_t wide;
   std::memcpy(&wide, &x, 4);
   const std::uint16_t sign = static_cast<std::uint16_t>((wide >> 16) & 0x8000u);

@@ -1,10 +1,6 @@
 """The public ops: thin Python functions over the native library, with checks, fakes and autograd."""
 
 from freqrank.ops._checks import set_checks
-
-# transforms
-from freqrank.ops.transforms import dct, dctn, idct, idctn
-# attention
 from freqrank.ops.attention import (
     LinearAttentionState,
     dijiang_attention,
@@ -12,7 +8,6 @@ from freqrank.ops.attention import (
     linear_attention,
     linear_attention_step,
 )
-# linalg
 from freqrank.ops.linalg import (
     CholeskyResult,
     Whitening,
@@ -24,27 +19,25 @@ from freqrank.ops.linalg import (
     whiten,
     whiten_eigh,
 )
+from freqrank.ops.transforms import dct, dctn, idct, idctn
 
 __all__ = [
-    "set_checks",
-    # transforms
-    "dct",
-    "dctn",
-    "idct",
-    "idctn",
-    # attention
-    "LinearAttentionState",
-    "dijiang_attention",
-    "feature_map_attention",
-    "linear_attention",
-    "linear_attention_step",
-    # linalg
     "CholeskyResult",
+    "LinearAttentionState",
     "Whitening",
     "cholesky_ex",
+    "dct",
+    "dctn",
+    "dijiang_attention",
+    "feature_map_attention",
     "gram",
     "gram_",
+    "idct",
+    "idctn",
+    "linear_attention",
+    "linear_attention_step",
     "logdet",
+    "set_checks",
     "solve_triangular",
     "whiten",
     "whiten_eigh",

@@ -56,8 +56,8 @@ def _fail(error: Exception) -> NoReturn:
     """Say in one line what was wrong, and leave; what is no one's input comes through as the bug that it is."""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's and click's own
         context = getattr(error, "ctx", None)
-        hint = f" (see {context.command_path} --help)" if context is not None else ""
-        _say(error.format_message() + hint)
+        if message := error.format_message():  # empty where the help was shown for want of a command
+            _say(message + (f" (see {context.command_path} --help)" if context is not None else ""))
         sys.exit(error.exit_code)
     if type(error).__name__ == "Abort":
         _say("stopped")

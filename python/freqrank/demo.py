@@ -39,7 +39,7 @@ class Sizes:
     groups: tuple[int, ...] = (2, 3, 6)
     spread_groups: tuple[int, ...] = (2, 6)
     spread_ratio: float = 0.4
-    steps: int = 50
+    steps: int = 40
     batch: tuple[int, int] = (8, 256)
     written: int = 160
     contexts: tuple[int, ...] = (128, 512, 1024, 2048, 4096, 8192)
@@ -52,6 +52,15 @@ QUICK = Sizes(
     window=128, test_windows=4, calibration=(8, 128), ratios=(0.4, 0.8), groups=(2, 6), spread_groups=(2,), steps=4,
     batch=(2, 64), written=24, contexts=(32, 128), decode_steps=3, repeats=3, op_scale=8,
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A compressed model, when it is gone."""
+
+    loss: float
+    bytes: int
+    report: freqrank.CompressionReport
 
 
 @dataclass
@@ -72,6 +81,7 @@ class Demo:
         self.train_text = train
         self.prompt = bytes(test[:4000].tolist())
         self.base_loss = self.loss(self.base)
+        self._measured: dict[tuple[Any, ...], Measured] = {}
 
     def loss(self, model: nn.Module) -> float:
         """Held-out loss in nats a byte."""
@@ -82,6 +92,14 @@ class Demo:
         copied = copy.deepcopy(self.base if model is None else model)
         freqrank.compress(copied, self.calibration, seed=self.seed, progress=False, **options)
         return copied
+
+    def measured(self, model: nn.Module, **options: Any) -> Measured:
+        """Loss, bytes and report of a compressed copy; what was measured before is not compressed again."""
+        key = (id(model), *sorted(options.items()))
+        if key not in self._measured:
+            done = self.compressed(model, **options)
+            self._measured[key] = Measured(self.loss(done), model_bytes(done), done.freqrank_report)
+        return self._measured[key]
 
 
 SectionFunction = Callable[[Demo, Tick], Section]
@@ -151,9 +169,8 @@ def compression(demo: Demo, tick: Tick) -> Section:
         for group in [options["group_size"]] if "group_size" in options else demo.sizes.groups:
             for ratio in demo.sizes.ratios:
                 tick(f"{name}, group {group}, {ratio:.0%} removed")
-                model = demo.compressed(ratio=ratio, **{"group_size": group, **options})
-                rows.append({"name": name, "group": group, "ratio": ratio, "bytes": model_bytes(model),
-                             "loss": demo.loss(model)})  # fmt: skip
+                done = demo.measured(demo.base, ratio=ratio, **{"group_size": group, **options})
+                rows.append({"name": name, "group": group, "ratio": ratio, "bytes": done.bytes, "loss": done.loss})
     ratios = demo.sizes.ratios
     table = Table(
         ["method", "layers a basis", *(f"{ratio:.0%} removed" for ratio in ratios)],
@@ -194,7 +211,7 @@ def _loss_plot(demo: Demo, rows: list[dict[str, Any]]) -> Picture:
     with plot(2, width=10, height=4.4, sharey=True) as (figure, (left, right)):
         for axes in (left, right):
             axes.set_yscale("log")
-            axes.set_ylim(min(losses) * 0.93, max(losses) * 1.03)
+            axes.set_ylim(min(losses) * 0.91, max(losses) * 1.03)
             axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
             axes.minorticks_off()
             axes.set_xlim(0, 1.08 * max(row["bytes"] for row in rows) / 1e6)
@@ -204,9 +221,13 @@ def _loss_plot(demo: Demo, rows: list[dict[str, Any]]) -> Picture:
                 at = (row["bytes"] / 1e6, row["loss"])
                 axes.plot(*at, marker, color="black", zorder=3)
                 axes.annotate(
-                    row["name"].replace(" rounding", ""), at, xytext=(0, -12), textcoords="offset points", ha="center",
+                    row["name"].replace(" rounding", ""),
+                    at,
+                    xytext=(0, 8 if marker == "^" else -12),
+                    textcoords="offset points",
+                    ha="center",
                     fontsize=8,
-                )  # fmt: skip
+                )
         left.set_ylabel("held-out loss (nats a byte, log scale)")
         left.set_title(f"Methods ({group} layers a basis where shared)")
         right.set_title("How many layers share a basis")
@@ -251,10 +272,10 @@ def input_scales(demo: Demo, tick: Tick) -> Section:
             losses = {}
             for copy_name, model in models.items():
                 tick(f"{variant}, {copy_name}")
-                done = demo.compressed(model, ratio=ratio, group_size=group, **options)
-                losses[copy_name] = demo.loss(done)
+                done = demo.measured(model, ratio=ratio, group_size=group, **options)
+                losses[copy_name] = done.loss
                 if group == groups[-1]:
-                    layers = [layer for layer in done.freqrank_report.layers if layer.role == "q"]
+                    layers = [layer for layer in done.report.layers if layer.role == "q"]
                     details.append({
                         "variant": variant, "copy": copy_name,
                         "errors": [layer.error for layer in layers],

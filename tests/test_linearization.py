@@ -12,6 +12,7 @@ import freqrank
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from freqrank import distill, linearize
 from freqrank.attention import sampling
 from freqrank.attention.dijiang import DiJiangAttention, DiJiangOptions
@@ -369,6 +370,39 @@ def test_left_padded_generation_equals_one_by_one(convert, how):
         assert torch.equal(got[i * count : (i + 1) * count, ids.shape[1] :], alone[:, row.numel() :])
 
 
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+@pytest.mark.parametrize("convert", [[0], [1, 2]])
+@torch.no_grad()
+def test_beside_softmax_layers_every_cache_and_window_gives_the_same(family, convert):
+    # Softmax layers' masks hide what has left a sliding window, and have columns for a static cache's empty places:
+    # neither is padding to a linear layer.
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    if family == "Mistral":
+        config.sliding_window = 4
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.mul_(4.0)
+    linearize(model, layers=convert, gate="open", norm_groups="heads")
+    rows = [tokens(1, n, seed=n)[0] for n in (9, 6)]
+    ids, mask = left_padded(rows)
+
+    def scores(**how):
+        options = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        made = model.generate(ids, attention_mask=mask, **options, **how)
+        return torch.stack(made.logits)
+
+    expected = scores(use_cache=False)
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(expected[0, i], model(row[None]).logits[0, -1], atol=2e-4, rtol=1e-4)
+    for how in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 2}):
+        torch.testing.assert_close(scores(**how), expected, atol=2e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_greedy_generation_equals_forward_without_a_cache():
     model = linear_model()
@@ -424,10 +458,15 @@ def test_packed_sequences_stay_apart(convert):
 def test_masks():
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     assert attention_mask_2d(mask, 2).tolist() == [[True, True], [True, True]]
-    additive = torch.zeros(1, 1, 2, 3).masked_fill(torch.tensor([1, 0, 0]).bool(), -1e9)
-    assert attention_mask_2d(additive, 3).tolist() == [[False, True, True]]
+    causal = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0]])  # the first is padding, the fourth yet to come
+    additive = torch.zeros(1, 1, 3, 4).masked_fill(causal == 0, -1e9)
+    for start in (0, None):
+        window = (causal == 1)[None, None] if start == 0 else additive[..., :3]
+        assert attention_mask_2d(window, 3, start).tolist() == [[False, True, True]]
+    assert attention_mask_2d(additive, 3, 0).tolist() == [[False, True, True]]
+    assert attention_mask_2d((causal == 1)[None, None, 2:], 1, 2).tolist() == [[True]]
     assert attention_mask_2d(None, 3) is None
-    for wrong in (torch.ones(3), torch.ones(1, 2)):
+    for wrong in (torch.ones(3), torch.ones(1, 2), torch.ones(1, 1, 2, 3)):
         with pytest.raises(ValueError, match="attention_mask must be"):
             attention_mask_2d(wrong, 3)
 

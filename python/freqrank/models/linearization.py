@@ -70,8 +70,8 @@ class LinearizedAttention(DiJiangAttention):
         v = self.v_proj(hidden_states).view(heads)
         q, k = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
         cache = None if past_key_values is None else linear_cache_layer(past_key_values, self.layer_idx)
+        start = cache.length if cache is not None else 0
         if position_ids is None:
-            start = cache.length if cache is not None else 0
             position_ids = torch.arange(start, start + length, device=hidden_states.device)[None]
         cu_seqlens = kwargs.get("cu_seq_lens_q")
         output, state = self.mix(
@@ -80,8 +80,7 @@ class LinearizedAttention(DiJiangAttention):
             k,
             v,
             position_ids,
-            # Packed sequences have no padding; a softmax layer's mask would show only the last of them.
-            mask=attention_mask_2d(attention_mask, length) if cu_seqlens is None else None,
+            mask=attention_mask_2d(attention_mask, length, start) if cu_seqlens is None else None,  # packed: no padding
             state=cache.state if cache is not None else None,
             output_state=cache is not None,
             cu_seqlens=cu_seqlens,

@@ -19,26 +19,33 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 ALL_LINEAR = "freqrank_linear"
 
 
-def attention_mask_2d(mask: Tensor | None, length: int) -> Tensor | None:
-    """Which of the last ``length`` tokens are real, bool [B, length], from a mask of [B, >= T] or [B, 1, T, >= T].
+def attention_mask_2d(mask: Tensor | None, length: int, start: int | None = None) -> Tensor | None:
+    """Which of the newest ``length`` tokens are real, bool [B, length], from a mask of [B, >= T] or [B, 1, T, >= T].
 
-    None, which says that all are, stays None. Of a four-dimensional mask the last query's row is read: every earlier
-    key that is not padding is open to it.
+    None, which says that all are, stays None. Of a four-dimensional mask the diagonal is read: a token that is not
+    padding sees itself, whatever else a sliding window or a packed neighbour hides from it. ``start`` is how many
+    tokens came before; a mask of a static cache has columns for tokens that are still to come.
 
     Raises:
         ValueError: another number of dimensions, or fewer columns than tokens.
+
+    >>> causal = torch.ones(3, 5).tril().bool()  # three tokens at the start of a cache with room for five
+    >>> attention_mask_2d(causal[None, None], 3, start=0)
+    tensor([[True, True, True]])
     """
     if mask is None:
         return None
-    if mask.dim() not in (2, 4) or mask.shape[-1] < length:
+    if mask.dim() not in (2, 4) or mask.shape[-1] < length or (mask.dim() == 4 and mask.shape[2] != length):
         raise ValueError(
-            f"attention_mask must be [B, T] or [B, 1, T, T] with T at least {length}; got shape {tuple(mask.shape)}"
+            f"attention_mask must be [B, columns] or [B, 1, {length}, columns] with at least {length} columns; "
+            f"got shape {tuple(mask.shape)}"
         )
-    if mask.dim() == 4:
-        mask = mask[:, 0, -1]
-        if mask.is_floating_point():
-            mask = mask == 0
-    return mask[:, -length:].bool()
+    if mask.dim() == 2:
+        return mask[:, -length:].bool()
+    newest = mask.shape[-1] - length
+    offset = newest if start is None else min(start, newest)  # a sliding window's cache has dropped the oldest columns
+    mask = mask[:, 0].diagonal(offset, dim1=-2, dim2=-1)
+    return mask == 0 if mask.is_floating_point() else mask.bool()
 
 
 def linear_mask(

@@ -1,6 +1,6 @@
 """Make the bundled linearised twin: convert the bundled base model and recover it by distillation, on a CPU.
 
-    python checkpoints/train_linear.py --minutes 40 --output python/freqrank/bundled/linear
+    python checkpoints/train_linear.py --steps 2000 --output python/freqrank/bundled/linear
 
 Seeded; the schedule is a function of the step alone, so `--steps N` repeats a run on the same machine and Python.
 The log, one JSON object a line, goes to --log. The layer's options and the training's settings are also in the saved
@@ -57,7 +57,7 @@ def optimizers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, default=Path("python/freqrank/bundled/base"))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--minutes", type=float, default=None, help="choose --steps so that training takes this long")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)

@@ -172,6 +172,18 @@ def test_demo(run, folder, tmp_path):
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_short_calibration_text_is_read_once_and_warns_with_both_numbers(run, folder, tmp_path):
+    (tmp_path / "short.txt").write_text("def f():" * 5)
+    result = run(
+        "compress", folder / "tiny", "-o", tmp_path / "small", "--calibration", tmp_path / "short.txt", "--length", 16,
+        "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["report"]["tokens"] == 40
+    assert "warning: calibration has 40 tokens, fewer than the 64 rows" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -195,6 +207,8 @@ def test_demo(run, folder, tmp_path):
         (["compress", "TINY", "-o", "OUT", "--calibration", "TEXT", "--method", "magic"], ["method", "magic"]),
         (["compress", "TINY", "-o", "OUT", "--calibration", "EMPTY"], ["empty"]),
         (["compress", "TINY", "-o", "ROOT", "--calibration", "TEXT"], ["not empty"]),
+        (["compress", "TINY", "-o", "EMPTY/out", "--calibration", "TEXT"], ["out", "not a folder"]),
+        (["compress", "TINY", "-o", "OUT", "--calibration", "TEXT", "--ratio", "abc"], ["--ratio", "number"]),
         (["linearize", "TINY", "-o", "OUT", "--layers", "0,x"], ["--layers"]),
         (["linearize", "TINY", "-o", "OUT", "--layers", "9"], ["layers", "9"]),
         (["linearize", "TINY", "-o", "OUT", "--feature-map", "magic"], ["feature_map", "magic"]),
@@ -207,7 +221,10 @@ def test_bad_input(run, folder, tmp_path, arguments, words):
         "TINY": folder / "tiny", "TEXT": folder / "text.txt", "ROOT": folder, "OUT": tmp_path / "out",
         "EMPTY": tmp_path / "empty.txt",
     }  # fmt: skip
-    failed(run(*(names.get(a, a) for a in arguments)), *words)
+    resolved = [names.get(a, a) for a in arguments]
+    if "EMPTY/out" in arguments:
+        resolved[resolved.index("EMPTY/out")] = names["EMPTY"] / "out"
+    failed(run(*resolved), *words)
     assert not (tmp_path / "out").exists()
 
 
@@ -224,10 +241,19 @@ def test_damaged_and_partial_models(run, folder, tmp_path):
     lacking = {name: w for name, w in weights.items() if "layers.2.mlp.up_proj" not in name}
     failed(made("partial", lambda path: save_file(lacking, path, {"format": "pt"})), "layers.2.mlp.up_proj")
     whole = (folder / "tiny" / "model.safetensors").read_bytes()
-    failed(made("cut", lambda path: path.write_bytes(whole[: len(whole) // 2])), "")
+    failed(made("cut", lambda path: path.write_bytes(whole[: len(whole) // 2])), "weights", "cut")
     failed(made("none", lambda path: None), "")
-    (tmp_path / "none" / "config.json").write_text("{")
-    failed(run("eval", tmp_path / "none", "--text", folder / "text.txt"), "")
+    for damaged in ("{", "", "[]"):
+        (tmp_path / "none" / "config.json").write_text(damaged)
+        failed(run("eval", tmp_path / "none", "--text", folder / "text.txt"), "config.json", "damaged")
+    made("shapes", lambda path: path.write_bytes(whole))
+    (tmp_path / "shapes" / "config.json").write_text(
+        config.replace('"intermediate_size": 64', '"intermediate_size": 48')
+    )
+    failed(run("eval", tmp_path / "shapes", "--text", folder / "text.txt"), "misshapen", "layers.0.mlp.down_proj")
+    made("tokenizer", lambda path: path.write_bytes(whole))
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text("{")
+    failed(run("eval", tmp_path / "tokenizer", "--text", folder / "text.txt"), "tokenizer files")
 
 
 def test_the_origin_of_an_error_can_be_asked_for(run, monkeypatch):

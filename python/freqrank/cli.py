@@ -126,6 +126,7 @@ def _progress(description: str) -> Iterator[Callable[..., None]]:
 def _load(name: str, *, download: bool = False, dtype: str = "float32") -> tuple[Any, Any]:
     """The causal language model called ``name`` and its tokenizer (None for a byte-level model without one)."""
     import transformers
+    from safetensors import SafetensorError
 
     dtypes = ("auto", "float32", "bfloat16", "float16")
     if dtype not in dtypes:
@@ -135,11 +136,18 @@ def _load(name: str, *, download: bool = False, dtype: str = "float32") -> tuple
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with _progress(f"load {name}"):
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True, **options
-        )
+        try:
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, all of them and in our words
+                **options,
+            )
+        except SafetensorError as error:
+            raise ValueError(f"the weights in {source} are damaged or incomplete: {error}") from error
     model, loading = loaded
-    lost = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    lost = sorted(loading["missing_keys"]) + sorted(str(key[0]) for key in loading["mismatched_keys"])
     if lost:
         raise ValueError(
             f"the model folder {source} is incomplete: {len(lost)} weights are missing or misshapen, {lost[0]} first"
@@ -162,6 +170,12 @@ def _resolve(name: str, download: bool) -> tuple[str, bool]:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"{name} is not a Hugging Face model folder: it has no config.json")
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{folder / 'config.json'} is damaged: it must hold a JSON object")
         return name, True
     if folder.exists():
         raise ValueError(f"{name} is a file; a model is a folder with config.json and safetensors in it")
@@ -180,7 +194,10 @@ def _tokenizer(model: nn.Module, source: str, options: dict[str, Any]) -> Any:
         (Path(source) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     )
     if has_files:
-        return transformers.AutoTokenizer.from_pretrained(source, **options)
+        try:
+            return transformers.AutoTokenizer.from_pretrained(source, **options)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"the tokenizer files in {source} cannot be read: {error}") from error
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
     if vocabulary != 256:
         raise ValueError(
@@ -217,6 +234,14 @@ def _samples(ids: Tensor, count: int, length: int, seed: int, option: str) -> Te
     if ids.numel() < length:
         raise ValueError(f"{option}: the text has {ids.numel()} tokens, fewer than one sample of --length {length}")
     return data.windows(ids, length, count, seed=seed)
+
+
+def _calibration(ids: Tensor, count: int, length: int, seed: int) -> list[Tensor]:
+    """``count`` random samples, or the whole text once where it is no longer than they are together."""
+    if ids.numel() > count * length:
+        return [data.windows(ids, length, count, seed=seed)]
+    whole = ids.numel() // length * length
+    return [ids[:whole].view(-1, length), ids[None, whole:]]
 
 
 def _save(model: nn.Module, folder: Path, tokenizer: Any) -> None:
@@ -321,7 +346,7 @@ def compress(
         losses["before"] = evaluate.loss(network, held_out, window=window, progress=True)
     done = compress_model(
         network,
-        _samples(ids, samples, min(length, ids.numel()), seed, "--calibration"),
+        _calibration(ids, samples, length, seed),
         method=method,
         ratio=ratio,
         group_size=group_size,

@@ -40,6 +40,11 @@ def check_output_folder(folder: str | os.PathLike[str], *, overwrite: bool = Fal
     path = Path(folder)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ValueError(f"output folder {path} is not a folder")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise ValueError(f"output folder {path} cannot be made: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"output folder {path} cannot be made: {parent} is not writable")
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise ValueError(f"output folder {path} is not empty: name another one, or allow overwriting it")

@@ -361,6 +361,21 @@ def test_refit_is_least_squares_and_keeps_what_the_data_does_not_touch():
     assert torch.equal(fz.refit(basis, start, 0 * gram, 0 * gram @ weight), start)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_refit_bears_a_text_of_few_words(seed):
+    # Four tokens excite four directions; along the basis' others B^T G B is rounding, and not positive definite.
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randn(4, 32, generator=generator, dtype=torch.float64)
+    x = words.repeat(200, 1)
+    weights = [0.1 * torch.randn(32, 32, generator=generator, dtype=torch.float64) for _ in range(2)]
+    gram = x.mT @ x
+    f = fz.factorize(weights, 2 * gram, 17)
+    for weight, coefficient in zip(weights, f.coefficients, strict=True):
+        fitted = fz.refit(f.basis, coefficient, gram, gram @ weight)
+        torch.testing.assert_close(x @ f.basis @ fitted, x @ weight, rtol=1e-4, atol=1e-4)
+        assert fitted.abs().max() < 10 * coefficient.abs().max()
+
+
 def test_scales():
     x, weights = random_problem(12, 9, 2, 50)
     gram = x.T @ x

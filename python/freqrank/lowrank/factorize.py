@@ -148,12 +148,14 @@ def refit(basis: Tensor, coefficient: Tensor, gram: Tensor, moment: Tensor) -> T
     product = gram @ basis
     normal = basis.mT @ product
     right = basis.mT @ moment - normal @ coefficient
-    diagonal = normal.diagonal()
+    # What B^T G B holds of a direction that the data does not excite is rounding, which need not be definite.
+    rounding = 10 * torch.finfo(gram.dtype).eps * gram.shape[0] * gram.trace() * basis.square().sum(0)
+    diagonal = normal.diagonal() + rounding
     scale = torch.where(diagonal > 0, diagonal, diagonal.mean()).sqrt()
     if not bool(scale.isfinite().all() & (scale > 0).all()):
         return coefficient  # the layer's input is zero
     balanced = normal / (scale[:, None] * scale)
-    balanced.diagonal().add_(_REFIT_DAMPING)
+    balanced.diagonal().add_(rounding / scale.square() + _REFIT_DAMPING)
     factor, info = cholesky_ex(balanced)
     if int(info) != 0:
         raise ValueError(f"the refit's normal equations are not positive definite (minor {int(info)})")

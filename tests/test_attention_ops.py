@@ -351,6 +351,28 @@ def test_the_gradient_of_the_decay_is_accurate_at_every_length(time, strength):
     assert error(got, want) < 3e-5
 
 
+@pytest.mark.parametrize("chunked", [(64,), (65,), (130,), (30, 100, 130)], ids=str)
+@pytest.mark.parametrize("strength", [5.0, 15.0, 25.0])
+def test_the_gradient_of_a_strong_decay_does_not_drown(chunked, strength):
+    # the gradient is as small as exp(-strength); what the rest of the sequence adds up to must leave no trace in it
+    time, heads = chunked[-1], 2
+    q, k, v, _ = make(torch.float32, 1, time, heads, heads, 8, 8)
+    offsets = torch.tensor([0, *chunked])
+    sequences = len(chunked)
+    state = make_state(torch.float32, sequences, heads, 8, 8)
+    direction, after = torch.randn(1, time, heads, 8), torch.randn(sequences, heads, 8, 8)
+    log_decay = torch.full((heads,), -strength)
+    got, want = log_decay.clone().requires_grad_(), log_decay.double().requires_grad_()
+    o, final = linear_attention(
+        q, k, v, log_decay=got, initial_state=state, output_final_state=True, cu_seqlens=offsets
+    )
+    torch.autograd.backward((o, final.kv), (direction, after))
+    # the recurrence multiplies the decay out: no difference of large sums in its gradient either
+    o, kv, _ = reference.linear_attention_recurrent(q, k, v, log_decay=want, initial_state=state, cu_seqlens=offsets)
+    torch.autograd.backward((o, kv), (direction.double(), after.double()))
+    assert error(got.grad, want.grad) < 3e-5
+
+
 def test_the_gradient_of_the_decay_is_zero_where_there_is_nothing_to_forget():
     q, k, v, _ = make(torch.float32, 2, 1, 2, 2, 16, 16)
     log_decay = torch.full((2, 1, 2), -0.5, requires_grad=True)
@@ -699,6 +721,20 @@ def test_step_compiles_and_still_writes_in_place():
     assert torch.equal(state.z, twin.z)
 
 
+def test_compiles_with_tensors_of_constant_size_among_symbolic_ones():
+    def call(q, k, v):
+        o, _ = linear_attention(q, k, v, log_decay=torch.full((2,), -0.1))
+        p, _ = dijiang_attention(q, k, v, torch.ones(8), weights=torch.ones(2, 8), log_decay=torch.full((4,), -0.1))
+        state = LinearAttentionState(torch.zeros(3, 2, 8, 5))
+        return o, p, linear_attention_step(q[:, 0], k[:, 0], v[:, 0], state, log_decay=torch.full((2,), -0.1))
+
+    torch._dynamo.reset()
+    q, k, v, _ = make(torch.float32, 3, 7, 4, 2, 8, 5)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
+    for got, want in zip(compiled(q, k, v), call(q, k, v), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_exports():
     class Module(torch.nn.Module):
         def forward(self, q, k, v):
@@ -791,6 +827,7 @@ def test_bad_feature_maps(change, kind, message):
     ({"scales": torch.ones(4)}, ValueError, r"scales must be \[K\] or \[Hk, K\] with K = 3.*got shape \(4,\)"),
     ({"transform": "fft"}, ValueError, "transform must be one of 'idct', 'dct'; got 'fft'"),
     ({"signs": torch.ones(2)}, ValueError, r"signs must be a real vector \[K\] with K = 3"),
+    ({"signs": torch.ones(3, dtype=torch.bool)}, ValueError, r"signs must be a real vector .* got torch.bool"),
     ({"signs": torch.tensor([1.0, 0.5, -1.0])}, ValueError, r"signs must be \+1 and -1 only"),
 ])  # fmt: skip
 def test_bad_dijiang(change, kind, message):

@@ -25,8 +25,7 @@ constexpr int vector_bytes = 32, tile_rows = 4;
 #else
 constexpr int vector_bytes = 16, tile_rows = 4;
 #endif
-constexpr i64 pad = 16;     // columns of every scratch tile come in multiples of this, whatever the instruction set
-constexpr i64 row_pad = 8;  // rows too
+constexpr i64 row_pad = 8;  // rows of scratch tiles come in multiples of this, columns of `pad`
 
 template <class A>
 struct Vector {
@@ -388,10 +387,11 @@ struct Group {
   i64 state_of(i64 r) const { return states == 1 ? 0 : r; }
 };
 
-inline i64 checkpoint_slot(const Plan& plan, const Inputs& in, const Sequence& sequence) {
-  const i64 before = in.cu_seqlens == nullptr ? sequence.index * (plan.sizes.time / plan.checkpoint)
-                                              : sequence.first / plan.checkpoint;
-  return before + sequence.index;
+// Where the state before the chunk that starts at `begin` > 0 is kept.
+inline i64 state_slot(const Plan& plan, const Inputs& in, const Sequence& sequence, i64 begin) {
+  const i64 before =
+      in.cu_seqlens == nullptr ? sequence.index * (plan.sizes.time / plan.chunk) : sequence.first / plan.chunk;
+  return before + sequence.index + begin / plan.chunk - 1;
 }
 
 // ---- forward ------------------------------------------------------------------------------------------------------
@@ -585,9 +585,9 @@ struct BackwardQuery {
     for (i64 begin = 0; begin < sequence.length; begin += chunk) {
       const Tokens tokens = tokens_of(in, sequence, begin, chunk);
       const bool all_live = tokens.all_live();
-      if (s.decay_gradient && begin > 0 && begin % plan.checkpoint == 0) {
-        const i64 slot = checkpoint_slot(plan, in, sequence) + begin / plan.checkpoint - 1;
-        for (i64 i = 0; i < group.states; ++i) save_checkpoint(s, shared, slot, key_head * group.states + i, i);
+      if (s.decay_gradient && begin > 0) {
+        const i64 slot = state_slot(plan, in, sequence, begin);
+        for (i64 i = 0; i < group.states; ++i) save_state(s, shared, slot, key_head * group.states + i, i);
       }
       load_rows(in.k, tokens, key_head, 0, s.key_dim, k, ldk);
       load_rows(in.v, tokens, key_head, 0, s.value_dim, v, ldv);
@@ -676,39 +676,16 @@ struct BackwardQuery {
         }
       }
     }
-
-    if (s.decay_gradient) {  // <final state, its gradient>
-      for (i64 i = 0; i < group.states; ++i) {
-        const i64 head = key_head * group.states + i;
-        double sum = 0;
-        for (i64 d = 0; d < s.key_dim; ++d) {
-          if (args.grad_kv) {
-            const A* row = &element<A>(args.grad_kv, sequence.index, head, d);
-            for (i64 e = 0; e < s.value_dim; ++e) {
-              sum += static_cast<double>(row[e * args.grad_kv.stride[3]]) *
-                     static_cast<double>(states[(i * ldv + e) * ldk + d]);
-            }
-          }
-          if (args.grad_z) {
-            sum += static_cast<double>(element<A>(args.grad_z, sequence.index, head, d)) *
-                   static_cast<double>(z[i * ldk + d]);
-          }
-        }
-        shared.final_dot[sequence.index * s.state_heads + head] = sum;
-      }
-    }
   }
 
   static double& q_dq(const Sizes& s, const Shared& shared, const Tokens& tokens, i64 t, i64 state_head) {
     return shared.q_dq[(tokens.batch * s.time + tokens.first + t) * s.state_heads + state_head];
   }
 
-  void save_checkpoint(const Sizes& s, const Shared& shared, i64 slot, i64 state_head, i64 i) {
-    A* to = static_cast<A*>(shared.checkpoints) + (slot * s.state_heads + state_head) * s.key_dim * (s.value_dim + 1);
-    for (i64 e = 0; e < s.value_dim; ++e) {
-      std::memcpy(to + e * s.key_dim, states + (i * ldv + e) * ldk, static_cast<std::size_t>(s.key_dim) * sizeof(A));
-    }
-    std::memcpy(to + s.value_dim * s.key_dim, z + i * ldk, static_cast<std::size_t>(s.key_dim) * sizeof(A));
+  void save_state(const Sizes& s, const Shared& shared, i64 slot, i64 state_head, i64 i) {
+    A* to = static_cast<A*>(shared.states) + (slot * s.state_heads + state_head) * ldk * (s.value_dim + 1);
+    std::memcpy(to, states + i * ldv * ldk, static_cast<std::size_t>(s.value_dim * ldk) * sizeof(A));
+    std::memcpy(to + s.value_dim * ldk, z + i * ldk, static_cast<std::size_t>(ldk) * sizeof(A));
   }
 };
 
@@ -718,7 +695,7 @@ struct BackwardKey {
   i64 chunk, ldk, ldv;
   A *q, *k, *k_transposed, *v, *v_transposed, *grad_o, *scores, *dscores, *dk, *dv, *inter_k, *inter_v, *states,
       *states_transposed, *z, *columns;
-  double *dlog, *k_dk, *passing, *across;
+  double *dlog, *k_dk, *across;
   ChunkDecay<A>* decays;
 
   BackwardKey(const Plan& plan, Arena& arena) {
@@ -745,7 +722,6 @@ struct BackwardKey {
     columns = arena.take<A>(chunk);
     dlog = arena.take<double>(group.states * chunk);
     k_dk = arena.take<double>(group.states * chunk);
-    passing = arena.take<double>(group.states);
     across = arena.take<double>(group.states);
     decays = arena.take<ChunkDecay<A>>(group.states);
     for (i64 i = 0; i < group.states; ++i) {
@@ -774,10 +750,7 @@ struct BackwardKey {
       if (args.grad_z) {
         for (i64 d = 0; d < s.key_dim; ++d) z[i * ldk + d] = element<A>(args.grad_z, sequence.index, head, d);
       }
-      if (s.decay_gradient) {
-        passing[i] = shared.final_dot[sequence.index * s.state_heads + head];
-        shared.head_sums[sequence.index * s.state_heads + head] = 0;
-      }
+      if (s.decay_gradient) shared.head_sums[sequence.index * s.state_heads + head] = 0;
     }
 
     const i64 last = sequence.length <= 0 ? -1 : (sequence.length - 1) / chunk;
@@ -816,7 +789,7 @@ struct BackwardKey {
                 static_cast<double>(end) * static_cast<double>(dot(ldk, k + t * ldk, inter_k + t * ldk));
           }
         }
-        if (s.decay_gradient && starts_afresh(plan, begin)) {
+        if (s.decay_gradient) {
           across[i] = static_cast<double>(decay.whole) *
                       dot_with_state_before(plan, in, shared, sequence, begin, key_head * group.states + i, i);
         }
@@ -867,7 +840,7 @@ struct BackwardKey {
       store_rows(args.dv, tokens, key_head, 0, s.value_dim, dv, ldv);
       if (s.decay_gradient) {
         for (i64 i = 0; i < group.states; ++i) {
-          finish_decay_gradient(plan, args, shared, sequence, tokens, begin, key_head * group.states + i, i);
+          finish_decay_gradient(plan, args, shared, sequence, tokens, key_head * group.states + i, i);
         }
       }
     }
@@ -896,51 +869,47 @@ struct BackwardKey {
     }
   }
 
-  // Whether the state before the chunk is at hand: 0 or the initial one, or one that was saved.
-  static bool starts_afresh(const Plan& plan, i64 begin) { return begin % plan.checkpoint == 0; }
-
-  // <state before the chunk, gradient of the state after it>
+  // <state before the chunk, gradient of the state after it>; states_transposed holds the latter.
   double dot_with_state_before(const Plan& plan, const Inputs& in, const Shared& shared, const Sequence& sequence,
                                i64 begin, i64 state_head, i64 i) {
     const Sizes& s = plan.sizes;
-    const A *kv = nullptr, *key_sum = nullptr;
-    i64 kv_down = 0, kv_across = 0, z_step = 0;
-    if (begin > 0) {
-      const i64 slot = checkpoint_slot(plan, in, sequence) + begin / plan.checkpoint - 1;
-      kv = static_cast<const A*>(shared.checkpoints) +
-           (slot * s.state_heads + state_head) * s.key_dim * (s.value_dim + 1);
-      key_sum = kv + s.key_dim * s.value_dim;
-      kv_down = 1, kv_across = s.key_dim, z_step = 1;
-    } else {
-      if (in.initial_kv) kv = &element<A>(in.initial_kv, sequence.index, state_head, 0);
-      if (in.initial_z) key_sum = &element<A>(in.initial_z, sequence.index, state_head, 0);
-      kv_down = in.initial_kv.stride[2], kv_across = in.initial_kv.stride[3], z_step = in.initial_z.stride[2];
-    }
     double sum = 0;
-    for (i64 d = 0; d < s.key_dim; ++d) {
-      const A* gradient = states + (i * ldk + d) * ldv;
-      for (i64 e = 0; kv != nullptr && e < s.value_dim; ++e) {
-        sum += static_cast<double>(kv[d * kv_down + e * kv_across]) * static_cast<double>(gradient[e]);
+    if (begin > 0) {
+      const A* saved = static_cast<const A*>(shared.states) +
+                       (state_slot(plan, in, sequence, begin) * s.state_heads + state_head) * ldk * (s.value_dim + 1);
+      for (i64 e = 0; e < s.value_dim; ++e) {
+        sum += static_cast<double>(dot(ldk, saved + e * ldk, states_transposed + e * ldk));
       }
-      if (key_sum != nullptr) sum += static_cast<double>(key_sum[d * z_step]) * static_cast<double>(z[i * ldk + d]);
+      return sum + static_cast<double>(dot(ldk, saved + s.value_dim * ldk, z + i * ldk));
+    }
+    for (i64 d = 0; d < s.key_dim; ++d) {
+      if (in.initial_kv) {
+        const A* row = &element<A>(in.initial_kv, sequence.index, state_head, d);
+        for (i64 e = 0; e < s.value_dim; ++e) {
+          sum += static_cast<double>(row[e * in.initial_kv.stride[3]]) *
+                 static_cast<double>(states_transposed[e * ldk + d]);
+        }
+      }
+      if (in.initial_z) {
+        sum += static_cast<double>(element<A>(in.initial_z, sequence.index, state_head, d)) *
+               static_cast<double>(z[i * ldk + d]);
+      }
     }
     return sum;
   }
 
-  // The other pairs: i here and j before, j here and i after, and those on both sides of the chunk. The last are exact
-  // where the state before the chunk is at hand; in between they follow as a running difference (`passing`) in double.
+  // The other pairs: i here and j before, j here and i after, and those on both sides of the chunk. Every one is added
+  // up from products that carry its decay: a running difference over the chunks would save the memory of the states,
+  // but leaves an error that a strong decay's small gradient drowns in.
   void finish_decay_gradient(const Plan& plan, const BackwardArguments& args, const Shared& shared,
-                             const Sequence& sequence, const Tokens& tokens, i64 begin, i64 state_head, i64 i) {
+                             const Sequence& sequence, const Tokens& tokens, i64 state_head, i64 i) {
     const Sizes& s = plan.sizes;
     const double* from_before = shared.q_dq + (tokens.batch * s.time + tokens.first) * s.state_heads + state_head;
     double* gradient = dlog + i * chunk;
-    double sum_after = 0;
-    for (i64 t = 0; t < tokens.count; ++t) sum_after += k_dk[i * chunk + t];
-    const double over = starts_afresh(plan, begin) ? across[i] : passing[i] - sum_after;
     double later = 0;
     for (i64 t = tokens.count - 1; t >= 0; --t) {
       later += from_before[t * s.state_heads];
-      gradient[t] += over + later;
+      gradient[t] += across[i] + later;
     }
     double earlier = 0, head_sum = 0;
     for (i64 t = 0; t < tokens.count; ++t) {
@@ -953,7 +922,6 @@ struct BackwardKey {
       }
     }
     shared.head_sums[sequence.index * s.state_heads + state_head] += head_sum;
-    passing[i] = over + later;
   }
 };
 

@@ -10,10 +10,12 @@ struct Shared {
   void* reciprocal = nullptr;    // [B,T,H] arithmetic type: 1 / denominator
   void* ddenominator = nullptr;  // [B,T,H] arithmetic type: gradient of the denominator
   double* q_dq = nullptr;        // [B,T,Hs]: q . (the part of dq that comes from before the chunk)
-  double* final_dot = nullptr;   // [N,Hs]: <final state, its gradient>
   double* head_sums = nullptr;   // [N,Hs]: sum over a sequence of the decay's gradient
-  void* checkpoints = nullptr;   // [slots,Hs,K*V+K] arithmetic type: states every plan.checkpoint tokens
+  void* states = nullptr;        // [slots,Hs,V+1,padded K] arithmetic type: S^T and z before each chunk but the first
 };
+
+// Columns of every scratch tile come in multiples of this, whatever the instruction set.
+constexpr std::int64_t pad = 16;
 
 static inline std::int64_t round_up(std::int64_t x, std::int64_t to) { return (x + to - 1) / to * to; }
 

@@ -59,9 +59,9 @@ std::size_t lay_out(const Plan& plan, char* base, Shared* shared) {
   }
   if (s.decay_gradient) {
     out.q_dq = reinterpret_cast<double*>(take(s.batch * s.time * s.state_heads, sizeof(double)));
-    out.final_dot = reinterpret_cast<double*>(take(s.sequences * s.state_heads, sizeof(double)));
     out.head_sums = reinterpret_cast<double*>(take(s.sequences * s.state_heads, sizeof(double)));
-    out.checkpoints = take(plan.checkpoint_slots * s.state_heads * s.key_dim * (s.value_dim + 1), real);
+    const std::int64_t slots = s.batch * (s.time / plan.chunk) + s.sequences;
+    out.states = take(slots * s.state_heads * round_up(s.key_dim, pad) * (s.value_dim + 1), real);
   }
   if (shared != nullptr) *shared = out;
   return used;
@@ -81,8 +81,6 @@ Plan plan_forward(const Sizes& sizes, std::int64_t threads) {
 
 Plan plan_backward(const Sizes& sizes, std::int64_t threads) {
   Plan plan = plan_common(sizes);
-  plan.checkpoint = 512;
-  plan.checkpoint_slots = sizes.time / plan.checkpoint * sizes.batch + sizes.sequences;
   plan.lanes =
       std::max<std::int64_t>(1, std::min(std::max<std::int64_t>(threads, 1), sizes.sequences * sizes.key_heads));
   plan.lane_bytes = aligned(FREQRANK_DISPATCH(backward_lane_bytes, plan));

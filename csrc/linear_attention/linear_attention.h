@@ -43,9 +43,7 @@ struct Plan {
   std::int64_t chunk = 0;       // tokens a chunk
   std::int64_t value_tile = 0;  // columns of v that one task of the forward pass takes
   std::int64_t lanes = 0;       // scratch areas: how many tasks may run at the same time
-  std::int64_t checkpoint = 0;  // tokens between the states that the gradient of the decay is anchored to
-  std::int64_t checkpoint_slots = 0;
-  std::size_t lane_bytes = 0;  // scratch of a lane
+  std::size_t lane_bytes = 0;   // scratch of a lane
 };
 
 Plan plan_forward(const Sizes& sizes, std::int64_t threads);

@@ -94,7 +94,8 @@ def _check_log_decay(log_decay: object, q: Tensor, key_heads: int, lead: str) ->
     check_device("log_decay", log_decay, "q", q)
     heads = q.shape[-2]
     per_token = tuple(q.shape[:-2])
-    right = log_decay.dim() >= 1 and log_decay.shape[-1] in (heads, key_heads)
+    # compared one by one: torch.compile takes `in` on symbolic sizes for a comparison of objects
+    right = log_decay.dim() >= 1 and (log_decay.shape[-1] == heads or log_decay.shape[-1] == key_heads)
     if not right or not (
         log_decay.dim() == 1 or (log_decay.dim() == len(per_token) + 1 and log_decay.shape[:-1] == q.shape[:-2])
     ):
@@ -415,7 +416,7 @@ def feature_map_attention(
         check_tensor("weights", weights)
         check_dtype("weights", weights)
         check_device("weights", weights, "q", q)
-        if tuple(weights.shape) not in ((features,), (key_heads, features)):
+        if weights.shape != (features,) and weights.shape != (key_heads, features):
             raise ValueError(
                 f"weights must be [{features}] or [Hk, {features}] = {[key_heads, features]}, one weight a feature; "
                 f"got shape {tuple(weights.shape)}"
@@ -488,7 +489,7 @@ def dijiang_attention(
     check_tensor("scales", scales)
     check_dtype("scales", scales)
     check_device("scales", scales, "q", q)
-    if tuple(scales.shape) not in ((key_dim,), (key_heads, key_dim)):
+    if scales.shape != (key_dim,) and scales.shape != (key_heads, key_dim):
         raise ValueError(
             f"scales must be [K] or [Hk, K] with K = {key_dim}, Hk = {key_heads}; got shape {tuple(scales.shape)}"
         )
@@ -499,7 +500,7 @@ def dijiang_attention(
     if signs is not None:
         check_tensor("signs", signs)
         check_device("signs", signs, "q", q)
-        if signs.is_complex() or tuple(signs.shape) != (key_dim,):
+        if signs.is_complex() or signs.dtype == torch.bool or tuple(signs.shape) != (key_dim,):
             raise ValueError(
                 f"signs must be a real vector [K] with K = {key_dim}; got {signs.dtype} of shape {tuple(signs.shape)}"
             )

@@ -466,6 +466,13 @@ def test_solve_triangular_gradients(unitriangular, upper, left):
     assert gradgradcheck(run, (A.detach(), B))
 
 
+def test_solve_triangular_writes_out():
+    A, B = torch.eye(3) * 2, torch.ones(4, 3, 2)
+    for out in (torch.empty(4, 3, 2), torch.empty(4, 2, 3).mT, torch.empty(0)):
+        assert freqrank.solve_triangular(A, B, upper=True, out=out) is out
+        assert torch.equal(out, B / 2)
+
+
 def test_solve_triangular_errors():
     A, B = torch.eye(3), torch.ones(3, 2)
     with pytest.raises(TypeError, match=r"B must have dtype float32; got torch.float64"):

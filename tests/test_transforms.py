@@ -194,6 +194,7 @@ def test_no_dimensions():
         y = getattr(freqrank, name)(x, dim=())
         assert torch.equal(x, y)
         assert y.data_ptr() != x.data_ptr()
+        assert getattr(freqrank, name)(x.mT, dim=()).is_contiguous()
         assert getattr(freqrank, name)(torch.tensor(2.0)).item() == 2.0
 
 
@@ -474,6 +475,8 @@ def test_meta_and_autocast():
         ("dct", torch.ones(3, dtype=torch.complex64), {}, TypeError, "x must be real; got torch.complex64"),
         ("dct", torch.ones(3).to(torch.float8_e5m2), {}, TypeError, "x must have dtype .*float8_e5m2"),
         ("dct", torch.ones(3), {"type": 5}, ValueError, "type must be one of 1, 2, 3, 4; got 5"),
+        ("dct", torch.ones(3), {"type": 2.0}, TypeError, "type must be an integer; got 2.0"),
+        ("dct", torch.ones(3), {"type": "2"}, TypeError, "type must be an integer; got '2'"),
         ("idct", torch.ones(3), {"norm": "orthogonal"}, ValueError, "norm must be one of .* got 'orthogonal'"),
         ("dct", torch.ones(3), {"dim": 1}, ValueError, "dim out of range: allowed is from -1 to 0; got 1"),
         ("dct", torch.ones(3), {"dim": 0.5}, TypeError, "dim must be an integer; got 0.5"),

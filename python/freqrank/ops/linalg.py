@@ -278,7 +278,8 @@ def solve_triangular(
         upper: A is upper triangular, else lower.
         left: A is on the left of X.
         unitriangular: take A's diagonal as ones and do not read it.
-        out: a tensor of the result's shape and dtype that receives it. Not under autograd.
+        out: a tensor of the result's shape and dtype that receives it; an empty one is resized, as torch
+            does. Not under autograd.
 
     A zero on the diagonal divides by zero, as in torch.linalg: the result holds Inf or NaN. NaN in one right-hand side
     stays there. Differentiable any number of times with respect to A and B.
@@ -311,10 +312,12 @@ def solve_triangular(
     check_tensor("out", out)
     check_dtype("out", out, (B.dtype,))
     check_device("out", out, "B", B)
-    if out.shape != B.shape:
+    if out.shape != B.shape and out.numel() > 0:
         raise ValueError(f"out must have shape {tuple(B.shape)}; got {tuple(out.shape)}")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (A, B, out)):
         raise RuntimeError("solve_triangular with out= is not differentiable: leave out= away, or use torch.no_grad()")
+    if out.shape != B.shape:
+        out.resize_(B.shape)
     return out.copy_(torch.ops.freqrank.solve_triangular(A, B, upper, left, unitriangular))
 
 

@@ -50,7 +50,7 @@ def dct(
         number and that of threads. Differentiable any number of times, works under :func:`torch.vmap`.
 
     Raises:
-        TypeError: ``x`` is not a tensor or is complex, ``n`` or ``dim`` is not an integer.
+        TypeError: ``x`` is not a tensor or is complex, ``type``, ``n`` or ``dim`` is not an integer.
         ValueError: ``type`` or ``norm`` is none of the above, ``dim`` is out of range, the length is below 1, below 2
             for type I.
 
@@ -168,6 +168,7 @@ def _transform(
     check_tensor("x", x)
     if x.is_complex():
         raise TypeError(f"x must be real; got {x.dtype}. Transform real and imaginary part each on its own")
+    type = _integer("type", type)
     check_option("type", type, (1, 2, 3, 4))
     check_option("norm", norm, (None, "backward", "ortho", "forward"))
     if orthogonalize is None:
@@ -211,7 +212,7 @@ def _transform(
             raise TypeError(f"x must have dtype float16, bfloat16, float32, float64 or an integer one; got {x.dtype}")
         x = x.to(torch.get_default_dtype())
     if not dims:
-        return x.clone()
+        return x.clone(memory_format=torch.contiguous_format)
 
     # The inverse of a type is a type too; only the direction of the norm changes.
     kind = {1: 1, 2: 3, 3: 2, 4: 4}[type] if inverse else type

@@ -159,6 +159,8 @@ def test_a_transformers_model_agrees_with_its_own_loss():
         ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, ValueError, "too short"),
         ({"input_ids": torch.full((5,), -1)}, ValueError, "-1"),
         ({"window": 1}, ValueError, "window must be at least 2"),
+        ({"window": 8.5}, TypeError, "window must be an integer; got 8.5"),
+        ({"stride": "2"}, TypeError, "stride must be an integer; got '2'"),
         ({"stride": 0}, ValueError, "stride must be between 1 and window = 8; got 0"),
         ({"stride": 9}, ValueError, "stride must be between 1 and window = 8; got 9"),
         ({"reduction": "mean"}, ValueError, "'token', 'window'; got 'mean'"),

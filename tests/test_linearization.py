@@ -669,6 +669,11 @@ def test_distill_refuses_bad_input():
         ({"data": data.float()}, ValueError, "integer token ids"),
         ({"data": data[0]}, ValueError, "integer token ids"),
         ({"data": data[:0]}, ValueError, "at least one row"),
+        ({"data": data + 60}, ValueError, "data must hold token ids from 0 to 60; got"),
+        ({"warmup": -1}, ValueError, "warmup must be a number of at least 0"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay must be"),
+        ({"kl_weight": float("inf"), "recipe": "distill"}, ValueError, "kl_weight must be"),
+        ({"seed": None}, TypeError, "seed must be an integer"),
         ({"data": iter([data])}, ValueError, "ran out after 1 batches"),
         ({"data": [{"tokens": data}]}, ValueError, "input_ids"),
         ({"data": 3}, TypeError, "data must be"),
@@ -692,6 +697,7 @@ def test_distill_refuses_bad_input():
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
+        ({"feature_map": ["dijiang"]}, ValueError, "feature_map must be one of"),
         ({"feature_map": "fourier"}, ValueError, "feature_map must be one of 'dijiang'"),
         ({"norm_groups": "layer"}, ValueError, "norm_groups must be one of 'head_dim', 'heads'"),
         ({"gate": "tanh"}, ValueError, "gate must be one of"),
@@ -719,6 +725,13 @@ def test_linearize_refuses_bad_input(arguments, error, match):
     assert {name: type(m) for name, m in model.named_modules()} == before
     assert model.config.to_dict() == config
     assert not model.model._forward_pre_hooks
+
+
+def test_any_integer_is_a_seed():
+    for seed in (-1, 2**60):
+        model = small_model()
+        linearize(model, seed=seed)
+        assert model(tokens(1, 5)).logits.isfinite().all()
 
 
 def test_linearize_refuses_what_it_does_not_know():

@@ -47,6 +47,9 @@ def _check(
         raise TypeError(f"input_ids must have an integer dtype; got {input_ids.dtype}")
     if input_ids.dim() not in (1, 2):
         raise ValueError(f"input_ids must be one text [T] or several [N, T]; got shape {tuple(input_ids.shape)}")
+    for name, value in (("window", window), ("stride", window if stride is None else stride)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer; got {value!r}")
     if window < 2:
         raise ValueError(f"window must be at least 2 tokens; got {window}")
     stride = window if stride is None else stride
@@ -153,7 +156,7 @@ def perplexity(
         The perplexity; infinite where it passes the largest float, NaN where the model's logits are.
 
     Raises:
-        TypeError: ``input_ids`` is not an integer tensor.
+        TypeError: ``input_ids`` is not an integer tensor, or ``window`` or ``stride`` is no integer.
         ValueError: an option outside the above, a text shorter than 2 tokens (than a window, for "drop"), ids outside
             the vocabulary.
 

@@ -158,7 +158,13 @@ def validation_loss(model: nn.Module, data: Data, batch_size: int = 8) -> float:
 
 
 def _check(
-    student: nn.Module, teacher: nn.Module | None, data: Any, recipe: str, steps: int, positive: dict[str, float]
+    student: nn.Module,
+    teacher: nn.Module | None,
+    data: Any,
+    recipe: str,
+    steps: int,
+    positive: dict[str, float],
+    not_negative: dict[str, float],
 ) -> None:
     if not isinstance(student, nn.Module):
         raise TypeError(f"student must be a torch.nn.Module; got {type(student).__name__}")
@@ -171,6 +177,9 @@ def _check(
     for name, value in positive.items():
         if not (isinstance(value, (int, float)) and 0 < value < math.inf):
             raise ValueError(f"{name} must be a positive number; got {value!r}")
+    for name, value in not_negative.items():
+        if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            raise ValueError(f"{name} must be a number of at least 0; got {value!r}")
     if recipe == "distill" and teacher is None:
         raise ValueError('recipe="distill" needs a teacher; give the original model, or use recipe="released"')
     if teacher is student:
@@ -179,8 +188,15 @@ def _check(
         own, other = _vocabulary(student), _vocabulary(teacher)
         if own != other:
             raise ValueError(f"teacher must have the student's vocabulary of {own} tokens; got {other}")
-    if isinstance(data, Tensor) and len(data) == 0:
+    if isinstance(data, Tensor) and data.numel() == 0:
         raise ValueError("data must hold at least one row; got none")
+    vocabulary = _vocabulary(student)
+    integers = isinstance(data, Tensor) and not data.is_floating_point()
+    if integers and vocabulary and not (data.min() >= 0 and data.max() < vocabulary):
+        raise ValueError(
+            f"data must hold token ids from 0 to {vocabulary - 1}; got values from {int(data.min())} to "
+            f"{int(data.max())}"
+        )
     if not isinstance(data, (Tensor, Iterable)):
         raise TypeError(f"data must be a LongTensor [N, T] or an iterable of batches; got {type(data).__name__}")
     if not any(p.requires_grad for p in student.parameters()):
@@ -245,12 +261,21 @@ def distill(
         FloatingPointError: the loss or a gradient is not finite. Names the step; the model is put back to the last
             state whose loss was finite, at most 50 steps earlier.
     """
-    _check(student, teacher, data, recipe, steps, {"lr": lr, "clip": clip, "temperature": temperature})
+    warmup = max(1, steps // 20) if warmup is None and isinstance(steps, int) else warmup
+    _check(
+        student, teacher, data, recipe, steps, {"lr": lr, "clip": clip, "temperature": temperature},
+        {
+            "weight_decay": weight_decay, "kl_weight": kl_weight, "hidden_weight": hidden_weight,
+            "align_steps": align_steps, "warmup": 0 if warmup is None else warmup,
+        },
+    )  # fmt: skip
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer; got {seed!r}")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer of at least 1; got {batch_size!r}")
     if align_steps and recipe == "released":
         raise ValueError('align_steps needs recipe="distill"')
-    warmup = max(1, steps // 20) if warmup is None else warmup
+    assert warmup is not None
     settings: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "clip": clip, "seed": seed}
     if optimizer is None:
         settings |= {"lr": lr, "weight_decay": weight_decay}

@@ -52,7 +52,7 @@ def feature_map_kind(name: str) -> FeatureMapKind:
     >>> feature_map_kind("dijiang").feature
     'softmax'
     """
-    if name not in FEATURE_MAPS:
+    if not isinstance(name, str) or name not in FEATURE_MAPS:
         raise ValueError(f"feature_map must be one of {', '.join(map(repr, FEATURE_MAPS))}; got {name!r}")
     return FEATURE_MAPS[name]
 

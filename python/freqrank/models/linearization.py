@@ -250,7 +250,7 @@ def linearize(
     for index in chosen:
         attention = architecture.attention(index)
         assert isinstance(attention, LinearizedAttention)
-        attention.reset_parameters(seed * 1_000_003 + index)
+        attention.reset_parameters((seed * 1_000_003 + index) % 2**63)  # a generator takes no larger seed
         heads, head_dim = attention.num_key_value_heads, attention.head_dim
         state += heads * attention.feature_map.num_features * head_dim
         cache += 2 * heads * head_dim

@@ -1,6 +1,7 @@
 """A shim: CMake describes the native build, this only calls it at the right moment."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,9 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / "native"
         # a virtual environment that is not activated has its cmake and ninja beside its python
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+        for tool in ("cmake", "ninja"):
+            if shutil.which(tool, path=environment["PATH"]) is None:
+                raise SystemExit(f"freqrank is built with {tool}, which is not here: `pip install cmake ninja` first")
         subprocess.run(
             [
                 "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DFREQRANK_TESTS=OFF",

@@ -520,8 +520,9 @@ def test_memory_of_a_padded_forward_grows_linearly():
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout) / 1024)
     first, second = peaks[1] - peaks[0], peaks[2] - peaks[1]
-    # Twice the tokens, twice the growth; four times as much if anything were quadratic.
-    assert second < max(3 * first, 64), f"MiB at 16k, 32k, 64k tokens: {peaks}"
+    # Twice the tokens, twice the growth; four times as much, and gigabytes of it, if anything were quadratic. What
+    # imports once took hides some of the first growth.
+    assert second < max(3 * first, 256), f"MiB at 16k, 32k, 64k tokens: {peaks}"
     assert second < 400, f"MiB at 16k, 32k, 64k tokens: {peaks}"
 
 

@@ -7,8 +7,9 @@ SOURCES := $(shell find csrc tests/cpp -type f) CMakeLists.txt setup.py pyprojec
 
 .PHONY: demo test test-long lint format build clean
 
+# Waiting threads sleep: on a busy machine, spinning ones take the cores from those that work.
 demo: $(VENV)/.cli
-	$(BIN)/python -m freqrank demo
+	OMP_WAIT_POLICY=passive $(BIN)/python -m freqrank demo
 
 test: $(VENV)/.test $(VENV)/.cpp-tests
 	$(BIN)/ctest --test-dir build/native --output-on-failure

@@ -33,8 +33,8 @@ class Sizes:
     """How much of everything: chosen so that two CPU cores need less than four minutes."""
 
     window: int = 512
-    test_windows: int = 16
-    calibration: tuple[int, int] = (32, 256)
+    test_windows: int = 12
+    calibration: tuple[int, int] = (24, 256)
     ratios: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     groups: tuple[int, ...] = (2, 3, 6)
     spread_groups: tuple[int, ...] = (2, 6)

@@ -29,7 +29,7 @@ def config() -> LlamaConfig:
         num_hidden_layers=6,
         num_attention_heads=5,
         num_key_value_heads=5,
-        max_position_embeddings=2048,
+        max_position_embeddings=512,
         rms_norm_eps=1e-5,
         rope_theta=10000.0,
         tie_word_embeddings=False,

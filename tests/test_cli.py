@@ -80,6 +80,11 @@ def test_eval_agrees_with_the_library(run, folder):
     assert "nats" in run(*arguments).stdout
 
 
+def test_the_default_window_is_the_models_context(run, folder):
+    result = json.loads(run("eval", folder / "tiny", "--text", folder / "text.txt", "--limit", 300, "--json").stdout)
+    assert result["window"] == 256
+
+
 def test_eval_reads_the_standard_library(run, folder):
     result = run("eval", folder / "tiny", "--text", "stdlib:test", "--limit", 100, "--window", 50, "--json")
     assert json.loads(result.stdout)["tokens"] == 100

@@ -103,7 +103,9 @@ Dtype = Annotated[
     str, typer.Option(help="Number format to compute and save in: auto (the model's own), float32, bfloat16, float16.")
 ]
 _TEXT_HELP = "a text file, or stdlib:train, stdlib:validation, stdlib:test (the running Python's own source)."
-Window = Annotated[int, typer.Option(help="Tokens that the model sees at once.", min=2)]
+Window = Annotated[
+    int | None, typer.Option(help="Tokens that the model sees at once; default: its context, at most 2048.", min=2)
+]
 Limit = Annotated[int | None, typer.Option(help="Score only the first so many tokens.", min=2)]
 
 
@@ -230,6 +232,11 @@ def _read(name: str, tokenizer: Any, option: str) -> Tensor:
     return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
 
 
+def _context(network: Any) -> int:
+    """Tokens that the model was made for, at most 2048."""
+    return min(2048, getattr(network.config, "max_position_embeddings", None) or 2048)
+
+
 def _samples(ids: Tensor, count: int, length: int, seed: int, option: str) -> Tensor:
     if ids.numel() < length:
         raise ValueError(f"{option}: the text has {ids.numel()} tokens, fewer than one sample of --length {length}")
@@ -323,9 +330,11 @@ def compress(
     refit: Annotated[str | None, typer.Option(help="Refit of the coefficients: own, sequential or cross.")] = None,
     allocation: Annotated[str, typer.Option(help="Ranks: uniform, effective-rank or auto.")] = "uniform",
     samples: Annotated[int, typer.Option(help="Calibration samples.", min=1)] = 256,
-    length: Annotated[int, typer.Option(help="Tokens in a calibration sample.", min=2)] = 2048,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens in a calibration sample; default: as --window.", min=2)
+    ] = None,
     text: Annotated[str | None, typer.Option(help="Score the model before and after on: " + _TEXT_HELP)] = None,
-    window: Window = 2048,
+    window: Window = None,
     limit: Limit = None,
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -338,6 +347,8 @@ def compress(
 
     check_output_folder(output)
     network, tokenizer = _load(model, download=download, dtype=dtype)
+    window = window or _context(network)
+    length = length or _context(network)
     ids = _read(calibration, tokenizer, "--calibration")
     held_out = None if text is None else _read(text, tokenizer, "--text")[:limit]
     before = _count(network)
@@ -387,7 +398,7 @@ def linearize(
     batch: Annotated[int, typer.Option(help="Sequences a fine-tuning step.", min=1)] = 8,
     length: Annotated[int, typer.Option(help="Tokens in a fine-tuning sequence.", min=2)] = 256,
     text: Annotated[str | None, typer.Option(help="Score the model before and after on: " + _TEXT_HELP)] = None,
-    window: Window = 2048,
+    window: Window = None,
     limit: Limit = None,
     dtype: Dtype = "float32",
     seed: Seed = 0,
@@ -407,6 +418,7 @@ def linearize(
     check_output_folder(output)
     chosen = _numbers(layers)
     network, tokenizer = _load(model, download=download, dtype=dtype)
+    window = window or _context(network)
     training = None
     if train is not None:
         training = _samples(_read(train, tokenizer, "--train"), steps * batch, length, seed, "--train")
@@ -450,7 +462,7 @@ def _numbers(text: str | None) -> list[int] | None:
 def evaluate_model(
     model: Model,
     text: Annotated[str, typer.Option(help="Text to score: " + _TEXT_HELP)],
-    window: Window = 2048,
+    window: Window = None,
     stride: Annotated[int | None, typer.Option(help="Distance of two windows; --window if not given.")] = None,
     reduction: Annotated[str, typer.Option(help="Mean over tokens, or over windows: token, window.")] = "token",
     remainder: Annotated[str, typer.Option(help="A shorter last window: keep or drop.")] = "keep",
@@ -463,6 +475,7 @@ def evaluate_model(
     """Held-out loss and perplexity of a model on a text."""
     torch.manual_seed(seed)
     network, tokenizer = _load(model, download=download, dtype=dtype)
+    window = window or _context(network)
     ids = _read(text, tokenizer, "--text")[:limit]
     start = time.perf_counter()
     nats = evaluate.loss(

@@ -42,7 +42,7 @@ def _real(dtype: torch.dtype) -> torch.dtype:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As torch's matrix products do: float tensors, but not float64, go to the autocast dtype."""
     device = tensors[0].device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
     return tensors

@@ -17,7 +17,7 @@ test: $(VENV)/.test $(VENV)/.cpp-tests
 
 # Sweeps too long for every change. The log is kept in the repository.
 test-long: $(VENV)/.test
-	set -o pipefail; $(BIN)/python -m pytest -m long --durations=10 2>&1 | tee docs/test-long.log
+	set -o pipefail; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long -n 2 --durations=10 2>&1 | tee docs/test-long.log
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -51,9 +51,12 @@ def test_commands_run(folder):
     (folder / "held-out.txt").write_text("a b c d " * 20)
     lines = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()]
     commands = [line.removeprefix("freqrank ") for line in lines if line.startswith("freqrank ")]
-    assert [command.split()[0] for command in commands] == ["compress", "eval", "linearize", "generate"]
+    assert [command.split()[0] for command in commands] == [
+        "compress", "eval", "linearize", "generate", "compress", "eval"
+    ]  # fmt: skip
     for command in commands:
-        short = command.replace("--steps 1000", "--steps 1 --length 8 --batch 2")
+        short = command.replace("--steps 1000", "--steps 1 --length 8 --batch 2").replace("20000", "2000")
+        short = short.replace("--samples 32", "--samples 4")
         result = testing.CliRunner().invoke(app, short)
         assert result.exit_code == 0, (command, result.output)
 

@@ -6,9 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # before its bdist_wheel and pyproject.toml's license expression
+    raise SystemExit(
+        f"freqrank builds with setuptools >= 77; this is {setuptools.__version__}. "
+        "Run `pip install -U setuptools cmake ninja` first."
+    )
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent.resolve()
 

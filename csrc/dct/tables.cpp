@@ -1,37 +1,13 @@
-// Twiddle tables, accurate to double: angles are reduced as exact integers before a sine is taken.
-#include <cmath>
-#include <utility>
+// Twiddle tables, accurate to double.
 #include <vector>
 
 #include "dct/dct.h"
 #include "dct/kernels.h"
+#include "dct/unit_root.h"
 
 namespace freqrank::dct {
 
 namespace {
-
-struct Unit {
-  double cos, sin;
-};
-
-// cos and sin of 2 pi k / n, k >= 0
-Unit unit(std::int64_t k, std::int64_t n) {
-  k %= n;
-  const std::int64_t quadrant = 4 * k / n;
-  std::int64_t rest = 4 * k - quadrant * n;  // the angle within the quadrant is pi/2 rest / n
-  const bool upper = 2 * rest > n;
-  if (upper) rest = n - rest;
-  const double angle = 1.57079632679489661923 * (static_cast<double>(rest) / static_cast<double>(n));
-  double c = std::cos(angle), s = std::sin(angle);
-  if (2 * rest == n) c = s = 0.70710678118654752440;
-  if (upper) std::swap(c, s);
-  switch (quadrant) {
-    case 0: return {c, s};
-    case 1: return {-s, c};
-    case 2: return {-c, -s};
-    default: return {s, -c};
-  }
-}
 
 // Twiddles of a stage of radix r that splits a length n = r m: for j = 1 .. r-1 the m real parts, then the m imaginary
 // parts, of exp(-2 pi i j p / n).
@@ -43,14 +19,14 @@ void fill_stages(const Fft& fft, T* table) {
     T* at = table + fft.twiddles[stage];
     for (std::int64_t j = 1; j < radix; ++j, at += 2 * m) {
       for (std::int64_t p = 0; p < m; ++p) {
-        const Unit w = unit(j * p, n);
+        const UnitRoot w = unit_root(j * p, n);
         at[p] = static_cast<T>(w.cos);
         at[m + p] = static_cast<T>(-w.sin);
       }
     }
     if (radix % 2) {
       for (std::int64_t j = 0; j < radix; ++j) {
-        const Unit w = unit(j, radix);
+        const UnitRoot w = unit_root(j, radix);
         table[fft.roots[stage] + j] = static_cast<T>(w.cos);
         table[fft.roots[stage] + radix + j] = static_cast<T>(w.sin);
       }
@@ -68,7 +44,7 @@ void fill_fft(const Fft& fft, T* table) {
   std::vector<double> re(length), im(length), other_re(length), other_im(length);
   std::int64_t square = 0;  // k^2 mod 2n
   for (std::int64_t k = 0; k < fft.n; ++k) {
-    const Unit w = unit(square, 2 * fft.n);
+    const UnitRoot w = unit_root(square, 2 * fft.n);
     table[fft.chirp + k] = static_cast<T>(w.cos);
     table[fft.chirp + fft.n + k] = static_cast<T>(-w.sin);
     const auto mirrored = static_cast<std::size_t>(k == 0 ? 0 : fft.inner - k);
@@ -90,7 +66,7 @@ void fill_fft(const Fft& fft, T* table) {
 template <class T>
 void fill_units(T* at, std::int64_t count, double factor, std::int64_t first, std::int64_t step, std::int64_t period) {
   for (std::int64_t k = 0; k < count; ++k) {
-    const Unit w = unit(first + step * k, period);
+    const UnitRoot w = unit_root(first + step * k, period);
     at[k] = static_cast<T>(factor * w.cos);
     at[count + k] = static_cast<T>(factor * w.sin);
   }

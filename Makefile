@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-SOURCES := $(shell find csrc tests/cpp -type f) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc cmake tests/cpp -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test test-long lint format build clean
 
@@ -11,6 +11,7 @@ SOURCES := $(shell find csrc tests/cpp -type f) CMakeLists.txt setup.py pyprojec
 demo: $(VENV)/.cli
 	OMP_WAIT_POLICY=passive $(BIN)/python -m freqrank demo
 
+# CUDA is compiled here wherever nvcc is, for the GPUs of FREQRANK_CUDA_ARCHS if that is set; no GPU is needed.
 test: $(VENV)/.test $(VENV)/.cpp-tests
 	$(BIN)/ctest --test-dir build/native --output-on-failure
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -60,6 +61,7 @@ $(VENV)/.lint: $(VENV)/.test
 
 $(VENV)/.cpp-tests: $(VENV)/.build
 	tools/bare-machine --system-only libgtest-dev
-	$(BIN)/cmake -S . -B build/native -DFREQRANK_TESTS=ON >/dev/null
+	$(BIN)/cmake -S . -B build/native -DFREQRANK_TESTS=ON \
+	  -DFREQRANK_CUDA=AUTO -DFREQRANK_CUDA_WERROR=ON "-DFREQRANK_CUDA_ARCHS=$(FREQRANK_CUDA_ARCHS)" >/dev/null
 	$(BIN)/cmake --build build/native
 	touch $@

@@ -20,6 +20,14 @@ from setuptools.command.bdist_wheel import bdist_wheel
 ROOT = Path(__file__).parent.resolve()
 
 
+def cuda_option(torch_cuda: str | None) -> str:
+    """FREQRANK_CUDA for CMake: the environment's word, else AUTO (wherever nvcc is) if torch itself has CUDA."""
+    wish = os.environ.get("FREQRANK_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"FREQRANK_CUDA must be 1 (compile the CUDA kernels) or 0 (do not); got {wish!r}")
+    return {"1": "ON", "0": "OFF", "": "AUTO" if torch_cuda else "OFF"}[wish]
+
+
 class CMakeBuild(build_ext):
     def run(self) -> None:
         try:
@@ -30,6 +38,7 @@ class CMakeBuild(build_ext):
                 "installed, pip's build isolation hides it: use `pip install . --no-build-isolation`. Otherwise "
                 "install torch >= 2.10 first."
             ) from None
+        cuda = cuda_option(torch.version.cuda)
         package = ROOT / "python" / "freqrank" if self.inplace else Path(self.build_lib).resolve() / "freqrank"
         build = ROOT / "build" / "native"
         # a virtual environment that is not activated has its cmake and ninja beside its python
@@ -41,14 +50,16 @@ class CMakeBuild(build_ext):
             [
                 "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DFREQRANK_TESTS=OFF",
                 f"-DFREQRANK_TORCH_ROOT={Path(torch.__file__).parent}", f"-DFREQRANK_TORCH_OUTPUT={package / '_lib'}",
+                f"-DFREQRANK_CUDA={cuda}", f"-DFREQRANK_CUDA_ARCHS={os.environ.get('FREQRANK_CUDA_ARCHS', '')}",
             ],
             check=True, env=environment,
         )  # fmt: skip
+        (package / "_lib" / "libfreqrank_cuda.so").unlink(missing_ok=True)  # an older build's, if this has none
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True, env=environment)
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / "freqrank" / "_lib" / "libfreqrank_cpu.so")]
+        return [str(library) for library in sorted((Path(self.build_lib) / "freqrank" / "_lib").glob("*.so"))]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

@@ -1,0 +1,45 @@
+#include "common/cuda_device.h"
+
+#include <cuda_runtime_api.h>
+
+namespace freqrank {
+
+namespace {
+
+std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
+
+std::string rebuild(const std::string& archs) {
+  return "FREQRANK_CUDA=1 FREQRANK_CUDA_ARCHS=" + archs + " pip install . --no-build-isolation";
+}
+
+}  // namespace
+
+const char* cuda_targets() { return FREQRANK_CUDA_TARGETS; }
+
+std::string explain_cuda_error(int code) {
+  const auto error = static_cast<cudaError_t>(code);
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorUnsupportedPtxVersion: {
+      int device = 0;
+      cudaDeviceProp properties{};
+      if (cudaGetDevice(&device) != cudaSuccess || cudaGetDeviceProperties(&properties, device) != cudaSuccess) break;
+      const std::string arch = std::to_string(properties.major) + std::to_string(properties.minor);
+      return std::string("this build of freqrank holds GPU code for ") + cuda_targets() + ", which does not run on " +
+             properties.name + " (compute capability " + std::to_string(properties.major) + "." +
+             std::to_string(properties.minor) + "). Build it for this GPU: " + rebuild(arch);
+    }
+    case cudaErrorInsufficientDriver: {
+      int driver = 0;
+      cudaDriverGetVersion(&driver);
+      if (driver == 0) return "no NVIDIA driver is loaded on this machine";
+      return "freqrank was built with CUDA " + version(CUDART_VERSION) + ", and this machine's driver serves CUDA up to " +
+             version(driver) + ". Update the driver, or build freqrank with a CUDA toolkit that it serves";
+    }
+    default: break;
+  }
+  return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+}
+
+}  // namespace freqrank

@@ -1,12 +1,10 @@
 #pragma once
 // 16-bit storage types. Arithmetic is done in float: convert on load, round to nearest even on store.
-// Everything is inlined by force: files compiled for different instruction sets include this, and a copy shared between
-// them could hold instructions that the processor lacks.
 
 #include <cstdint>
 #include <cstring>
 
-#define FREQRANK_INLINE static inline __attribute__((always_inline))
+#include "common/inline.h"
 
 namespace freqrank {
 
@@ -52,7 +50,7 @@ FREQRANK_INLINE T from_float(float x) {
 }
 
 template <>
-inline __attribute__((always_inline)) bfloat16 from_float<bfloat16>(float x) {
+FREQRANK_FORCED_INLINE bfloat16 from_float<bfloat16>(float x) {
   std::uint32_t wide;
   std::memcpy(&wide, &x, 4);
   if ((wide & 0x7fffffffu) > 0x7f800000u) return {static_cast<std::uint16_t>((wide >> 16) | 0x40u)};
@@ -60,7 +58,7 @@ inline __attribute__((always_inline)) bfloat16 from_float<bfloat16>(float x) {
 }
 
 template <>
-inline __attribute__((always_inline)) float16 from_float<float16>(float x) {
+FREQRANK_FORCED_INLINE float16 from_float<float16>(float x) {
   std::uint32_t wide;
   std::memcpy(&wide, &x, 4);
   const std::uint16_t sign = static_cast<std::uint16_t>((wide >> 16) & 0x8000u);

@@ -46,7 +46,6 @@ struct Fft {
   int stages = 0;
   int radix[max_stages] = {};
   std::int64_t twiddles[max_stages] = {};
-  std::int64_t roots[max_stages] = {};
   std::int64_t chirp = 0, spectrum = 0;
   bool bluestein() const { return inner != n; }
 };

@@ -5,8 +5,7 @@
 #include <cstring>
 
 #include "common/half.h"
-
-#define FREQRANK_INLINE inline __attribute__((always_inline))
+#include "dct/codelets.h"
 
 namespace freqrank::dct::FREQRANK_ISA {
 
@@ -24,21 +23,6 @@ typedef double Doubles __attribute__((vector_size(FREQRANK_VECTOR_BYTES), may_al
 
 using Index = std::int64_t;
 
-template <class V>
-struct Complex {
-  V re, im;
-};
-
-template <class V>
-FREQRANK_INLINE Complex<V> operator+(const Complex<V>& a, const Complex<V>& b) {
-  return {a.re + b.re, a.im + b.im};
-}
-
-template <class V>
-FREQRANK_INLINE Complex<V> operator-(const Complex<V>& a, const Complex<V>& b) {
-  return {a.re - b.re, a.im - b.im};
-}
-
 template <class V, class T>
 FREQRANK_INLINE Complex<V> multiply(const Complex<V>& a, T re, T im) {
   return {a.re * re - a.im * im, a.re * im + a.im * re};
@@ -46,63 +30,17 @@ FREQRANK_INLINE Complex<V> multiply(const Complex<V>& a, T re, T im) {
 
 // --- complex FFT --------------------------------------------------------------------------------------------------
 
-// DFT of length R with exp(-2 pi i jk / R), in place. roots: R cosines, then R sines (odd R).
-template <int R, class V, class T>
-FREQRANK_INLINE void butterfly(Complex<V>* a, const T* roots) {
-  if constexpr (R == 2) {
-    const Complex<V> b = a[1];
-    a[1] = a[0] - b;
-    a[0] = a[0] + b;
-  } else if constexpr (R == 4) {
-    const Complex<V> s02 = a[0] + a[2], d02 = a[0] - a[2], s13 = a[1] + a[3], d13 = a[1] - a[3];
-    a[0] = s02 + s13;
-    a[2] = s02 - s13;
-    a[1] = {d02.re + d13.im, d02.im - d13.re};
-    a[3] = {d02.re - d13.im, d02.im + d13.re};
-  } else {
-    constexpr int half = (R - 1) / 2;
-    Complex<V> sum[half], difference[half];
-    const Complex<V> first = a[0];
-    Complex<V> total = first;
-#pragma GCC unroll 16
-    for (int t = 0; t < half; ++t) {
-      sum[t] = a[t + 1] + a[R - 1 - t];
-      difference[t] = a[t + 1] - a[R - 1 - t];
-      total = total + sum[t];
-    }
-    a[0] = total;
-#pragma GCC unroll 16
-    for (int j = 1; j <= half; ++j) {
-      Complex<V> even = first, odd{};
-#pragma GCC unroll 16
-      for (int t = 1; t <= half; ++t) {
-        const T c = roots[j * t % R], s = roots[R + j * t % R];
-        even.re += sum[t - 1].re * c;
-        even.im += sum[t - 1].im * c;
-        if (t == 1) {
-          odd = {difference[0].re * s, difference[0].im * s};
-        } else {
-          odd.re += difference[t - 1].re * s;
-          odd.im += difference[t - 1].im * s;
-        }
-      }
-      a[j] = {even.re + odd.im, even.im - odd.re};
-      a[R - j] = {even.re - odd.im, even.im + odd.re};
-    }
-  }
-}
-
 // One butterfly of a Stockham stage (decimation in frequency, self-sorting).
 template <int R, bool Twiddle, class V, class T>
 FREQRANK_INLINE void step(const V* xr, const V* xi, Index x_step, V* yr, V* yi, Index y_step, const T* twiddles,
-                          Index twiddle_step, const T* roots) {
+                          Index twiddle_step) {
   Complex<V> a[R];
-#pragma GCC unroll 16
+  FREQRANK_UNROLL
   for (int t = 0; t < R; ++t) a[t] = {xr[t * x_step], xi[t * x_step]};
-  butterfly<R>(a, roots);
+  butterfly<R>(a);
   yr[0] = a[0].re;
   yi[0] = a[0].im;
-#pragma GCC unroll 16
+  FREQRANK_UNROLL
   for (int j = 1; j < R; ++j) {
     if constexpr (Twiddle) {
       a[j] = multiply(a[j], twiddles[2 * (j - 1) * twiddle_step], twiddles[(2 * j - 1) * twiddle_step]);
@@ -115,18 +53,18 @@ FREQRANK_INLINE void step(const V* xr, const V* xi, Index x_step, V* yr, V* yi, 
 // A stage of radix R on `s` interleaved transforms of length R m.
 template <int R, class V, class T>
 void stage(Index m, Index s, const V* __restrict xr, const V* __restrict xi, V* __restrict yr, V* __restrict yi,
-           const T* __restrict twiddles, const T* __restrict roots) {
+           const T* __restrict twiddles) {
   if (m == 1) {
-    for (Index q = 0; q < s; ++q) step<R, false>(xr + q, xi + q, s, yr + q, yi + q, s, twiddles, 1, roots);
+    for (Index q = 0; q < s; ++q) step<R, false>(xr + q, xi + q, s, yr + q, yi + q, s, twiddles, 1);
   } else if (s == 1) {
     for (Index p = 0; p < m; ++p) {
-      step<R, true>(xr + p, xi + p, m, yr + R * p, yi + R * p, 1, twiddles + p, m, roots);
+      step<R, true>(xr + p, xi + p, m, yr + R * p, yi + R * p, 1, twiddles + p, m);
     }
   } else {
     for (Index p = 0; p < m; ++p) {
       const V *ar = xr + s * p, *ai = xi + s * p;
       V *br = yr + s * R * p, *bi = yi + s * R * p;
-      for (Index q = 0; q < s; ++q) step<R, true>(ar + q, ai + q, s * m, br + q, bi + q, s, twiddles + p, m, roots);
+      for (Index q = 0; q < s; ++q) step<R, true>(ar + q, ai + q, s * m, br + q, bi + q, s, twiddles + p, m);
     }
   }
 }
@@ -150,15 +88,15 @@ void mixed_radix(const Fft& fft, const T* table, Split<V>& x, Split<V>& y) {
   for (int i = 0; i < fft.stages; ++i) {
     const int radix = fft.radix[i];
     const Index m = n / radix;
-    const T *twiddles = table + fft.twiddles[i], *roots = table + fft.roots[i];
+    const T* twiddles = table + fft.twiddles[i];
     switch (radix) {
-      case 2: stage<2>(m, s, x.re, x.im, y.re, y.im, twiddles, roots); break;
-      case 3: stage<3>(m, s, x.re, x.im, y.re, y.im, twiddles, roots); break;
-      case 4: stage<4>(m, s, x.re, x.im, y.re, y.im, twiddles, roots); break;
-      case 5: stage<5>(m, s, x.re, x.im, y.re, y.im, twiddles, roots); break;
-      case 7: stage<7>(m, s, x.re, x.im, y.re, y.im, twiddles, roots); break;
-      case 11: stage<11>(m, s, x.re, x.im, y.re, y.im, twiddles, roots); break;
-      default: stage<13>(m, s, x.re, x.im, y.re, y.im, twiddles, roots); break;
+      case 2: stage<2>(m, s, x.re, x.im, y.re, y.im, twiddles); break;
+      case 3: stage<3>(m, s, x.re, x.im, y.re, y.im, twiddles); break;
+      case 4: stage<4>(m, s, x.re, x.im, y.re, y.im, twiddles); break;
+      case 5: stage<5>(m, s, x.re, x.im, y.re, y.im, twiddles); break;
+      case 7: stage<7>(m, s, x.re, x.im, y.re, y.im, twiddles); break;
+      case 11: stage<11>(m, s, x.re, x.im, y.re, y.im, twiddles); break;
+      default: stage<13>(m, s, x.re, x.im, y.re, y.im, twiddles); break;
     }
     exchange(x, y);
     n = m;

@@ -1,6 +1,6 @@
 #pragma once
-// The arithmetic, compiled once for each instruction set. All variants, and vectors of any width, do the same
-// operations in the same order, without contraction into fused multiply-adds: the same bits whatever the machine, the
+// The arithmetic, compiled once for each instruction set. Within one of them, vectors of every width do the same
+// operations in the same order, fused where dct/arithmetic.h says so and nowhere else: the same bits whatever the
 // number of rows or of threads.
 
 #include "dct/dct.h"

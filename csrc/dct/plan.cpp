@@ -64,8 +64,6 @@ Fft plan_fft(std::int64_t n, std::int64_t& elements) {
       fft.radix[stage] = radix;
       fft.twiddles[stage] = elements;
       elements += 2 * (radix - 1) * rest;
-      fft.roots[stage] = elements;
-      if (radix % 2) elements += 2 * radix;
     }
   }
   if (fft.bluestein()) {

@@ -24,13 +24,6 @@ void fill_stages(const Fft& fft, T* table) {
         at[m + p] = static_cast<T>(-w.sin);
       }
     }
-    if (radix % 2) {
-      for (std::int64_t j = 0; j < radix; ++j) {
-        const UnitRoot w = unit_root(j, radix);
-        table[fft.roots[stage] + j] = static_cast<T>(w.cos);
-        table[fft.roots[stage] + radix + j] = static_cast<T>(w.sin);
-      }
-    }
     n = m;
   }
 }

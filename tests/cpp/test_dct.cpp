@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <cmath>
+#include <complex>
 #include <limits>
 #include <numeric>
 #include <random>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "common/half.h"
+#include "dct/codelets.h"
 
 namespace freqrank::dct {
 
@@ -118,6 +120,51 @@ double relative_error(const std::vector<double>& got, const std::vector<double>&
 }
 
 }  // namespace
+
+template <int R, class V>
+void check_codelet() {
+  Complex<V> a[R];
+  std::vector<std::complex<double>> x;
+  const auto lane = [](const V& v) {
+    if constexpr (std::is_arithmetic_v<V>) return v;
+    if constexpr (!std::is_arithmetic_v<V>) return v[1];
+  };
+  for (int i = 0; i < R; ++i) {
+    a[i] = {spread<V>(static_cast<Lane<V>>(std::sin(3 * i + 1))), spread<V>(static_cast<Lane<V>>(std::cos(7 * i)))};
+    x.emplace_back(lane(a[i].re), lane(a[i].im));
+  }
+  butterfly<R>(a);
+  for (int k = 0; k < R; ++k) {
+    std::complex<double> sum = 0;
+    for (int i = 0; i < R; ++i) {
+      sum += x[static_cast<std::size_t>(i)] * std::polar(1.0, -6.283185307179586477 * (i * k % R) / R);
+    }
+    const double bound = sizeof(Lane<V>) == 8 ? 4e-15 : 1e-6;
+    EXPECT_LE(std::abs(sum - std::complex<double>(lane(a[k].re), lane(a[k].im))), bound) << R << ", " << k;
+  }
+}
+
+template <class V>
+void check_codelets() {
+  check_codelet<2, V>();
+  check_codelet<3, V>();
+  check_codelet<4, V>();
+  check_codelet<5, V>();
+  check_codelet<7, V>();
+  check_codelet<8, V>();
+  check_codelet<11, V>();
+  check_codelet<13, V>();
+  check_codelet<16, V>();
+}
+
+TEST(Dct, CodeletsMatchTheSumOnNumbersAndVectors) {
+  typedef float Floats __attribute__((vector_size(16)));
+  typedef double Doubles __attribute__((vector_size(16)));
+  check_codelets<float>();
+  check_codelets<double>();
+  check_codelets<Floats>();
+  check_codelets<Doubles>();
+}
 
 TEST(Dct, MatchesTheSum) {
   for (std::int64_t n = 1; n <= 72; ++n) {

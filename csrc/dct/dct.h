@@ -93,6 +93,10 @@ struct Plan {
   std::size_t work_bytes = 0, scratch_bytes = 0;
 };
 
+// What the plans of all devices share.
+void check(const Problem& problem);           // throws std::invalid_argument
+void collapse(std::vector<BatchDim>& batch);  // fewer dimensions, the smallest output stride innermost
+
 // Throws std::invalid_argument.
 Plan plan(const Problem& problem);
 std::size_t workspace_bytes(const Plan& plan);

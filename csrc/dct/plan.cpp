@@ -106,6 +106,8 @@ Row plan_row(const Problem& problem, std::int64_t n) {
   return row;
 }
 
+}  // namespace
+
 void check(const Problem& p) {
   const auto require = [](bool ok, const char* what) {
     if (!ok) throw std::invalid_argument(std::string("dct: ") + what);
@@ -152,6 +154,8 @@ void collapse(std::vector<BatchDim>& batch) {
   }
   batch = merged;
 }
+
+namespace {
 
 int vector_bytes() {
   switch (isa()) {

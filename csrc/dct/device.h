@@ -1,0 +1,151 @@
+#pragma once
+// The DCT on a GPU: what dct.h describes, as a list of kernel launches. Host code without CUDA: plans can be made, read
+// and tested anywhere; dct/device/launch.h runs them, on CUDA or under the host executor.
+//
+//   const DevicePlan p = plan_device(problem, limits);        // the only place that chooses algorithms and tile
+//   numbers run_device(p, {in, out}, workspace, queue);               // workspace_bytes(p), aligned to kDeviceAlign
+//
+// A workspace holds, in this order: the tables of all steps, the intermediate tensor of a transform along several
+// dimensions, the scratch of steps that need one.
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "dct/dct.h"
+
+namespace freqrank::dct {
+
+constexpr std::size_t kDeviceAlign = 256;
+
+// What a plan must know of the GPU. Tests shrink the limits to reach every branch with small sizes.
+struct DeviceLimits {
+  int sms = 132;
+  int shared_bytes = 232448;         // that one block may use
+  int shared_bytes_per_sm = 233472;  // of all its blocks, 1024 bytes of them for the system in each block
+  int threads_per_sm = 2048;
+  std::int64_t largest_power_of_two = 0;  // lengths up to this one go through registers and shuffles
+  int largest_tile = 0;                   // sides up to this one are transformed two dimensions at once
+};
+
+enum class Algorithm {
+  tables,        // fills `Step::tables`
+  power_of_two,  // registers and shuffles
+  mixed_radix,   // one block's shared memory
+  bluestein,     // the same, twice, around a product with a chirp's spectrum
+  multi_pass,    // lengths beyond one block's shared memory
+  tile_2d,       // the last two dimensions at once in shared memory
+};
+
+const char* name(Algorithm algorithm);
+constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+// What the block FFT is compiled for: complex numbers that a thread holds in a stage, threads of a block at most.
+constexpr int kBlockPerThread = 16, kBlockThreads = 512;
+constexpr int kBlockRadices[] = {16, 13, 11, 8, 7, 5, 4, 3, 2};
+// Its shared memory: complex numbers padded by one in every 128 bytes; behind the tile, where each row starts.
+constexpr int kBlockRowBytes = 16, kBlockRows = 256;
+constexpr int block_pad(int i, bool wide) { return i + (i >> (wide ? 3 : 4)); }
+
+// The complex FFT of length n of one row: `inner` == n, or Bluestein's convolution of length `inner` >= 2n - 1.
+// Stage i splits what is left by radix[i]: Stockham's order, decimation in frequency.
+struct DeviceFft {
+  static constexpr int max_stages = 20;
+  std::int64_t n = 1, inner = 1;
+  int stages = 0;
+  int radix[max_stages] = {};
+  bool bluestein() const { return inner != n; }
+};
+
+// A run of complex numbers (real and imaginary part beside each other), float or double as the plan computes.
+struct TableRun {
+  enum Kind {
+    units,     // factor exp(-2 pi i (first + step k) / period), k < count, nothing negative
+    chirp,     // exp(-pi i k^2 / period), k < count = period
+    spectrum,  // FFT of length count of the wrapped conjugate chirp of length period (the run at `source`), over count
+  };
+  Kind kind = units;
+  std::int64_t at = 0, count = 0;  // complex numbers from the start of the workspace's tables
+  std::int64_t first = 0, step = 1, period = 1;
+  double factor = 1;
+  std::int64_t source = 0;
+  DeviceFft fft;  // of the spectrum: length count
+};
+
+// One transformed dimension of a step.
+struct Axis {
+  std::int64_t n = 1;  // length of the transform
+  std::int64_t in_stride = 0, out_stride = 0;
+  std::int64_t filled = 0;         // elements read, the rest up to n is zero
+  std::int64_t out_size = 0;       // elements written, those beyond n are zero
+  double scale = 1;                // (2L)^(-norm/2)
+  double in_end = 1, out_end = 1;  // factors of the first element, in type I of the last one too
+  DeviceFft fft;
+  // Tables, complex numbers from the start of the workspace's tables; -1: none. With H the FFT's length fft.n:
+  //   roots  exp(-2 pi i k / inner), k <= inner / 2, for all stages
+  //   twist  types II and III exp(-i pi k / 2n), k <= n / 2 (n odd) or H / 2 (n even)
+  //          type I exp(-i pi k / H), k <= H / 2
+  //          type IV, n even, exp(-i pi (8k + 1) / 8n), k < H
+  //   chirp, spectrum  Bluestein's
+  std::int64_t roots = -1, twist = -1, chirp = -1, spectrum = -1;
+  bool even(int type) const { return type != 1 && n % 2 == 0; }  // an FFT of length n / 2 serves
+};
+
+// How a tile of rows moves between global and shared memory.
+enum class Tiling {
+  flat,        // rows follow each other without a gap: one run of 16-byte vectors
+  by_element,  // neighbouring threads take neighbouring elements of a row
+  by_row,      // neighbouring threads take the same element of neighbouring rows
+};
+
+// One launch, or for tables and multi_pass a few.
+struct Step {
+  Algorithm algorithm = Algorithm::mixed_radix;
+  int type = 2;
+  bool wide = false;  // computed in double
+  Axis axis[2];       // tile_2d uses both, [0] the outer one
+  Buffer from = Buffer::in, to = Buffer::out;
+  Dtype from_dtype = Dtype::float32, to_dtype = Dtype::float32;
+  std::vector<BatchDim> batch;  // outermost first; rows (of tile_2d: tiles) count through it in C order
+  std::int64_t rows = 0;
+
+  // tuning, by device_plan.cpp alone
+  int threads = 0, rows_per_block = 1;
+  std::int64_t blocks = 0;
+  int shared_bytes = 0;
+  Tiling load = Tiling::by_element, store = Tiling::by_element;
+
+  std::vector<TableRun> tables;                  // of the step `tables`
+  std::size_t scratch_bytes = 0;                 // of multi_pass, in the workspace at DevicePlan::scratch_at
+  std::int64_t read_bytes = 0, write_bytes = 0;  // of the tensors and of scratch: what the step moves, tables apart
+  std::int64_t table_bytes = 0;                  // that its tables take
+  const char* why = "";                          // this algorithm
+};
+
+struct DevicePlan {
+  DeviceLimits limits;
+  std::vector<Step> steps;  // none if the output is empty
+  std::size_t tables_bytes = 0, work_at = 0, work_bytes = 0, scratch_at = 0, scratch_bytes = 0;
+};
+
+// Throws std::invalid_argument; std::length_error for lengths that no algorithm takes, naming the largest.
+DevicePlan plan_device(const Problem& problem, const DeviceLimits& limits);
+std::size_t workspace_bytes(const DevicePlan& plan);
+
+// For people: a line a step, which algorithm and why, and its numbers.
+std::string describe(const DevicePlan& plan);
+
+struct DevicePointers {
+  const void* in;
+  void* out;
+};
+
+// The first and one past the last element, relative to the base pointer, that a step touches in `from` or `to`.
+struct Extent {
+  std::int64_t begin, end;
+};
+Extent in_extent(const Step& step);
+Extent out_extent(const Step& step);
+
+}  // namespace freqrank::dct

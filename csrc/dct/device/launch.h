@@ -1,0 +1,26 @@
+#pragma once
+// Runs a plan on a queue: a CUDA stream or the host executor. Allocates nothing, waits for nothing.
+
+#include <stdexcept>
+
+#include "dct/device/params.h"
+
+namespace freqrank::dct::device {
+
+template <class Queue>
+void run_device(const DevicePlan& plan, const DevicePointers& pointers, void* workspace, Queue& queue) {
+  char* const base = static_cast<char*>(workspace);
+  const auto place = [&](Buffer b) -> void* {
+    return b == Buffer::out ? pointers.out : static_cast<void*>(base + plan.work_at);
+  };
+  for (const Step& step : plan.steps) {
+    const StepPointers at{step.from == Buffer::in ? pointers.in : place(step.from), place(step.to), base,
+                          base + plan.scratch_at};
+    switch (step.algorithm) {
+      // Each algorithm's header has enqueue_<algorithm>(const Step&, const StepPointers&, Queue&).
+      default: throw std::logic_error(std::string("dct: no kernel for ") + name(step.algorithm));
+    }
+  }
+}
+
+}  // namespace freqrank::dct::device

@@ -1,0 +1,422 @@
+// Sizes -> launches: which algorithm a GPU uses for each dimension, and all tile numbers. Nothing else chooses.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "dct/device.h"
+
+namespace freqrank::dct {
+
+namespace {
+
+// A block of this size leaves room for several on an SM, so that one loads while another computes.
+constexpr int kPreferredThreads = 256;
+constexpr int kBlocksPerSm = 4;
+// Memory moves in sectors; a tile that is read across rows has at least one of each element.
+constexpr int kSectorBytes = 32;
+// Work is spread over this many blocks an SM before a block takes several rows.
+constexpr int kWaves = 2;
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+std::size_t align(std::size_t bytes) { return (bytes + kDeviceAlign - 1) / kDeviceAlign * kDeviceAlign; }
+
+// What a stage costs for one complex number, beside one of radix 2: mostly the way through shared memory.
+double stage_cost(int radix) {
+  switch (radix) {
+    case 2: return 1.0;
+    case 3: return 1.1;
+    case 4: return 1.05;
+    case 5: return 1.2;
+    case 7: return 1.5;
+    case 8: return 1.15;
+    case 16: return 1.4;
+    default: return 0.2 * radix;
+  }
+}
+
+// The cheapest list of radices for n, none above the one before it; `best` bounds the cost. Empty: there is none.
+void search(std::int64_t n, int largest, double cost, std::vector<int>& now, double& best, std::vector<int>& found) {
+  if (cost >= best) return;
+  if (n == 1) {
+    best = cost;
+    found = now;
+    return;
+  }
+  for (const int radix : kBlockRadices) {
+    if (radix > largest || n % radix) continue;
+    now.push_back(radix);
+    search(n / radix, radix, cost + stage_cost(radix), now, best, found);
+    now.pop_back();
+  }
+}
+
+bool is_smooth(std::int64_t n) {
+  for (const int p : {2, 3, 5, 7, 11, 13}) {
+    while (n % p == 0) n /= p;
+  }
+  return n == 1;
+}
+
+// The smallest 2^a 3^b 5^c that is at least n.
+std::int64_t smooth_at_least(std::int64_t n) {
+  std::int64_t best = std::numeric_limits<std::int64_t>::max();
+  for (std::int64_t five = 1; five < best; five *= 5) {
+    for (std::int64_t three = five; three < best; three *= 3) {
+      std::int64_t two = three;
+      while (two < n) two *= 2;
+      best = std::min(best, two);
+      if (three >= n) break;
+    }
+    if (five >= n) break;
+  }
+  return best;
+}
+
+// n > 0 smooth. Odd radices first: while the stride between a thread's neighbours is the radix, an odd one has no bank
+// conflicts.
+void set_radices(DeviceFft& fft) {
+  std::vector<int> now, found;
+  double best = std::numeric_limits<double>::max();
+  search(fft.inner, kBlockRadices[0], 0.0, now, best, found);
+  std::stable_sort(found.begin(), found.end(), [](int a, int b) { return a % 2 > b % 2; });
+  fft.stages = static_cast<int>(found.size());
+  std::copy(found.begin(), found.end(), fft.radix);
+}
+
+DeviceFft plan_fft(std::int64_t n) {
+  DeviceFft fft;
+  fft.n = n;
+  fft.inner = is_smooth(n) ? n : smooth_at_least(2 * n - 1);
+  set_radices(fft);
+  return fft;
+}
+
+// --- one block's shared memory ------------------------------------------------------------------------------------
+
+// Complex numbers from one row of the tile to the next.
+std::int64_t row_pitch(const Step& step) {
+  const DeviceFft& fft = step.axis[0].fft;
+  const std::int64_t count = std::max(fft.inner, (step.axis[0].n + 1) / 2);
+  return (block_pad(static_cast<int>(count) - 1, step.wide) + 1) | 1;  // odd: no bank conflicts across rows
+}
+
+std::int64_t block_shared_bytes(const Step& step, std::int64_t rows) {
+  return rows * (row_pitch(step) * (step.wide ? 16 : 8) + kBlockRowBytes);
+}
+
+// Threads that hold all complex numbers of `rows` rows at once, in every stage and in the steps before and after.
+std::int64_t block_threads(const Step& step, std::int64_t rows) {
+  const DeviceFft& fft = step.axis[0].fft;
+  std::int64_t threads = ceil_div(rows * (fft.n / 2 + 1), kBlockPerThread / 2);
+  threads = std::max(threads, ceil_div(rows * fft.n, kBlockPerThread));
+  for (int i = 0; i < fft.stages; ++i) {
+    threads = std::max(threads, ceil_div(rows * (fft.inner / fft.radix[i]), kBlockPerThread / fft.radix[i]));
+  }
+  return ceil_div(threads, 32) * 32;
+}
+
+bool fits_block(const Step& step, const DeviceLimits& limits) {
+  return step.axis[0].fft.inner < (1 << 20) && block_shared_bytes(step, 1) <= limits.shared_bytes &&
+         block_threads(step, 1) <= kBlockThreads;
+}
+
+Tiling tiling(std::int64_t stride, std::int64_t count, const Step& step, std::int64_t BatchDim::* batch_stride) {
+  const bool one_run = step.batch.empty() || (step.batch.size() == 1 && step.batch[0].*batch_stride == count);
+  if (stride == 1 || step.batch.empty()) return stride == 1 && one_run ? Tiling::flat : Tiling::by_element;
+  const std::int64_t across = step.batch.back().*batch_stride;
+  return std::abs(across) < std::abs(stride) ? Tiling::by_row : Tiling::by_element;
+}
+
+void plan_block(Step& step, const DeviceLimits& limits) {
+  const Axis& axis = step.axis[0];
+  step.algorithm = axis.fft.bluestein() ? Algorithm::bluestein : Algorithm::mixed_radix;
+  step.why = axis.fft.bluestein() ? "a prime factor above 13, fits one block" : "smooth, fits one block";
+  step.load = tiling(axis.in_stride, axis.filled, step, &BatchDim::in_stride);
+  step.store = tiling(axis.out_stride, axis.out_size, step, &BatchDim::out_stride);
+  const int narrowest = std::min(bytes_of(step.from_dtype), bytes_of(step.to_dtype));
+  const bool across = step.load == Tiling::by_row || step.store == Tiling::by_row;
+  const std::int64_t wanted = across ? kSectorBytes / narrowest : 1;
+  const std::int64_t spread = std::max(wanted, step.rows / (kWaves * limits.sms));
+  const std::int64_t shared = limits.shared_bytes_per_sm / kBlocksPerSm - 1024;
+  // Every tile starts with a whole vector, or is whole sectors wide.
+  const auto aligned = [](Tiling how, std::int64_t elements, Dtype dtype) {
+    const std::int64_t bytes = bytes_of(dtype);
+    return how == Tiling::flat     ? 16 / std::gcd(std::int64_t{16}, elements * bytes)
+           : how == Tiling::by_row ? kSectorBytes / bytes
+                                   : std::int64_t{1};
+  };
+  const std::int64_t whole =
+      std::max(aligned(step.load, axis.filled, step.from_dtype), aligned(step.store, axis.out_size, step.to_dtype));
+  const auto fits = [&](std::int64_t rows) {
+    const bool small = block_threads(step, rows) <= kPreferredThreads && block_shared_bytes(step, rows) <= shared;
+    const bool fits_at_all =
+        block_threads(step, rows) <= kBlockThreads && block_shared_bytes(step, rows) <= limits.shared_bytes;
+    return fits_at_all && (small || rows <= wanted);
+  };
+  std::int64_t rows = 1;
+  while (rows < std::min(step.rows, spread) && rows < kBlockRows && fits(rows + 1)) ++rows;
+  if (rows > 1 && rows >= whole) rows = rows / whole * whole;
+  step.rows_per_block = static_cast<int>(rows);
+  step.threads = static_cast<int>(block_threads(step, rows));
+  step.shared_bytes = static_cast<int>(block_shared_bytes(step, rows));
+  step.blocks = ceil_div(step.rows, rows);
+}
+
+// --- tables -------------------------------------------------------------------------------------------------------
+
+class Tables {
+ public:
+  explicit Tables(bool wide) : wide_(wide) {}
+
+  void add(const Step& step, Axis& axis) {
+    const DeviceFft& fft = axis.fft;
+    const std::int64_t n = axis.n, h = fft.n;
+    axis.roots = units(fft.inner / 2 + 1, 0, 1, fft.inner);
+    switch (step.type) {
+      case 1: axis.twist = units(h / 2 + 1, 0, 1, 2 * h); break;
+      case 4:
+        if (axis.even(4)) axis.twist = units(h, 1, 8, 16 * n);
+        break;
+      default: axis.twist = units((axis.even(step.type) ? h / 2 : n / 2) + 1, 0, 1, 4 * n);
+    }
+    if (!fft.bluestein()) return;
+    TableRun chirp;
+    chirp.kind = TableRun::chirp;
+    chirp.count = chirp.period = fft.n;
+    axis.chirp = reserve(chirp);
+    TableRun spectrum;
+    spectrum.kind = TableRun::spectrum;
+    spectrum.count = fft.inner;
+    spectrum.period = fft.n;
+    spectrum.source = axis.chirp;
+    spectrum.fft = fft;
+    axis.spectrum = reserve(spectrum);
+  }
+
+  std::vector<TableRun> runs;
+  std::size_t bytes() const { return static_cast<std::size_t>(count_) * (wide_ ? 16 : 8); }
+
+ private:
+  std::int64_t units(std::int64_t count, std::int64_t first, std::int64_t step, std::int64_t period) {
+    TableRun run;
+    run.count = count;
+    run.first = first;
+    run.step = step;
+    run.period = period;
+    return reserve(run);
+  }
+
+  // Dimensions of the same length share their tables.
+  std::int64_t reserve(TableRun run) {
+    for (const TableRun& r : runs) {
+      if (r.kind == run.kind && r.count == run.count && r.first == run.first && r.step == run.step &&
+          r.period == run.period) {
+        return r.at;
+      }
+    }
+    run.at = count_;
+    count_ += (run.count + 1) / 2 * 2;  // 16 bytes
+    runs.push_back(run);
+    return run.at;
+  }
+
+  bool wide_;
+  std::int64_t count_ = 0;
+};
+
+}  // namespace
+
+// --- the plan -----------------------------------------------------------------------------------------------------
+
+DevicePlan plan_device(const Problem& problem, const DeviceLimits& limits) {
+  check(problem);
+  DevicePlan plan;
+  plan.limits = limits;
+  for (const std::int64_t size : problem.out_sizes) {
+    if (size == 0) return plan;
+  }
+  const std::size_t ndim = problem.in_sizes.size(), count = problem.dims.size();
+  const Dtype compute = problem.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+
+  // What each dimension holds now; after its own step, the output's size.
+  std::vector<std::int64_t> now = problem.in_sizes, extents = problem.out_sizes;
+  bool in_out = problem.dtype == compute;  // the output can hold what lies between two steps
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto d = static_cast<std::size_t>(problem.dims[i]);
+    now[d] = std::min(problem.in_sizes[d], problem.lengths[i]);
+    in_out = in_out && now[d] <= extents[d];
+    extents[d] = std::max(extents[d], now[d]);
+  }
+  std::vector<std::int64_t> work_strides(ndim);
+  std::int64_t work_elements = 1;
+  for (std::size_t d = ndim; d-- > 0;) {
+    work_strides[d] = work_elements;
+    work_elements *= extents[d];
+  }
+  const Buffer middle = in_out ? Buffer::out : Buffer::work;
+
+  Tables tables(compute == Dtype::float64);
+  std::vector<std::vector<std::size_t>> groups;  // the entries of problem.dims that go together in one step
+  for (std::size_t i = 0; i < count; ++i) groups.push_back({i});
+
+  for (std::size_t g = 0; g < groups.size(); ++g) {
+    Step step;
+    step.type = problem.type;
+    step.wide = compute == Dtype::float64;
+    const bool first = g == 0, last = g + 1 == groups.size();
+    step.from = first ? Buffer::in : middle;
+    step.to = last ? Buffer::out : middle;
+    step.from_dtype = first ? problem.dtype : compute;
+    step.to_dtype = last ? problem.dtype : compute;
+    const auto strides = [&](Buffer b) -> const std::vector<std::int64_t>& {
+      return b == Buffer::in ? problem.in_strides : b == Buffer::out ? problem.out_strides : work_strides;
+    };
+    std::vector<char> mine(ndim, 0);
+    std::int64_t read = bytes_of(step.from_dtype), written = bytes_of(step.to_dtype);
+    for (std::size_t a = 0; a < groups[g].size(); ++a) {
+      const auto d = static_cast<std::size_t>(problem.dims[groups[g][a]]);
+      Axis& axis = step.axis[a];
+      axis.n = problem.lengths[groups[g][a]];
+      axis.in_stride = strides(step.from)[d];
+      axis.out_stride = strides(step.to)[d];
+      axis.filled = now[d];
+      axis.out_size = problem.out_sizes[d];
+      const double period = static_cast<double>(problem.type == 1 ? axis.n - 1 : axis.n);
+      axis.scale = problem.norm == 0 ? 1.0 : problem.norm == 1 ? 1.0 / std::sqrt(2.0 * period) : 0.5 / period;
+      axis.in_end = std::pow(0.5, 0.5 * problem.in_ends);
+      axis.out_end = std::pow(0.5, 0.5 * problem.out_ends);
+      axis.fft = plan_fft(problem.type == 1 ? axis.n - 1 : axis.n % 2 == 0 ? axis.n / 2 : axis.n);
+      mine[d] = 1;
+      read *= axis.filled;
+      written *= axis.out_size;
+    }
+    step.rows = 1;
+    for (std::size_t e = 0; e < ndim; ++e) {
+      if (mine[e]) {
+        now[e] = problem.out_sizes[e];
+        continue;
+      }
+      step.batch.push_back({now[e], strides(step.from)[e], strides(step.to)[e]});
+      step.rows *= now[e];
+    }
+    collapse(step.batch);
+    if (step.batch.size() > 40) throw std::length_error("dct: more than 40 dimensions that do not lie in one run");
+    step.read_bytes = read * step.rows;
+    step.write_bytes = written * step.rows;
+    if (!fits_block(step, limits)) throw std::length_error("dct: length " + std::to_string(step.axis[0].n));
+    plan_block(step, limits);
+    tables.add(step, step.axis[0]);
+    plan.steps.push_back(step);
+  }
+
+  plan.tables_bytes = align(tables.bytes());
+  if (!tables.runs.empty()) {
+    Step fill;
+    fill.algorithm = Algorithm::tables;
+    fill.wide = compute == Dtype::float64;
+    fill.tables = tables.runs;
+    fill.table_bytes = static_cast<std::int64_t>(tables.bytes());
+    fill.why = "sines that depend on the length";
+    plan.steps.insert(plan.steps.begin(), fill);
+  }
+  plan.work_at = plan.tables_bytes;
+  if (count > 1 && middle == Buffer::work) {
+    plan.work_bytes = align(static_cast<std::size_t>(work_elements) * static_cast<std::size_t>(bytes_of(compute)));
+  }
+  plan.scratch_at = plan.work_at + plan.work_bytes;
+  for (const Step& step : plan.steps) plan.scratch_bytes = std::max(plan.scratch_bytes, align(step.scratch_bytes));
+  return plan;
+}
+
+std::size_t workspace_bytes(const DevicePlan& plan) { return plan.scratch_at + plan.scratch_bytes; }
+
+namespace {
+
+Extent extent(const Step& step, std::int64_t Axis::* size, std::int64_t Axis::* stride,
+              std::int64_t BatchDim::* batch_stride) {
+  Extent e{0, 1};
+  const auto widen = [&](std::int64_t count, std::int64_t by) {
+    if (count == 0) e = {0, 0};
+    if (count == 0 || e.end == 0) return;
+    (by < 0 ? e.begin : e.end) += (count - 1) * by;
+  };
+  for (const Axis& axis : step.axis) {
+    if (&axis == step.axis || step.algorithm == Algorithm::tile_2d) widen(axis.*size, axis.*stride);
+  }
+  for (const BatchDim& dim : step.batch) widen(dim.size, dim.*batch_stride);
+  return e;
+}
+
+const char* name(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float16: return "float16";
+    case Dtype::bfloat16: return "bfloat16";
+    case Dtype::float32: return "float32";
+    default: return "float64";
+  }
+}
+
+const char* name(Buffer buffer) {
+  return buffer == Buffer::in ? "input" : buffer == Buffer::out ? "output" : "workspace";
+}
+
+const char* name(Tiling tiling) {
+  return tiling == Tiling::flat ? "as one run" : tiling == Tiling::by_row ? "across rows" : "along rows";
+}
+
+}  // namespace
+
+Extent in_extent(const Step& step) { return extent(step, &Axis::filled, &Axis::in_stride, &BatchDim::in_stride); }
+Extent out_extent(const Step& step) { return extent(step, &Axis::out_size, &Axis::out_stride, &BatchDim::out_stride); }
+
+const char* name(Algorithm algorithm) {
+  switch (algorithm) {
+    case Algorithm::tables: return "tables";
+    case Algorithm::power_of_two: return "power of two";
+    case Algorithm::mixed_radix: return "mixed radix";
+    case Algorithm::bluestein: return "Bluestein";
+    case Algorithm::multi_pass: return "several passes";
+    default: return "2-D tile";
+  }
+}
+
+std::string describe(const DevicePlan& plan) {
+  static const char* const roman[] = {"I", "II", "III", "IV"};
+  if (plan.steps.empty()) return "nothing to do: the output is empty\n";
+  std::string text;
+  for (const Step& step : plan.steps) {
+    const bool tile = step.algorithm == Algorithm::tile_2d;
+    text += name(step.algorithm);
+    if (step.algorithm == Algorithm::tables) {
+      text += ": " + std::to_string(step.table_bytes) + " bytes into the workspace; " + step.why + "\n";
+      continue;
+    }
+    text += std::string(" (") + step.why + "): type " + roman[step.type - 1] + " of length " +
+            (tile ? std::to_string(step.axis[0].n) + " x " + std::to_string(step.axis[1].n)
+                  : std::to_string(step.axis[0].n)) +
+            ", " + std::to_string(step.rows) + (tile ? " tiles" : " rows") + ", " + name(step.from) + " " +
+            name(step.from_dtype) + " -> " + name(step.to) + " " + name(step.to_dtype) + "\n";
+    for (const Axis& axis : step.axis) {
+      if (axis.fft.stages == 0 || step.algorithm == Algorithm::power_of_two) continue;
+      text += "  FFT of length " + std::to_string(axis.fft.n);
+      if (axis.fft.bluestein()) text += " by two of length " + std::to_string(axis.fft.inner);
+      text += ", radices";
+      for (int i = 0; i < axis.fft.stages; ++i) text += " " + std::to_string(axis.fft.radix[i]);
+      text += "\n";
+    }
+    text += "  " + std::to_string(step.blocks) + " blocks of " + std::to_string(step.threads) + " threads, " +
+            std::to_string(step.rows_per_block) + (tile ? " tiles" : " rows") + " a block, " +
+            std::to_string(step.shared_bytes) + " bytes of shared memory; read " + name(step.load) + ", written " +
+            name(step.store) + "\n  moves " + std::to_string(step.read_bytes) + " + " +
+            std::to_string(step.write_bytes) + " bytes\n";
+  }
+  text += "workspace " + std::to_string(workspace_bytes(plan)) + " bytes\n";
+  return text;
+}
+
+}  // namespace freqrank::dct

@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-SOURCES := $(shell find csrc cmake tests/cpp -type f) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc cmake tests/cpp tests/simt -type f -not -name '*.py*') CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test test-long lint format build clean
 
@@ -59,9 +59,11 @@ $(VENV)/.lint: $(VENV)/.test
 	$(BIN)/pip install -q --no-build-isolation -e '.[test,lint]'
 	touch $@
 
-$(VENV)/.cpp-tests: $(VENV)/.build
-	tools/bare-machine --system-only libgtest-dev
-	$(BIN)/cmake -S . -B build/native -DFREQRANK_TESTS=ON \
+$(VENV)/.cpp-tests: $(VENV)/.test
+	tools/bare-machine --system-only libgtest-dev libboost-context-dev
+	$(BIN)/python -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null || \
+	  tools/bare-machine --system-only python3-dev
+	$(BIN)/cmake -S . -B build/native -DFREQRANK_TESTS=ON -DPython3_EXECUTABLE=$(abspath $(BIN)/python) \
 	  -DFREQRANK_CUDA=AUTO -DFREQRANK_CUDA_WERROR=ON "-DFREQRANK_CUDA_ARCHS=$(FREQRANK_CUDA_ARCHS)" >/dev/null
 	$(BIN)/cmake --build build/native
 	touch $@

@@ -1,0 +1,303 @@
+#pragma once
+// The host back end: the operations of simt.h, checked and counted by the executor. The GPU's are in cuda.h.
+
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <string>
+#include <type_traits>
+
+#include "simt/executor.h"
+
+namespace freqrank::simt {
+inline namespace host {
+
+#define SIMT_AT Location at = Location::current()
+
+// --- Where am I ---
+inline int thread(SIMT_AT) { return current(at).index; }
+inline int threads(SIMT_AT) { return current(at).threads; }
+inline int lane(SIMT_AT) { return current(at).index % warp_size; }
+inline int warp(SIMT_AT) { return current(at).index / warp_size; }
+inline Index block(SIMT_AT) { return current(at).block; }
+inline Index blocks(SIMT_AT) { return current(at).blocks; }
+
+// Every thread of the block, or of the warp, arrives; what they wrote before is seen by the others after.
+inline void barrier(SIMT_AT) { block_barrier(at); }
+inline void warp_barrier(SIMT_AT) { memory_barrier_of_warp(at); }
+
+// --- Memory ---
+// Elements [begin, end) of an array may be touched; indices are relative to `base`, which need not lie inside.
+template <class T>
+class global {
+ public:
+  using Value = std::remove_const_t<T>;
+
+  global() = default;
+  global(T* base, Index begin, Index end) : base_(reinterpret_cast<std::uintptr_t>(base)), begin_(begin), end_(end) {}
+  template <class U, class = std::enable_if_t<std::is_same_v<const U, T>>>
+  global(global<U> other) : base_(other.base_), begin_(other.begin_), end_(other.end_) {}
+
+  Value load(Index i, SIMT_AT) const { return load_vector<1>(i, at)[0]; }
+  void store(Index i, Value v, SIMT_AT) const { store_vector<1>(i, pack<Value, 1>{{v}}, at); }
+  template <int V>
+  pack<Value, V> load_vector(Index i, SIMT_AT) const {
+    const void* from = check<V>(i, Access::read, at);
+    pack<Value, V> out;
+    std::memcpy(&out, from, sizeof out);
+    return out;
+  }
+  template <int V>
+  void store_vector(Index i, pack<Value, V> v, SIMT_AT) const {
+    static_assert(!std::is_const_v<T>, "a store through global<const T>");
+    std::memcpy(check<V>(i, Access::write, at), &v, sizeof v);
+  }
+  global operator+(Index n) const {
+    global out;
+    out.base_ = base_ + static_cast<std::uintptr_t>(n) * sizeof(T);
+    out.begin_ = begin_ - n;
+    out.end_ = end_ - n;
+    return out;
+  }
+  explicit operator bool() const { return base_ != 0; }
+
+  // For the executor and the other operations: the address of V checked elements.
+  template <int V>
+  Value* check(Index i, Access kind, Location at) const {
+    if (i < begin_ || i > end_ - V)
+      fail(at, "global memory: element" +
+                   (V > 1 ? "s " + std::to_string(i) + " to " + std::to_string(i + V - 1) : " " + std::to_string(i)) +
+                   " outside [" + std::to_string(begin_) + ", " + std::to_string(end_) + ")");
+    const std::uintptr_t address = base_ + static_cast<std::uintptr_t>(i) * sizeof(T);
+    if (address % (V * sizeof(T)) != 0)
+      fail(at, "global memory: misaligned access of " + std::to_string(V * sizeof(T)) + " bytes at element " +
+                   std::to_string(i));
+    touch_global(reinterpret_cast<const void*>(address), V * sizeof(T), kind, at);
+    return reinterpret_cast<Value*>(address);
+  }
+  T* address() const { return reinterpret_cast<T*>(base_); }
+  Index begin() const { return begin_; }
+  Index end() const { return end_; }
+
+ private:
+  template <class>
+  friend class global;
+  std::uintptr_t base_ = 0;
+  Index begin_ = 0, end_ = 0;
+};
+
+// Memory whose element type is a run-time branch. Bounds are in bytes.
+template <class Byte>
+class untyped_global {
+ public:
+  untyped_global() = default;
+  untyped_global(Byte* base, Index begin, Index end) : base_(base), begin_(begin), end_(end) {}
+  template <class T>
+  auto as() const {
+    using Element = std::conditional_t<std::is_const_v<Byte>, const T, T>;
+    constexpr Index size = sizeof(T);
+    const Index first = begin_ >= 0 ? (begin_ + size - 1) / size : -(-begin_ / size);
+    const Index last = end_ >= 0 ? end_ / size : -((-end_ + size - 1) / size);
+    return global<Element>(static_cast<Element*>(base_), first, last);
+  }
+  explicit operator bool() const { return base_ != nullptr; }
+
+ private:
+  Byte* base_ = nullptr;
+  Index begin_ = 0, end_ = 0;
+};
+using global_bytes = untyped_global<void>;
+using const_global_bytes = untyped_global<const void>;
+
+// An array in the block's shared memory.
+template <class T>
+class shared {
+ public:
+  shared() = default;
+  shared(int offset, int begin, int end) : offset_(offset), begin_(begin), end_(end) {}
+
+  T load(int i, SIMT_AT) const { return load_vector<1>(i, at)[0]; }
+  void store(int i, T v, SIMT_AT) const { store_vector<1>(i, pack<T, 1>{{v}}, at); }
+  template <int V>
+  pack<T, V> load_vector(int i, SIMT_AT) const {
+    const int from = check<V>(i, at);
+    touch_shared(from, V * sizeof(T), Access::read, at);
+    pack<T, V> out;
+    std::memcpy(&out, current(at).shared + from, sizeof out);
+    return out;
+  }
+  template <int V>
+  void store_vector(int i, pack<T, V> v, SIMT_AT) const {
+    const int to = check<V>(i, at);
+    touch_shared(to, V * sizeof(T), Access::write, at);
+    std::memcpy(current(at).shared + to, &v, sizeof v);
+  }
+  shared operator+(int n) const { return {offset_ + n * static_cast<int>(sizeof(T)), begin_ - n, end_ - n}; }
+
+  template <int V>
+  int check(int i, Location at) const {
+    if (i < begin_ || i > end_ - V)
+      fail(at, "shared memory: element" +
+                   (V > 1 ? "s " + std::to_string(i) + " to " + std::to_string(i + V - 1) : " " + std::to_string(i)) +
+                   " outside [" + std::to_string(begin_) + ", " + std::to_string(end_) + ")");
+    const int byte = offset_ + i * static_cast<int>(sizeof(T));
+    if (byte % (V * sizeof(T)) != 0)
+      fail(at, "shared memory: misaligned access of " + std::to_string(V * sizeof(T)) + " bytes at byte " +
+                   std::to_string(byte));
+    return byte;
+  }
+
+ private:
+  int offset_ = 0, begin_ = 0, end_ = 0;
+};
+
+int shared_bytes(Location at);
+template <class T>
+shared<T> shared_array(int byte_offset, int count, SIMT_AT) {
+  if (byte_offset < 0 || count < 0 ||
+      byte_offset + static_cast<Index>(count) * static_cast<Index>(sizeof(T)) > shared_bytes(at))
+    fail(at, "shared_array: bytes " + std::to_string(byte_offset) + " to " +
+                 std::to_string(byte_offset + static_cast<Index>(count) * static_cast<Index>(sizeof(T))) +
+                 " of a block that has " + std::to_string(shared_bytes(at)));
+  if (byte_offset % sizeof(T) != 0)
+    fail(at, "shared_array: byte offset " + std::to_string(byte_offset) + " is misaligned");
+  return {byte_offset, 0, count};
+}
+
+// Bytes (4, 8 or 16) from global to shared memory without passing through registers. They have arrived, for the thread
+// that copied, once copy_wait<N> leaves their group behind the N youngest. `valid` false writes zeros and reads
+// nothing.
+template <int Bytes, class T>
+void copy_async(shared<T> to, int i, global<const T> from, Index j, bool valid = true, SIMT_AT) {
+  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "copy_async moves 4, 8 or 16 bytes");
+  static_assert(Bytes % sizeof(T) == 0);
+  constexpr int V = Bytes / sizeof(T);
+  const int byte = to.template check<V>(i, at);
+  const void* source = valid ? from.template check<V>(j, Access::read, at) : nullptr;
+  start_copy(byte, source, Bytes, valid, at);
+}
+inline void copy_commit(SIMT_AT) { commit_copies(at); }
+template <int N>
+void copy_wait(SIMT_AT) {
+  wait_for_copies(N, at);
+}
+
+// --- Between the lanes of a warp: all 32 take part ---
+template <class T>
+T exchange(T value, int from, Location at, const char* what) {
+  static_assert(std::is_trivially_copyable_v<T>);
+  struct Mine {
+    T value;
+    int from;
+    T result;
+  } mine{value, from, value};
+  meet(
+      [](void* const lanes[32]) {
+        for (int i = 0; i < warp_size; ++i) {
+          Mine& m = *static_cast<Mine*>(lanes[i]);
+          m.result = static_cast<Mine*>(lanes[m.from])->value;
+        }
+      },
+      &mine, what, at);
+  return mine.result;
+}
+inline void check_width(int width, Location at) {
+  if (width < 1 || width > 32 || (width & (width - 1)))
+    fail(at, "shuffle: width " + std::to_string(width) + " is not a power of two from 1 to 32");
+}
+// The value that `lane` (within groups of `width` lanes) gave.
+template <class T>
+T shuffle(T v, int from, int width = warp_size, SIMT_AT) {
+  check_width(width, at);
+  return exchange(v, (lane(at) & ~(width - 1)) | (from & (width - 1)), at, "shuffle");
+}
+template <class T>
+T shuffle_xor(T v, int mask, int width = warp_size, SIMT_AT) {
+  check_width(width, at);
+  const int me = lane(at), other = me ^ mask;
+  return exchange(v, other < warp_size && (other & ~(width - 1)) <= (me & ~(width - 1)) ? other : me, at,
+                  "shuffle_xor");
+}
+template <class T>
+T shuffle_up(T v, int delta, int width = warp_size, SIMT_AT) {
+  check_width(width, at);
+  const int me = lane(at);
+  return exchange(v, me - delta >= (me & ~(width - 1)) ? me - delta : me, at, "shuffle_up");
+}
+template <class T>
+T shuffle_down(T v, int delta, int width = warp_size, SIMT_AT) {
+  check_width(width, at);
+  const int me = lane(at);
+  return exchange(v, me + delta <= (me | (width - 1)) ? me + delta : me, at, "shuffle_down");
+}
+inline unsigned ballot(bool predicate, SIMT_AT) {
+  struct Mine {
+    bool predicate;
+    unsigned result;
+  } mine{predicate, 0};
+  meet(
+      [](void* const lanes[32]) {
+        unsigned mask = 0;
+        for (int i = 0; i < warp_size; ++i) mask |= static_cast<unsigned>(static_cast<Mine*>(lanes[i])->predicate) << i;
+        for (int i = 0; i < warp_size; ++i) static_cast<Mine*>(lanes[i])->result = mask;
+      },
+      &mine, "ballot", at);
+  return mine.result;
+}
+inline bool any(bool predicate, SIMT_AT) { return ballot(predicate, at) != 0; }
+inline bool all(bool predicate, SIMT_AT) { return ballot(predicate, at) == 0xffffffffu; }
+
+// --- Numbers ---
+template <class S>
+auto to_float(S x) {
+  return freqrank::to_float(x);
+}
+template <class S>
+S from_float(float x) {
+  return freqrank::from_float<S>(x);
+}
+template <class S>
+S from_float(double x) {
+  if constexpr (std::is_same_v<S, double>)
+    return x;
+  else
+    return freqrank::from_float<S>(static_cast<float>(x));
+}
+inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+inline double fma(double a, double b, double c) { return std::fma(a, b, c); }
+inline float sqrt(float x) { return std::sqrt(x); }
+inline double sqrt(double x) { return std::sqrt(x); }
+template <class To, class From>
+To bits_as(From x) {
+  return std::bit_cast<To>(x);
+}
+
+// --- Launching ---
+class Queue {
+ public:
+  explicit Queue(Executor& executor) : executor_(&executor) {}
+
+  template <class Kernel>
+  void launch(Grid grid, const typename Kernel::Params& params, SIMT_AT) {
+    executor_->launch(
+        Kernel::name, Kernel::max_threads, grid,
+        [](const void* p) { Kernel::run(*static_cast<const typename Kernel::Params*>(p)); }, &params, at);
+  }
+  // Elements [begin, end) from `base`; the bounds are checked on the host only.
+  template <class T>
+  global<T> view(T* base, Index begin, Index end) const {
+    return {base, begin, end};
+  }
+  global_bytes view_bytes(void* base, Index begin, Index end) const { return {base, begin, end}; }
+  const_global_bytes view_bytes(const void* base, Index begin, Index end) const { return {base, begin, end}; }
+  Executor& executor() const { return *executor_; }
+
+ private:
+  Executor* executor_;
+};
+
+#undef SIMT_AT
+
+}  // namespace host
+}  // namespace freqrank::simt

@@ -1,0 +1,51 @@
+#pragma once
+// The language that CUDA kernels of this library are written in (docs/simt.md). A kernel is a struct with `Params`,
+// `name`, `max_threads`, `min_blocks` and `run(const Params&)`; it touches memory, other threads and the tensor cores
+// through what this header declares and nothing else, so the same source runs on a GPU (cuda.h: the only place with
+// intrinsics and PTX) and, checked and counted, on the host (host.h, executor.h).
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define SIMT_DEVICE __device__ __forceinline__
+#define SIMT_BOTH __host__ __device__ __forceinline__
+#define SIMT_UNROLL _Pragma("unroll")
+#elif defined(FREQRANK_SIMT_HOST)
+#define SIMT_DEVICE inline
+#define SIMT_BOTH inline
+#define SIMT_UNROLL
+#else
+#error "simt/simt.h: compile kernels with nvcc, or for the host executor with -DFREQRANK_SIMT_HOST"
+#endif
+
+#include "common/half.h"
+
+namespace freqrank::simt {
+
+using Index = std::int64_t;
+
+constexpr int warp_size = 32;
+
+// A launch: blocks and threads are one-dimensional, threads a multiple of 32. No block means no launch.
+struct Grid {
+  Index blocks;
+  int threads;
+  int shared_bytes;
+};
+
+// V elements that are loaded and stored by one instruction.
+template <class T, int V>
+struct alignas(V * sizeof(T)) pack {
+  static_assert(V * sizeof(T) >= 1 && V * sizeof(T) <= 16 && (V & (V - 1)) == 0, "a pack has 1 to 16 bytes");
+  T at[V];
+  SIMT_BOTH T& operator[](int i) { return at[i]; }
+  SIMT_BOTH const T& operator[](int i) const { return at[i]; }
+};
+
+}  // namespace freqrank::simt
+
+#if defined(__CUDACC__)
+#include "simt/cuda.h"
+#else
+#include "simt/host.h"
+#endif

@@ -34,8 +34,9 @@ std::string explain_cuda_error(int code) {
       int driver = 0;
       cudaDriverGetVersion(&driver);
       if (driver == 0) return "no NVIDIA driver is loaded on this machine";
-      return "freqrank was built with CUDA " + version(CUDART_VERSION) + ", and this machine's driver serves CUDA up to " +
-             version(driver) + ". Update the driver, or build freqrank with a CUDA toolkit that it serves";
+      return "freqrank was built with CUDA " + version(CUDART_VERSION) +
+             ", and this machine's driver serves CUDA up to " + version(driver) +
+             ". Update the driver, or build freqrank with a CUDA toolkit that it serves";
     }
     default: break;
   }

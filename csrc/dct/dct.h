@@ -16,6 +16,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "common/parallel.h"
@@ -100,6 +101,7 @@ void collapse(std::vector<BatchDim>& batch);  // fewer dimensions, the smallest 
 // Throws std::invalid_argument.
 Plan plan(const Problem& problem);
 std::size_t workspace_bytes(const Plan& plan);
+std::string describe(const Plan& plan);  // for people
 
 // Writes row.table_bytes() bytes. A table depends on type, norm, wide and n alone.
 void fill_table(const Row& row, void* table);

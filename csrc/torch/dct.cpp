@@ -8,7 +8,8 @@
 #include <optional>
 #include <vector>
 
-#include "torch/adapter.h"
+#include "dct/device.h"
+#include "torch/dct_problem.h"
 
 namespace freqrank::torch_adapter {
 
@@ -61,41 +62,11 @@ TableCache& table_cache() {
   return cache;
 }
 
-dct::Dtype dct_dtype(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Half: return dct::Dtype::float16;
-    case ScalarType::BFloat16: return dct::Dtype::bfloat16;
-    case ScalarType::Float: return dct::Dtype::float32;
-    case ScalarType::Double: return dct::Dtype::float64;
-    default: STD_TORCH_CHECK(false, "freqrank::dct: x must have dtype float16, bfloat16, float32 or float64");
-  }
-}
-
 Tensor dct_cpu(const Tensor& x, std::vector<std::int64_t> dims, std::vector<std::int64_t> lengths,
                std::vector<std::int64_t> sizes, std::int64_t type, std::int64_t norm, std::int64_t in_ends,
                std::int64_t out_ends) {
-  dct::Problem problem;
-  problem.dtype = dct_dtype(x.scalar_type());
-  problem.type = static_cast<int>(type);
-  problem.norm = static_cast<int>(norm);
-  problem.in_ends = static_cast<int>(in_ends);
-  problem.out_ends = static_cast<int>(out_ends);
-  for (std::int64_t d = 0; d < x.dim(); ++d) {
-    problem.in_sizes.push_back(x.size(d));
-    problem.in_strides.push_back(x.stride(d));
-  }
-  problem.out_sizes = problem.in_sizes;
-  STD_TORCH_CHECK(dims.size() == sizes.size(), "freqrank::dct: one size a transformed dimension");
-  for (std::size_t i = 0; i < dims.size(); ++i) {
-    STD_TORCH_CHECK(dims[i] >= 0 && dims[i] < x.dim(), "freqrank::dct: dims out of range");
-    problem.dims.push_back(static_cast<int>(dims[i]));
-    problem.out_sizes[static_cast<std::size_t>(dims[i])] = sizes[i];
-  }
-  problem.lengths = lengths;
-  problem.threads = static_cast<int>(torch::stable::get_num_threads());
+  const dct::Problem problem = dct_problem(x, dims, lengths, sizes, type, norm, in_ends, out_ends);
   Tensor out = torch::stable::new_empty(x, problem.out_sizes);
-  for (std::int64_t d = 0; d < out.dim(); ++d) problem.out_strides.push_back(out.stride(d));
-
   const dct::Plan plan = dct::plan(problem);
   std::vector<TableCache::Table> tables;
   std::vector<const void*> pointers;
@@ -110,8 +81,30 @@ Tensor dct_cpu(const Tensor& x, std::vector<std::int64_t> dims, std::vector<std:
   return out;
 }
 
+std::string dct_plan(std::vector<std::int64_t> in_sizes, std::vector<std::int64_t> in_strides, ScalarType dtype,
+                     std::vector<std::int64_t> dims, std::vector<std::int64_t> lengths, std::vector<std::int64_t> sizes,
+                     std::int64_t type, std::int64_t norm, std::int64_t in_ends, std::int64_t out_ends,
+                     std::string device, std::vector<std::int64_t> limits) {
+  const dct::Problem problem =
+      dct_problem(in_sizes, in_strides, dtype, dims, lengths, sizes, type, norm, in_ends, out_ends);
+  if (device == "cpu") return dct::describe(dct::plan(problem));
+  dct::DeviceLimits gpu;
+  if (!limits.empty()) {
+    STD_TORCH_CHECK(limits.size() == 4, "freqrank::dct_plan: limits are those of dct_cuda_limits");
+    gpu.sms = static_cast<int>(limits[0]);
+    gpu.shared_bytes = static_cast<int>(limits[1]);
+    gpu.shared_bytes_per_sm = static_cast<int>(limits[2]);
+    gpu.threads_per_sm = static_cast<int>(limits[3]);
+  }
+  return dct::describe(dct::plan_device(problem, gpu));
+}
+
 }  // namespace
 
 }  // namespace freqrank::torch_adapter
+
+STABLE_TORCH_LIBRARY_IMPL(freqrank, CompositeExplicitAutograd, m) {
+  m.impl("dct_plan", TORCH_BOX(&freqrank::torch_adapter::dct_plan));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(freqrank, CPU, m) { m.impl("dct", TORCH_BOX(&freqrank::torch_adapter::dct_cpu)); }

@@ -69,8 +69,8 @@ def _refuse(name: str, arguments: tuple[Any, ...], options: dict[str, Any], key:
     )
     if key == "CUDA" and name in _HAS_CUDA_KERNELS:
         raise ValueError(
-            f"{where}, and freqrank's CUDA library is {libraries['cuda']}. Build it with {BUILD_WITH_CUDA}, or move the "
-            "tensor: x.cpu()"
+            f"{where}, and freqrank's CUDA library is {libraries['cuda']}. Build it with {BUILD_WITH_CUDA}, or move "
+            "the tensor: x.cpu()"
         )
     kernels = "the CPU and CUDA" if name in _HAS_CUDA_KERNELS else "the CPU alone"
     raise ValueError(f"{where}, and freqrank has kernels of {name} for {kernels} so far; move the tensors: x.cpu()")

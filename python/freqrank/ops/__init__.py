@@ -19,7 +19,7 @@ from freqrank.ops.linalg import (
     whiten,
     whiten_eigh,
 )
-from freqrank.ops.transforms import dct, dctn, idct, idctn
+from freqrank.ops.transforms import dct, dctn, describe_plan, idct, idctn
 
 __all__ = [
     "CholeskyResult",
@@ -28,6 +28,7 @@ __all__ = [
     "cholesky_ex",
     "dct",
     "dctn",
+    "describe_plan",
     "dijiang_attention",
     "feature_map_attention",
     "gram",

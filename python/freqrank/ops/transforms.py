@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from freqrank import _native
 from freqrank.ops._checks import FLOATS, check_option, check_tensor
 
-__all__ = ["dct", "dctn", "idct", "idctn"]
+__all__ = ["dct", "dctn", "describe_plan", "idct", "idctn"]
+
+_Call = tuple[Tensor, list[int], list[int], list[int], int, int, int, int]  # of torch.ops.freqrank.dct
 
 
 def dct(
@@ -139,6 +143,74 @@ def idctn(
     return _transform(x, type, s, dim, norm, orthogonalize, inverse=True, many=True)
 
 
+def describe_plan(
+    op: Callable[..., Tensor] | str,
+    x: Tensor | Sequence[int],
+    *args: Any,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | int | None = None,
+    **options: Any,
+) -> str:
+    """Which algorithms ``op(x, *args, **options)`` goes through on a device, why, and what they move: text for people.
+
+    Nothing is computed and the device need not be there.
+
+    Args:
+        op: :func:`dct`, :func:`idct`, :func:`dctn` or :func:`idctn`, or its name.
+        x: a tensor, whose values are not read, or the sizes of a contiguous one.
+        *args, **options: further arguments of ``op``.
+        dtype: of the tensor if ``x`` is sizes. Default: the default dtype.
+        device: the device to plan for, "cpu" or "cuda". Default: the device of ``x``, "cpu" if ``x`` is sizes. On a
+            machine without that GPU the plan is that of an H100 and says so.
+
+    Raises:
+        TypeError, ValueError: as ``op``; ValueError also for another op or device.
+
+    >>> import torch, freqrank
+    >>> print(freqrank.describe_plan(freqrank.dct, (1000, 34), norm="ortho"))
+    Bluestein (...): type II of length 34, 1000 rows...
+    >>> "1000 rows" in freqrank.describe_plan("dct", (1000, 256), dtype=torch.bfloat16, device="cuda")
+    True
+    """
+    functions = {"dct": dct, "idct": idct, "dctn": dctn, "idctn": idctn}
+    function = functions.get(op) if isinstance(op, str) else op
+    if function is None or function not in functions.values():
+        raise ValueError(f"op must be freqrank's dct, idct, dctn or idctn, or one of these names; got {op!r}")
+    if isinstance(x, Tensor):
+        if dtype is not None:
+            raise TypeError(f"dtype goes with sizes: x is a tensor and has its own, {x.dtype}; got dtype={dtype}")
+        if device is None and x.is_meta:
+            raise ValueError("device must be given for a meta tensor: 'cpu' or 'cuda'; got None")
+        target = x.device if device is None else torch.device(device)
+        shadow = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    else:
+        wanted = _integers("x", x)
+        if wanted is None or any(size < 0 for size in wanted):
+            raise ValueError(f"x must be a tensor or the sizes of one; got {x!r}")
+        target = torch.device("cpu" if device is None else device)
+        shadow = torch.empty(wanted, dtype=dtype, device="meta")
+    if target.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda'; got {str(target)!r}")
+
+    bound = inspect.signature(function).bind(shadow, *args, **options)
+    bound.apply_defaults()
+    inverse, many = function in (idct, idctn), function in (dctn, idctn)
+    call = _arguments(*bound.arguments.values(), inverse=inverse, many=many)
+    limits: list[int] = []
+    note = ""
+    if target.type == "cuda":
+        if _native.cuda_loaded() and torch.cuda.is_available():
+            index = torch.cuda.current_device() if target.index is None else target.index
+            limits = torch.ops.freqrank.dct_cuda_limits(index)
+        else:
+            note = "for a GPU like the H100, as none can be asked here\n"
+    if isinstance(call, Tensor):
+        return "a copy: no dimension is transformed"
+    shadow, *arguments = call
+    sizes, strides = shadow.shape, shadow.stride()
+    return note + torch.ops.freqrank.dct_plan(sizes, strides, shadow.dtype, *arguments, target.type, limits)
+
+
 # --- arguments ----------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +237,14 @@ def _integers(name: str, value: Any) -> list[int] | None:
 def _transform(
     x: Tensor, type: int, n: Any, dim: Any, norm: str | None, orthogonalize: bool | None, *, inverse: bool, many: bool
 ) -> Tensor:
+    call = _arguments(x, type, n, dim, norm, orthogonalize, inverse=inverse, many=many)
+    return torch.ops.freqrank.dct(*call) if isinstance(call, tuple) else call
+
+
+def _arguments(
+    x: Tensor, type: int, n: Any, dim: Any, norm: str | None, orthogonalize: bool | None, *, inverse: bool, many: bool
+) -> _Call | Tensor:
+    """The checked arguments of the native op, or the result itself where no dimension is transformed."""
     check_tensor("x", x)
     if x.is_complex():
         raise TypeError(f"x must be real; got {x.dtype}. Transform real and imaginary part each on its own")
@@ -219,7 +299,7 @@ def _transform(
     halves = {None: 0, "backward": 0, "ortho": 1, "forward": 2}[norm]
     in_ends = 0 if kind in (2, 4) else 1 if orthogonalize else 2
     out_ends = 1 if orthogonalize and kind in (1, 2) else 0
-    return torch.ops.freqrank.dct(x, dims, lengths, lengths, kind, 2 - halves if inverse else halves, in_ends, out_ends)
+    return x, dims, lengths, lengths, kind, 2 - halves if inverse else halves, in_ends, out_ends
 
 
 # --- fake, autograd, vmap -----------------------------------------------------------------------------------------

@@ -61,16 +61,15 @@ struct DeviceFft {
 // A run of complex numbers (real and imaginary part beside each other), float or double as the plan computes.
 struct TableRun {
   enum Kind {
-    units,     // factor exp(-2 pi i (first + step k) / period), k < count, nothing negative
+    units,     // exp(-2 pi i (first + step k) / period), k < count, nothing negative
     chirp,     // exp(-pi i k^2 / period), k < count = period
-    spectrum,  // FFT of length count of the wrapped conjugate chirp of length period (the run at `source`), over count
+    spectrum,  // FFT of length count of the wrapped conjugate chirp of length period, over count
   };
   Kind kind = units;
   std::int64_t at = 0, count = 0;  // complex numbers from the start of the workspace's tables
   std::int64_t first = 0, step = 1, period = 1;
-  double factor = 1;
-  std::int64_t source = 0;
-  DeviceFft fft;  // of the spectrum: length count
+  // of the workspace's scratch, while the table is made
+  std::int64_t scratch_bytes() const { return kind == spectrum ? 16 * (period + count) : 0; }
 };
 
 // One transformed dimension of a step.

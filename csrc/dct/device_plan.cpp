@@ -193,8 +193,6 @@ class Tables {
     spectrum.kind = TableRun::spectrum;
     spectrum.count = fft.inner;
     spectrum.period = fft.n;
-    spectrum.source = axis.chirp;
-    spectrum.fft = fft;
     axis.spectrum = reserve(spectrum);
   }
 
@@ -321,6 +319,7 @@ DevicePlan plan_device(const Problem& problem, const DeviceLimits& limits) {
     fill.wide = compute == Dtype::float64;
     fill.tables = tables.runs;
     fill.table_bytes = static_cast<std::int64_t>(tables.bytes());
+    for (const TableRun& run : fill.tables) fill.scratch_bytes += static_cast<std::size_t>(run.scratch_bytes());
     fill.why = "sines that depend on the length";
     plan.steps.insert(plan.steps.begin(), fill);
   }

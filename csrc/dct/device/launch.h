@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "dct/device/params.h"
+#include "dct/device/tables.h"
 
 namespace freqrank::dct::device {
 
@@ -17,6 +18,7 @@ void run_device(const DevicePlan& plan, const DevicePointers& pointers, void* wo
     const StepPointers at{step.from == Buffer::in ? pointers.in : place(step.from), place(step.to), base,
                           base + plan.scratch_at};
     switch (step.algorithm) {
+      case Algorithm::tables: enqueue_tables(step, at, queue); break;
       // Each algorithm's header has enqueue_<algorithm>(const Step&, const StepPointers&, Queue&).
       default: throw std::logic_error(std::string("dct: no kernel for ") + name(step.algorithm));
     }

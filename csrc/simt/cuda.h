@@ -146,6 +146,44 @@ SIMT_DEVICE unsigned ballot(bool predicate) { return __ballot_sync(all_lanes, pr
 SIMT_DEVICE bool any(bool predicate) { return __any_sync(all_lanes, predicate); }
 SIMT_DEVICE bool all(bool predicate) { return __all_sync(all_lanes, predicate); }
 
+// --- Atomics: the old value comes back. Sums of floats depend on the order and so break repeatability. ---
+template <class T>
+SIMT_DEVICE T atomic_add_at(T* address, T value) {
+  if constexpr (std::is_same_v<T, std::int64_t>)  // two's complement
+    return static_cast<T>(
+        atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value)));
+  else
+    return atomicAdd(address, value);
+}
+template <class T>
+SIMT_DEVICE T atomic_max_at(T* address, T value) {
+  if constexpr (std::is_same_v<T, float>) {  // IEEE numbers order as integers do, negative ones reversed; not for NaN
+    if (__float_as_int(value) >= 0)
+      return __int_as_float(atomicMax(reinterpret_cast<int*>(address), __float_as_int(value)));
+    return __uint_as_float(atomicMin(reinterpret_cast<unsigned*>(address), __float_as_uint(value)));
+  } else if constexpr (std::is_same_v<T, std::int64_t>) {
+    return static_cast<T>(atomicMax(reinterpret_cast<long long*>(address), static_cast<long long>(value)));
+  } else {
+    return atomicMax(address, value);
+  }
+}
+template <class T>
+SIMT_DEVICE T atomic_add(global<T> memory, Index i, T value) {
+  return atomic_add_at(memory.address() + i, value);
+}
+template <class T>
+SIMT_DEVICE T atomic_add(shared<T> memory, int i, T value) {
+  return atomic_add_at(memory.address() + i, value);
+}
+template <class T>
+SIMT_DEVICE T atomic_max(global<T> memory, Index i, T value) {
+  return atomic_max_at(memory.address() + i, value);
+}
+template <class T>
+SIMT_DEVICE T atomic_max(shared<T> memory, int i, T value) {
+  return atomic_max_at(memory.address() + i, value);
+}
+
 // --- Numbers ---
 SIMT_DEVICE float to_float(float x) { return x; }
 SIMT_DEVICE double to_float(double x) { return x; }
@@ -213,6 +251,9 @@ class Queue {
   }
   global_bytes view_bytes(void* base, Index, Index) const { return global_bytes(base); }
   const_global_bytes view_bytes(const void* base, Index, Index) const { return const_global_bytes(base); }
+
+  template <class T>
+  void expect_written(global<T>) {}
 
   cudaStream_t stream() const { return stream_; }
   bool ok() const { return status_ == cudaSuccess; }

@@ -25,9 +25,12 @@ inline Index blocks(SIMT_AT) { return current(at).blocks; }
 
 // Every thread of the block, or of the warp, arrives; what they wrote before is seen by the others after.
 inline void barrier(SIMT_AT) { block_barrier(at); }
-inline void warp_barrier(SIMT_AT) { memory_barrier_of_warp(at); }
+inline void warp_barrier(SIMT_AT) { meet(Meeting::warp_barrier, nullptr, nullptr, at); }
 
 // --- Memory ---
+[[noreturn]] void fail_outside_array(const char* memory, Index i, int count, Index begin, Index end, Location at);
+[[noreturn]] void fail_misaligned(const char* memory, Index i, int bytes, Location at);
+
 // Elements [begin, end) of an array may be touched; indices are relative to `base`, which need not lie inside.
 template <class T>
 class global {
@@ -65,14 +68,9 @@ class global {
   // For the executor and the other operations: the address of V checked elements.
   template <int V>
   Value* check(Index i, Access kind, Location at) const {
-    if (i < begin_ || i > end_ - V)
-      fail(at, "global memory: element" +
-                   (V > 1 ? "s " + std::to_string(i) + " to " + std::to_string(i + V - 1) : " " + std::to_string(i)) +
-                   " outside [" + std::to_string(begin_) + ", " + std::to_string(end_) + ")");
+    if (i < begin_ || i > end_ - V) fail_outside_array("global", i, V, begin_, end_, at);
     const std::uintptr_t address = base_ + static_cast<std::uintptr_t>(i) * sizeof(T);
-    if (address % (V * sizeof(T)) != 0)
-      fail(at, "global memory: misaligned access of " + std::to_string(V * sizeof(T)) + " bytes at element " +
-                   std::to_string(i));
+    if (address % (V * sizeof(T)) != 0) fail_misaligned("global", i, V * sizeof(T), at);
     touch_global(reinterpret_cast<const void*>(address), V * sizeof(T), kind, at);
     return reinterpret_cast<Value*>(address);
   }
@@ -121,45 +119,43 @@ class shared {
   void store(int i, T v, SIMT_AT) const { store_vector<1>(i, pack<T, 1>{{v}}, at); }
   template <int V>
   pack<T, V> load_vector(int i, SIMT_AT) const {
-    const int from = check<V>(i, at);
-    touch_shared(from, V * sizeof(T), Access::read, at);
+    const T* from = check<V>(i, Access::read, at);
     pack<T, V> out;
-    std::memcpy(&out, current(at).shared + from, sizeof out);
+    std::memcpy(&out, from, sizeof out);
     return out;
   }
   template <int V>
   void store_vector(int i, pack<T, V> v, SIMT_AT) const {
-    const int to = check<V>(i, at);
-    touch_shared(to, V * sizeof(T), Access::write, at);
-    std::memcpy(current(at).shared + to, &v, sizeof v);
+    std::memcpy(check<V>(i, Access::write, at), &v, sizeof v);
   }
   shared operator+(int n) const { return {offset_ + n * static_cast<int>(sizeof(T)), begin_ - n, end_ - n}; }
 
+  // For the other operations: the place of V elements, checked.
   template <int V>
-  int check(int i, Location at) const {
-    if (i < begin_ || i > end_ - V)
-      fail(at, "shared memory: element" +
-                   (V > 1 ? "s " + std::to_string(i) + " to " + std::to_string(i + V - 1) : " " + std::to_string(i)) +
-                   " outside [" + std::to_string(begin_) + ", " + std::to_string(end_) + ")");
+  int offset(int i, Location at) const {
+    if (i < begin_ || i > end_ - V) fail_outside_array("shared", i, V, begin_, end_, at);
     const int byte = offset_ + i * static_cast<int>(sizeof(T));
-    if (byte % (V * sizeof(T)) != 0)
-      fail(at, "shared memory: misaligned access of " + std::to_string(V * sizeof(T)) + " bytes at byte " +
-                   std::to_string(byte));
+    if (byte % (V * sizeof(T)) != 0) fail_misaligned("shared", i, V * sizeof(T), at);
     return byte;
+  }
+  template <int V>
+  T* check(int i, Access kind, Location at) const {
+    const int byte = offset<V>(i, at);
+    touch_shared(byte, V * sizeof(T), kind, at);
+    return reinterpret_cast<T*>(current(at).shared + byte);
   }
 
  private:
   int offset_ = 0, begin_ = 0, end_ = 0;
 };
 
-int shared_bytes(Location at);
 template <class T>
 shared<T> shared_array(int byte_offset, int count, SIMT_AT) {
   if (byte_offset < 0 || count < 0 ||
-      byte_offset + static_cast<Index>(count) * static_cast<Index>(sizeof(T)) > shared_bytes(at))
+      byte_offset + static_cast<Index>(count) * static_cast<Index>(sizeof(T)) > current(at).shared_bytes)
     fail(at, "shared_array: bytes " + std::to_string(byte_offset) + " to " +
                  std::to_string(byte_offset + static_cast<Index>(count) * static_cast<Index>(sizeof(T))) +
-                 " of a block that has " + std::to_string(shared_bytes(at)));
+                 " of a block that has " + std::to_string(current(at).shared_bytes));
   if (byte_offset % sizeof(T) != 0)
     fail(at, "shared_array: byte offset " + std::to_string(byte_offset) + " is misaligned");
   return {byte_offset, 0, count};
@@ -173,9 +169,9 @@ void copy_async(shared<T> to, int i, global<const T> from, Index j, bool valid =
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "copy_async moves 4, 8 or 16 bytes");
   static_assert(Bytes % sizeof(T) == 0);
   constexpr int V = Bytes / sizeof(T);
-  const int byte = to.template check<V>(i, at);
+  const int byte = to.template offset<V>(i, at);
   const void* source = valid ? from.template check<V>(j, Access::read, at) : nullptr;
-  start_copy(byte, source, Bytes, valid, at);
+  start_copy(byte, source, Bytes, at);
 }
 inline void copy_commit(SIMT_AT) { commit_copies(at); }
 template <int N>
@@ -185,7 +181,7 @@ void copy_wait(SIMT_AT) {
 
 // --- Between the lanes of a warp: all 32 take part ---
 template <class T>
-T exchange(T value, int from, Location at, const char* what) {
+T exchange(T value, int from, Location at) {
   static_assert(std::is_trivially_copyable_v<T>);
   struct Mine {
     T value;
@@ -193,13 +189,14 @@ T exchange(T value, int from, Location at, const char* what) {
     T result;
   } mine{value, from, value};
   meet(
-      [](void* const lanes[32]) {
+      Meeting::shuffle,
+      [](void* const lanes[32], Location) {
         for (int i = 0; i < warp_size; ++i) {
           Mine& m = *static_cast<Mine*>(lanes[i]);
           m.result = static_cast<Mine*>(lanes[m.from])->value;
         }
       },
-      &mine, what, at);
+      &mine, at);
   return mine.result;
 }
 inline void check_width(int width, Location at) {
@@ -210,26 +207,25 @@ inline void check_width(int width, Location at) {
 template <class T>
 T shuffle(T v, int from, int width = warp_size, SIMT_AT) {
   check_width(width, at);
-  return exchange(v, (lane(at) & ~(width - 1)) | (from & (width - 1)), at, "shuffle");
+  return exchange(v, (lane(at) & ~(width - 1)) | (from & (width - 1)), at);
 }
 template <class T>
 T shuffle_xor(T v, int mask, int width = warp_size, SIMT_AT) {
   check_width(width, at);
   const int me = lane(at), other = me ^ mask;
-  return exchange(v, other < warp_size && (other & ~(width - 1)) <= (me & ~(width - 1)) ? other : me, at,
-                  "shuffle_xor");
+  return exchange(v, other < warp_size && (other & ~(width - 1)) <= (me & ~(width - 1)) ? other : me, at);
 }
 template <class T>
 T shuffle_up(T v, int delta, int width = warp_size, SIMT_AT) {
   check_width(width, at);
   const int me = lane(at);
-  return exchange(v, me - delta >= (me & ~(width - 1)) ? me - delta : me, at, "shuffle_up");
+  return exchange(v, me - delta >= (me & ~(width - 1)) ? me - delta : me, at);
 }
 template <class T>
 T shuffle_down(T v, int delta, int width = warp_size, SIMT_AT) {
   check_width(width, at);
   const int me = lane(at);
-  return exchange(v, me + delta <= (me | (width - 1)) ? me + delta : me, at, "shuffle_down");
+  return exchange(v, me + delta <= (me | (width - 1)) ? me + delta : me, at);
 }
 inline unsigned ballot(bool predicate, SIMT_AT) {
   struct Mine {
@@ -237,16 +233,44 @@ inline unsigned ballot(bool predicate, SIMT_AT) {
     unsigned result;
   } mine{predicate, 0};
   meet(
-      [](void* const lanes[32]) {
+      Meeting::vote,
+      [](void* const lanes[32], Location) {
         unsigned mask = 0;
         for (int i = 0; i < warp_size; ++i) mask |= static_cast<unsigned>(static_cast<Mine*>(lanes[i])->predicate) << i;
         for (int i = 0; i < warp_size; ++i) static_cast<Mine*>(lanes[i])->result = mask;
       },
-      &mine, "ballot", at);
+      &mine, at);
   return mine.result;
 }
 inline bool any(bool predicate, SIMT_AT) { return ballot(predicate, at) != 0; }
 inline bool all(bool predicate, SIMT_AT) { return ballot(predicate, at) == 0xffffffffu; }
+
+// --- Atomics: the old value comes back. Sums of floats depend on the order and so break repeatability. ---
+template <class Memory, class I, class T, class F>
+T update(Memory memory, I i, T value, F f, Location at) {
+  T* const address = memory.template check<1>(i, Access::atomic, at);
+  T old;
+  std::memcpy(&old, address, sizeof old);
+  const T fresh = f(old, value);
+  std::memcpy(address, &fresh, sizeof fresh);
+  return old;
+}
+template <class T>
+T atomic_add(global<T> memory, Index i, T value, SIMT_AT) {
+  return update(memory, i, value, [](T a, T b) { return static_cast<T>(a + b); }, at);
+}
+template <class T>
+T atomic_add(shared<T> memory, int i, T value, SIMT_AT) {
+  return update(memory, i, value, [](T a, T b) { return static_cast<T>(a + b); }, at);
+}
+template <class T>
+T atomic_max(global<T> memory, Index i, T value, SIMT_AT) {
+  return update(memory, i, value, [](T a, T b) { return b > a ? b : a; }, at);
+}
+template <class T>
+T atomic_max(shared<T> memory, int i, T value, SIMT_AT) {
+  return update(memory, i, value, [](T a, T b) { return b > a ? b : a; }, at);
+}
 
 // --- Numbers ---
 template <class S>
@@ -291,6 +315,11 @@ class Queue {
   }
   global_bytes view_bytes(void* base, Index begin, Index end) const { return {base, begin, end}; }
   const_global_bytes view_bytes(const void* base, Index begin, Index end) const { return {base, begin, end}; }
+  // Every element of the view must have been written when the next launch ends.
+  template <class T>
+  void expect_written(global<T> view, SIMT_AT) {
+    executor_->expect_written(view.address() + view.begin(), view.end() - view.begin(), sizeof(T), true, at);
+  }
   Executor& executor() const { return *executor_; }
 
  private:

@@ -10,15 +10,25 @@
 #define SIMT_DEVICE __device__ __forceinline__
 #define SIMT_BOTH __host__ __device__ __forceinline__
 #define SIMT_UNROLL _Pragma("unroll")
+#define SIMT_CALLER
+#define SIMT_PASS
+#define SIMT_PASS_ALONE
 #elif defined(FREQRANK_SIMT_HOST)
 #define SIMT_DEVICE inline
 #define SIMT_BOTH inline
 #define SIMT_UNROLL
+#define SIMT_CALLER , ::freqrank::simt::Location at = ::freqrank::simt::Location::current()
+#define SIMT_PASS , at
+#define SIMT_PASS_ALONE at
 #else
 #error "simt/simt.h: compile kernels with nvcc, or for the host executor with -DFREQRANK_SIMT_HOST"
 #endif
 
 #include "common/half.h"
+
+// SIMT_DEVICE stands before every function that a kernel calls, SIMT_UNROLL before a loop to unroll in full.
+// A function that should be reported at the line of its caller ends its parameters with SIMT_CALLER (no comma) and the
+// arguments of the operations in it with SIMT_PASS (SIMT_PASS_ALONE where there is no other).
 
 namespace freqrank::simt {
 
@@ -49,3 +59,4 @@ struct alignas(V * sizeof(T)) pack {
 #else
 #include "simt/host.h"
 #endif
+#include "simt/collectives.h"

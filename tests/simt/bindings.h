@@ -1,5 +1,5 @@
 #pragma once
-// What the bindings of every family share. numpy arrays reach kernels as views over their whole span.
+// What the bindings of every family share.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -10,5 +10,6 @@
 namespace freqrank::simt_bindings {
 
 void bind_executor(pybind11::module_& m);
+void bind_machine(pybind11::module_& m);
 
 }  // namespace freqrank::simt_bindings

@@ -4,9 +4,14 @@
 
 namespace freqrank::machine_tests {
 
-void launch_all(simt::Queue& queue) {
+void launch_all(Queue& queue) {
   queue.launch<Reverse<float>>({1, 32, 400}, {});
   queue.launch<Reverse<bfloat16>>({1, 32, 400}, {});
+  queue.launch<Pipeline>({1, 64, 8 * Pipeline::chunk}, {});
+  queue.launch<Transpose>({1, 256, 33 * 32 * 4}, {});
+  queue.launch<Neighbours>({1, 128, 512}, {});
+  queue.launch<Histogram>({1, 64, 0}, {});
+  queue.launch<Sums>({1, 256, 32}, {});
 }
 
 }  // namespace freqrank::machine_tests

@@ -1,28 +1,212 @@
 #pragma once
-// Kernels for the executor's own tests: right ones and, by a run-time switch, wrong ones. Compiled by nvcc as well.
+// Kernels for the executor's own tests: right ones that, by a run-time switch, go wrong in one place. A comment [tag]
+// marks the line that must be reported. Compiled by nvcc as well.
 
 #include "simt/simt.h"
 
 namespace freqrank::machine_tests {
 
+using namespace simt;
+
+enum class Fault {
+  none,
+  missing_barrier,
+  divergent_barrier,
+  early_end,
+  two_barriers,
+  shared_bound,
+  global_bound,
+  unwritten_output,
+  unwritten_shared,
+  misaligned,
+  misaligned_shared,
+  overwritten_too_early,
+  no_wait,
+  no_commit,
+  lax_wait,
+  no_barrier_after_wait,
+  overwrite_in_flight,
+  ends_in_flight,
+  no_padding,
+  no_warp_barrier,
+  shuffle_is_no_barrier,
+  divergent_shuffle,
+  two_shuffles,
+  blocks_overlap,
+  block_reads_block,
+  block_overwrites_read,
+  atomic_then_plain_read,
+};
+
 // y[b, i] = x[b, n - 1 - i] through shared memory.
 template <class T>
 struct Reverse {
   struct Params {
-    simt::global<const T> x;
-    simt::global<T> y;
+    global<const T> x;
+    global<T> y;
     int n;
-    bool missing_barrier;
+    Fault fault;
   };
   static constexpr const char* name = "test_reverse";
   static constexpr int max_threads = 256, min_blocks = 2;
   SIMT_DEVICE static void run(const Params& p) {
-    const auto tile = simt::shared_array<float>(0, p.n);
-    const auto x = p.x + simt::block() * p.n;
-    const auto y = p.y + simt::block() * p.n;
-    for (int i = simt::thread(); i < p.n; i += simt::threads()) tile.store(i, simt::to_float(x.load(i)));
-    if (!p.missing_barrier) simt::barrier();
-    for (int i = simt::thread(); i < p.n; i += simt::threads()) y.store(i, simt::from_float<T>(tile.load(p.n - 1 - i)));
+    const auto tile = shared_array<float>(0, p.n);
+    const auto x = p.x + block() * p.n;
+    const auto y = p.y + block() * p.n;
+    if (p.fault == Fault::early_end && thread() == 33) return;
+    for (int i = thread(); i < p.n; i += threads())
+      if (!(p.fault == Fault::unwritten_shared && i == 5))
+        tile.store(i, simt::to_float(x.load(i)));  // [reverse writes]
+    if (p.fault == Fault::two_barriers && warp() == 1) {
+      barrier();  // [other barrier]
+    } else if (p.fault != Fault::missing_barrier) {
+      barrier();  // [reverse barrier]
+    }
+    const int count = p.fault == Fault::global_bound && block() == blocks() - 1 ? p.n + 1 : p.n;
+    for (int i = thread(); i < count; i += threads()) {
+      const int from = p.fault == Fault::shared_bound ? p.n - i : (2 * p.n - 1 - i) % p.n;
+      const float v = tile.load(from);  // [reverse reads]
+      if (!(p.fault == Fault::unwritten_output && block() == 1 && i == 7))
+        y.store(i, simt::from_float<T>(v));  // [reverse stores]
+    }
+    if (p.fault == Fault::misaligned && thread() == 0) y.template store_vector<4>(2, {});       // [misaligned]
+    if (p.fault == Fault::misaligned_shared && thread() == 0) tile.template load_vector<2>(1);  // [misaligned shared]
+    if (!(p.fault == Fault::divergent_barrier && thread() == 40)) barrier();                    // [last barrier]
+    if (p.fault == Fault::overwritten_too_early && warp() == 0 && lane() == 0) tile.load(33);
+    if (p.fault == Fault::overwritten_too_early && warp() == 1 && lane() == 1) tile.store(33, 0.f);  // [too early]
+  }
+};
+
+// y = sum over chunks of x, the chunks prefetched by asynchronous copies into two buffers.
+struct Pipeline {
+  struct Params {
+    global<const float> x;
+    global<float> y;
+    int chunks;
+    Fault fault;
+  };
+  static constexpr const char* name = "test_pipeline";
+  static constexpr int max_threads = 64, min_blocks = 1;
+  static constexpr int chunk = 4 * max_threads;
+  SIMT_DEVICE static void fetch(const Params& p, shared<float> buffers, int c) {
+    if (c < p.chunks) copy_async<16>(buffers, c % 2 * chunk + 4 * thread(), p.x, c * chunk + 4 * thread());  // [copy]
+    if (p.fault != Fault::no_commit) copy_commit();
+  }
+  SIMT_DEVICE static void run(const Params& p) {
+    const auto buffers = shared_array<float>(0, 2 * chunk);
+    pack<float, 4> sum{};
+    fetch(p, buffers, 0);
+    for (int c = 0; c < p.chunks; ++c) {
+      fetch(p, buffers, c + 1);
+      if (p.fault == Fault::overwrite_in_flight && c == 1) buffers.store(4 * thread(), 1.f);  // [overwrites in flight]
+      if (p.fault == Fault::lax_wait)
+        copy_wait<2>();
+      else if (p.fault != Fault::no_wait)
+        copy_wait<1>();
+      if (p.fault != Fault::no_barrier_after_wait) barrier();
+      const int other = threads() - 1 - thread();                        // so that what another thread copied is read
+      const auto v = buffers.load_vector<4>(c % 2 * chunk + 4 * other);  // [reads the copy]
+      SIMT_UNROLL
+      for (int k = 0; k < 4; ++k) sum[k] += v[k];
+      barrier();
+    }
+    if (p.fault == Fault::ends_in_flight) copy_async<4>(buffers, thread(), p.x, thread());  // [ends in flight]
+    p.y.store_vector<4>(4 * thread(), sum);
+  }
+};
+
+// y = x^T for a 32x32 tile; a row of padding keeps the columns off one bank.
+struct Transpose {
+  struct Params {
+    global<const float> x;
+    global<float> y;
+    Fault fault;
+  };
+  static constexpr const char* name = "test_transpose";
+  static constexpr int max_threads = 256, min_blocks = 1;
+  SIMT_DEVICE static void run(const Params& p) {
+    const int pitch = p.fault == Fault::no_padding ? 32 : 33;
+    const auto tile = shared_array<float>(0, 32 * pitch);
+    for (int row = warp(); row < 32; row += threads() / warp_size)
+      tile.store(row * pitch + lane(), p.x.load(row * 32 + lane()));
+    barrier();
+    for (int row = warp(); row < 32; row += threads() / warp_size)
+      p.y.store(row * 32 + lane(), tile.load(lane() * pitch + row));  // [column]
+  }
+};
+
+// Between the lanes of a warp: y[i] = x[i] + x of its neighbour, through shared memory, and the warp's sum.
+struct Neighbours {
+  struct Params {
+    global<const float> x;
+    global<float> y;
+    Fault fault;
+  };
+  static constexpr const char* name = "test_neighbours";
+  static constexpr int max_threads = 128, min_blocks = 1;
+  SIMT_DEVICE static void run(const Params& p) {
+    const auto mine = shared_array<float>(0, threads()) + 32 * warp();
+    const float v = p.x.load(thread());
+    mine.store(lane(), v);  // [neighbour writes]
+    if (p.fault == Fault::shuffle_is_no_barrier)
+      shuffle(v, 0);
+    else if (p.fault != Fault::no_warp_barrier)
+      warp_barrier();
+    const float other = mine.load((lane() + 1) % 32);  // [neighbour reads]
+    float sum = warp_sum(v);
+    if (p.fault == Fault::divergent_shuffle && lane() < 16) sum += shuffle_xor(v, 1);  // [half a shuffle]
+    if (p.fault == Fault::two_shuffles) {
+      if (lane() < 16)
+        sum += shuffle_xor(v, 1);
+      else
+        sum += shuffle_xor(v, 2);
+    }
+    p.y.store(thread(), v + other + 1000 * sum);
+  }
+};
+
+// Blocks of one launch, and atomics. counts[v] of the values in x; total[0] the largest.
+struct Histogram {
+  struct Params {
+    global<const int> x;
+    global<int> counts, most;
+    global<int> scratch;
+    Fault fault;
+  };
+  static constexpr const char* name = "test_histogram";
+  static constexpr int max_threads = 64, min_blocks = 1;
+  SIMT_DEVICE static void run(const Params& p) {
+    const Index i = block() * threads() + thread();
+    const int v = p.x.load(i);
+    atomic_add(p.counts, v, 1);  // [atomic]
+    atomic_max(p.most, 0, v);
+    if (p.fault == Fault::atomic_then_plain_read) p.counts.load(v);  // [plain read]
+    if (thread() == 0) {
+      if (p.fault == Fault::blocks_overlap) p.scratch.store(0, v);                         // [overlap]
+      if (p.fault == Fault::block_reads_block) p.scratch.load(1 - block());                // [reads another's]
+      if (p.fault == Fault::block_reads_block) p.scratch.store(block(), v);                // [and writes]
+      if (p.fault == Fault::block_overwrites_read && block() == 0) p.scratch.load(0);      // [is read]
+      if (p.fault == Fault::block_overwrites_read && block() == 1) p.scratch.store(0, 1);  // [is overwritten]
+    }
+  }
+};
+
+// Block-wide sums, fused multiply-adds and every width of shuffle.
+struct Sums {
+  struct Params {
+    global<const float> x;
+    global<float> y;
+  };
+  static constexpr const char* name = "test_sums";
+  static constexpr int max_threads = 256, min_blocks = 1;
+  SIMT_DEVICE static void run(const Params& p) {
+    const auto scratch = shared_array<float>(0, threads() / warp_size);
+    const float v = p.x.load(thread());
+    float out = block_sum(v, scratch) + block_max(v, scratch);
+    for (int width = 1; width <= 32; width *= 2)
+      out = fma(shuffle(v, 3, width), 1.5f, out) + shuffle_up(v, 2, width) - shuffle_down(v, 5, width) * 0.25f;
+    if (any(v > 0.5f)) out += static_cast<float>(ballot(v > 0.25f) & 0xffu);
+    p.y.store(thread(), out);
   }
 };
 

@@ -1,0 +1,1 @@
+"""One file an op family; each defines `family`."""

@@ -1,0 +1,79 @@
+"""Gram accumulation and batched Cholesky factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import freqrank
+import torch
+from torch import Tensor
+
+from bench.python.registry import Case, Family, Inputs
+
+SIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
+
+
+def _samples(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
+    return (torch.randn(case.shape, generator=generator, device=device).to(case.torch_dtype),)
+
+
+def _positive_definite(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
+    x = torch.randn(case.shape, generator=generator, device=device, dtype=torch.float64)
+    return ((x @ x.mT / case.n + torch.eye(case.n, device=device)).to(case.torch_dtype),)
+
+
+def cases(device: str) -> Iterator[Case]:
+    tokens, widths = (4096, (128, 256, 512, 1024)) if device == "cpu" else (32768, (1024, 2048, 4096))
+    for n in widths:
+        for dtype in ("bfloat16", "float32"):
+            yield Case(
+                op="gram",
+                shape=(tokens, n),
+                dtype=dtype,
+                n=n,
+                series=f"Gram from {dtype}",
+                bytes=tokens * n * SIZE[dtype] + n * n * 8,
+                tolerance=1e-12,
+                inputs=_samples,
+                reference=lambda case, x: x.double().mT @ x.double(),
+                flops=tokens * n * (n + 1.0),
+                compute="float64",
+                quick=n == widths[1] and dtype == "bfloat16",
+            )
+    for batch, n in ((256, 32), (64, 64), (64, 128), (16, 256), (16, 512), (2, 1024)):
+        for dtype in ("float32", "float64"):
+            yield Case(
+                op="cholesky_ex",
+                shape=(batch, n, n),
+                dtype=dtype,
+                n=n,
+                series=f"Cholesky, {dtype}",
+                bytes=2 * batch * n * n * SIZE[dtype],
+                tolerance=1e-4 if dtype == "float32" else 1e-12,
+                inputs=_positive_definite,
+                reference=lambda case, a: torch.linalg.cholesky(a.double()),
+                flops=batch * n**3 / 3,
+                quick=n in (32, 128) and dtype == "float32",
+            )
+
+
+family = Family("whitening", "Gram matrices and Cholesky factors", "n", cases)
+
+
+@family.implementation("freqrank")
+def _freqrank(case: Case, x: Tensor) -> Callable[[Tensor], Tensor]:
+    if case.op == "gram":
+        return freqrank.gram
+    return lambda a: freqrank.cholesky_ex(a).L
+
+
+@family.implementation("torch")
+def _torch(case: Case, x: Tensor) -> Callable[[Tensor], Tensor]:
+    if case.op == "gram":
+
+        def gram(x: Tensor) -> Tensor:
+            wide = x.double()
+            return wide.mT @ wide
+
+        return gram
+    return lambda a: torch.linalg.cholesky_ex(a).L

@@ -1,0 +1,261 @@
+"""Times the implementations of one case side by side, after checking each against float64.
+
+Every implementation runs in the same process on the same data. Samples are taken in rounds: one of each implementation
+and of a copy of as many bytes, in random order, so that whatever else the machine does falls on all of them alike.
+Ratios are medians over rounds of the ratio within a round. The data is cold: on a GPU the L2 cache is overwritten
+before each call, on a CPU the calls rotate among copies of the inputs that together exceed the cache.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.python import machine
+from bench.python.registry import BASELINE, DTYPES, Case, Implementation, Inputs, NotApplicable
+
+COPY = "copy of as many bytes"
+MATMUL = "matrix product"
+MATMUL_SIZE = {"cpu": 1024, "cuda": 4096}
+ROTATION_LIMIT = 1024  # copies of the inputs
+SAMPLE_SECONDS = 1e-3  # a sample on the CPU repeats a call until it lasts about as long
+FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU, and long enough to hide the launch of what follows
+SLOW = 8.0  # an implementation this many times slower than the fastest one takes part in the first rounds only
+SLOW_ROUNDS = 7
+
+
+@dataclass
+class Timed:
+    name: str
+    run: Callable[[int], Any]  # of the index into the rotation
+    sets: int
+    reference: Any = None
+    calls: int = 1  # a sample
+    samples: dict[int, float] = field(default_factory=dict)  # round -> seconds a call
+    next_set: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples.values())
+
+
+class Clock:
+    """Seconds a call takes on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def sample(self, timed: Timed) -> float:
+        timed.run(timed.next_set)  # wakes its threads up, while those of the one before fall asleep
+        if self.device.type == "cuda":
+            return self._device_time(timed)
+        sets = [(timed.next_set + 1 + i) % timed.sets for i in range(timed.calls)]
+        timed.next_set = (timed.next_set + 1 + timed.calls) % timed.sets
+        begin = time.perf_counter_ns()
+        for i in sets:
+            timed.run(i)
+        return (time.perf_counter_ns() - begin) * 1e-9 / timed.calls
+
+    def _device_time(self, timed: Timed) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.flush.zero_()
+        begin.record()
+        timed.run(0)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3
+
+
+def to_tensors(result: Any) -> tuple[Tensor, ...]:
+    """A result of torch, NumPy or CuPy, or a tuple of them."""
+    if isinstance(result, (tuple, list)):
+        return tuple(tensor for item in result for tensor in to_tensors(item))
+    return (result.detach() if isinstance(result, Tensor) else torch.as_tensor(result),)
+
+
+def relative_error(result: Any, reference: Tensor | tuple[Tensor, ...]) -> float:
+    """The largest relative L2 error of the tensors of a result; infinite if shapes differ."""
+    got, want = to_tensors(result), to_tensors(reference)
+    if [tensor.shape for tensor in got] != [tensor.shape for tensor in want]:
+        return float("inf")
+    errors = []
+    for a, b in zip(got, want, strict=True):
+        error = float((a.to(b.device, torch.float64) - b).norm() / b.norm().clamp(min=1e-300))
+        errors.append(error if error == error else float("inf"))
+    return max(errors)
+
+
+def missing_modules(implementation: Implementation) -> list[str]:
+    missing = []
+    for name in implementation.needs:
+        try:
+            present = importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:  # of a parent
+            present = False
+        if not present:
+            missing.append(name)
+    return missing
+
+
+def _rotation(case: Case, device: torch.device, seed: int) -> list[Inputs]:
+    generator = torch.Generator(device).manual_seed(seed)
+    first = case.inputs(case, generator, device)
+    size = sum(x.numel() * x.element_size() for x in first if isinstance(x, Tensor))
+    copies = 0
+    if device.type == "cpu":
+        copies = min(ROTATION_LIMIT, -(-2 * machine.cpu_cache_bytes() // max(size, 1)))
+    clone = torch.Tensor.clone
+    return [first] + [tuple(clone(x) if isinstance(x, Tensor) else x for x in first) for _ in range(copies)]
+
+
+def _yardsticks(case: Case, device: torch.device) -> list[Timed]:
+    """What the machine does at best: a copy, and for cases that state their operations a matrix product."""
+    half = max(case.bytes // 2, 1)
+    sets = 1
+    if device.type == "cpu":
+        sets = min(ROTATION_LIMIT, 1 + -(-2 * machine.cpu_cache_bytes() // half))
+    sources = [torch.zeros(half, dtype=torch.int8, device=device) for _ in range(sets)]
+    to = torch.empty_like(sources[0])
+    found = [Timed(COPY, lambda i: to.copy_(sources[i]), sets)]
+    if case.flops:
+        n = MATMUL_SIZE[device.type]
+        dtype = DTYPES[case.compute or case.dtype]
+        a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
+        found.append(Timed(MATMUL, lambda i: a @ b, 1))
+    return found
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _paired_ratio(over: Timed, under: Timed) -> float:
+    rounds = over.samples.keys() & under.samples.keys()
+    return statistics.median(over.samples[r] / under.samples[r] for r in rounds)
+
+
+def measure(
+    case: Case,
+    implementations: Sequence[Implementation],
+    device: torch.device,
+    *,
+    seconds: float,
+    rounds: tuple[int, int] = (5, 60),
+    seed: int = 0,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows of results, and for each implementation without one the reason.
+
+    Takes at least the first, at most the second number of rounds, and in between as many as fit into `seconds`.
+    """
+    deadline = time.perf_counter() + seconds
+    shuffle = random.Random(seed)
+    sets = _rotation(case, device, seed)
+    references: dict[Callable[..., Any], Any] = {}
+    left_out: dict[str, str] = {}
+    errors: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    contenders: list[Timed] = []
+
+    for implementation in implementations:
+        name = implementation.name
+        if device.type not in implementation.devices:
+            continue
+        if missing := missing_modules(implementation):
+            left_out[name] = f"{' and '.join(missing)} cannot be imported"
+            continue
+        try:
+            call = implementation.prepare(case, *sets[0])
+            convert = implementation.convert
+            arguments = sets
+            if convert is not None:
+                arguments = [tuple(convert(x) if isinstance(x, Tensor) else x for x in inputs) for inputs in sets]
+            define = implementation.reference or case.reference
+            if define not in references:
+                references[define] = define(case, *sets[0])
+            errors[name] = relative_error(call(*arguments[0]), references[define])
+        except NotApplicable as reason:
+            left_out[name] = str(reason)
+            continue
+        except Exception as error:  # a peer that is broken says so, and the others go on
+            if name == BASELINE:
+                raise
+            left_out[name] = f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
+        if errors[name] > case.tolerance:
+            refused[name] = f"wrong: relative error {errors[name]:.1e} is above {case.tolerance:.0e}"
+            continue
+        run = lambda i, call=call, arguments=arguments: call(*arguments[i])  # noqa: E731
+        contenders.append(Timed(name, run, len(arguments), references[define]))
+
+    timed = contenders + _yardsticks(case, device)
+    clock = Clock(device)
+    gc.collect()
+    gc.disable()
+    try:
+        estimates = {}
+        for each in timed:
+            estimates[each.name] = min(clock.sample(each) for _ in range(2))
+            if device.type == "cpu":
+                each.calls = max(1, round(SAMPLE_SECONDS / estimates[each.name]))
+        fastest = min(estimates[each.name] for each in contenders) if contenders else 0
+        for number in range(rounds[1]):
+            if number >= rounds[0] and time.perf_counter() > deadline:
+                break
+            round_of = [t for t in timed if number < SLOW_ROUNDS or estimates[t.name] <= SLOW * fastest]
+            shuffle.shuffle(round_of)
+            for each in round_of:
+                each.samples[number] = clock.sample(each)
+        _synchronize(device)
+    finally:
+        gc.enable()
+
+    for each in list(contenders):  # still right, and the inputs are what they were
+        again = relative_error(each.run(0), each.reference)
+        if again > case.tolerance:
+            refused[each.name] = f"wrong after {len(each.samples)} samples: relative error {again:.1e}"
+            contenders.remove(each)
+
+    by_name = {each.name: each for each in timed if each.name not in refused}
+    rows = []
+    for each in by_name.values():
+        times = list(each.samples.values())
+        low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        row: dict[str, Any] = {
+            "implementation": each.name,
+            "seconds": each.median,
+            "quartiles": [low, high],
+            "samples": len(times),
+            "calls_per_sample": each.calls,
+            "error": errors.get(each.name),
+            "ratio": None,
+            "fraction_of_copy": None,
+            "bytes_per_second": case.bytes / each.median,
+        }
+        if each.name == MATMUL:
+            row["bytes_per_second"] = None
+            row["flops_per_second"] = 2 * MATMUL_SIZE[device.type] ** 3 / each.median
+        else:
+            row["fraction_of_copy"] = _paired_ratio(by_name[COPY], each)
+            if each.name != COPY and BASELINE in by_name:
+                row["ratio"] = _paired_ratio(each, by_name[BASELINE])
+            if case.flops and each.name != COPY:
+                row["flops_per_second"] = case.flops / each.median
+                row["fraction_of_matmul"] = (
+                    _paired_ratio(by_name[MATMUL], each) * case.flops / (2 * MATMUL_SIZE[device.type] ** 3)
+                )
+        rows.append(row)
+    for name, why in refused.items():
+        rows.append({"implementation": name, "error": errors[name], "refused": why})
+    return rows, left_out

@@ -1,0 +1,180 @@
+"""Runs the benchmarks: python -m bench.python.run [--quick] [--family dct] [--device cpu|cuda] [--out FOLDER]."""
+
+from __future__ import annotations
+
+import os
+
+# Waiting OpenMP threads spin for 10 ms and longer: long enough to take the cores from whatever is measured next.
+# Between two calls of one implementation they still do. Read when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("KMP_BLOCKTIME", "1")
+
+import argparse
+import datetime
+import importlib.util
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.python import machine, results
+from bench.python.measure import COPY, MATMUL, measure
+from bench.python.registry import BASELINE, Case, Family, families
+
+QUICK_SECONDS = 45  # for all families together
+ROUNDS = {False: (5, 60), True: (3, 15)}
+
+
+@contextmanager
+def _progress(total: int, what: str) -> Iterator[Any]:
+    """A function that prints a line and moves on: with a bar under the lines where rich is there, else a count."""
+    if importlib.util.find_spec("rich") is not None and sys.stdout.isatty():
+        from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
+            task = bar.add_task(what, total=total)
+
+            def advance(line: str) -> None:
+                bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                bar.advance(task)
+
+            yield advance
+    else:
+        count = iter(range(1, total + 1))
+        yield lambda line: print(f"[{next(count)}/{total}] {line}", flush=True)
+
+
+def _line(case: Case, rows: list[dict[str, Any]]) -> str:
+    parts = []
+    for row in rows:
+        name = row["implementation"]
+        if "refused" in row:
+            parts.append(f"{name} {row['refused']}")
+        elif name == BASELINE:
+            parts.insert(0, f"{results.seconds(row['seconds'])}, {row['fraction_of_copy']:.2f} of copy")
+        elif row["ratio"] is not None and name not in (COPY, MATMUL):
+            parts.append(f"{name} x{row['ratio']:.2f}")
+    return f"{case.name}: {'; '.join(parts)}"
+
+
+def run_family(
+    family: Family, cases: list[Case], device: torch.device, *, seconds: float, quick: bool, seed: int = 0
+) -> dict[str, Any]:
+    """Measures the cases in about so many seconds; the document of results."""
+    deadline = time.perf_counter() + seconds
+    rows: list[dict[str, Any]] = []
+    left_out: Counter[tuple[str, str]] = Counter()
+    with _progress(len(cases), family.name) as advance:
+        for index, case in enumerate(cases):
+            share = (deadline - time.perf_counter()) / (len(cases) - index)
+            found, reasons = measure(
+                case, family.implementations, device, seconds=share, rounds=ROUNDS[quick], seed=seed
+            )
+            about = {
+                "case": case.name, "op": case.op, "shape": list(case.shape), "dtype": case.dtype,
+                "options": dict(case.options), "device": device.type, "n": case.n, "series": case.series,
+                "bytes": case.bytes,
+            }  # fmt: skip
+            rows += [{**about, **row} for row in found]
+            new = [item for item in reasons.items() if item not in left_out]
+            left_out.update(reasons.items())
+            missing = [f"left out: {name} {reason}" for name, reason in new]
+            advance("\n  ".join([_line(case, found), *missing]))
+    return {
+        "schema": results.SCHEMA,
+        "family": family.name,
+        "title": family.title,
+        "axis": family.axis,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "machine": machine.describe(device),
+        "versions": machine.versions(),
+        "settings": {
+            "device": device.type,
+            "threads": torch.get_num_threads(),
+            "quick": quick,
+            "seconds": round(seconds),
+            "seed": seed,
+            "environment": {key: os.environ.get(key) for key in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "FREQRANK_ISA")},
+        },
+        "left_out": [
+            {"implementation": name, "reason": reason, "cases": count} for (name, reason), count in left_out.items()
+        ],
+        "rows": rows,
+    }
+
+
+def _arguments(argv: Iterable[str] | None, known: Iterable[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.python.run", description="Benchmarks beside peers.")
+    parser.add_argument("--quick", action="store_true", help="a few cases of each family, in a minute")
+    parser.add_argument("--family", action="append", choices=list(known), help="may be repeated; default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the results; default: bench/results, build/bench-quick for --quick and --match",
+    )
+    parser.add_argument("--threads", type=int, default=machine.cpu_count(), help="of every implementation on the CPU")
+    parser.add_argument("--match", metavar="REGEX", help="only cases whose name matches")
+    parser.add_argument("--minutes", type=float, help="for each family; default: the family's own")
+    parser.add_argument("--render", action="store_true", help="measure nothing, make RESULTS.md and plots again")
+    return parser.parse_args(None if argv is None else list(argv))
+
+
+def _summarise(folder: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is not None:
+        results.plot(folder)
+    else:
+        print("no plots: matplotlib cannot be imported")
+    (folder / results.SUMMARY).write_text(results.render(folder))
+    print(f"wrote {folder / results.SUMMARY}")
+
+
+def main(argv: Iterable[str] | None = None) -> int:
+    if (machine.ROOT / "python" / "freqrank" / "_lib").exists():  # this tree's package, built in place
+        sys.path.insert(0, str(machine.ROOT / "python"))
+    known = families()
+    arguments = _arguments(argv, known)
+    default = machine.ROOT / ("build/bench-quick" if arguments.quick or arguments.match else "bench/results")
+    folder = arguments.out or default
+    if arguments.render:
+        _summarise(folder)
+        return 0
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: torch sees no CUDA device here", file=sys.stderr)
+        return 3
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+
+    chosen = [known[name] for name in arguments.family or known]
+    refused = 0
+    for family in chosen:
+        cases = family.cases(device.type)
+        if arguments.quick:
+            cases = [case for case in cases if case.quick]
+        if arguments.match:
+            cases = [case for case in cases if re.search(arguments.match, case.name)]
+        if not cases:
+            print(f"{family.name}: no case for this")
+            continue
+        seconds = QUICK_SECONDS / len(chosen) if arguments.quick else 60 * family.minutes
+        if arguments.minutes:
+            seconds = 60 * arguments.minutes
+        document = run_family(family, cases, device, seconds=seconds, quick=arguments.quick)
+        path = results.write(folder, f"{machine.slug(device)}-{family.name.replace('_', '-')}", document)
+        refused += sum("refused" in row and row["implementation"] == BASELINE for row in document["rows"])
+        print(f"wrote {path}")
+    _summarise(folder)
+    if refused:
+        print(f"{refused} results of {BASELINE} are wrong", file=sys.stderr)
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := $(shell find csrc cmake tests/cpp tests/simt -type f -not -name '*.py*') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-long lint format build clean
+.PHONY: demo test test-long bench bench-quick lint format build clean
 
 # Waiting threads sleep: on a busy machine, spinning ones take the cores from those that work.
 demo: $(VENV)/.cli
@@ -19,6 +19,14 @@ test: $(VENV)/.test $(VENV)/.cpp-tests
 # Sweeps too long for every change. The log is kept in the repository.
 test-long: $(VENV)/.test
 	set -o pipefail; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long -n 2 --durations=10 2>&1 | tee docs/test-long.log
+
+# Rewrites bench/results in some 12 minutes. On an idle machine, or the figures mean nothing.
+bench: $(VENV)/.bench
+	$(BIN)/python -m bench.python.run $(if $(QUICK),--quick)
+
+# A minute; writes to build/bench-quick.
+bench-quick:
+	$(MAKE) bench QUICK=1
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -53,6 +61,10 @@ $(VENV)/.cli: $(VENV)/.build
 
 $(VENV)/.test: $(VENV)/.build
 	$(BIN)/pip install -q --no-build-isolation -e '.[test]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.build
+	$(BIN)/pip install -q --no-build-isolation -e '.[bench]'
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test

@@ -108,6 +108,14 @@ def missing_modules(implementation: Implementation) -> list[str]:
     return missing
 
 
+def _clone(inputs: Inputs) -> Inputs:
+    return tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in inputs)
+
+
+def _same(x: Any, before: Any) -> bool:
+    return not isinstance(x, Tensor) or torch.equal(x, before)
+
+
 def _rotation(case: Case, device: torch.device, seed: int) -> list[Inputs]:
     generator = torch.Generator(device).manual_seed(seed)
     first = case.inputs(case, generator, device)
@@ -115,8 +123,7 @@ def _rotation(case: Case, device: torch.device, seed: int) -> list[Inputs]:
     copies = 0
     if device.type == "cpu":
         copies = min(ROTATION_LIMIT, -(-2 * machine.cpu_cache_bytes() // max(size, 1)))
-    clone = torch.Tensor.clone
-    return [first] + [tuple(clone(x) if isinstance(x, Tensor) else x for x in first) for _ in range(copies)]
+    return [first] + [_clone(first) for _ in range(copies)]
 
 
 def _yardsticks(case: Case, device: torch.device) -> list[Timed]:
@@ -162,6 +169,7 @@ def measure(
     deadline = time.perf_counter() + seconds
     shuffle = random.Random(seed)
     sets = _rotation(case, device, seed)
+    pristine = _clone(sets[0])
     references: dict[Callable[..., Any], Any] = {}
     left_out: dict[str, str] = {}
     errors: dict[str, float] = {}
@@ -185,6 +193,11 @@ def measure(
             if define not in references:
                 references[define] = define(case, *sets[0])
             errors[name] = relative_error(call(*arguments[0]), references[define])
+            if changed := [pair for pair in zip(sets[0], pristine, strict=True) if not _same(*pair)]:
+                refused[name] = "wrong: it changes its input"
+                for x, before in changed:
+                    x.copy_(before)
+                continue
         except NotApplicable as reason:
             left_out[name] = str(reason)
             continue

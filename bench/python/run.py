@@ -164,7 +164,7 @@ def main(argv: Iterable[str] | None = None) -> int:
             print(f"{family.name}: no case for this")
             continue
         seconds = QUICK_SECONDS / len(chosen) if arguments.quick else 60 * family.minutes
-        if arguments.minutes:
+        if arguments.minutes is not None:
             seconds = 60 * arguments.minutes
         document = run_family(family, cases, device, seconds=seconds, quick=arguments.quick)
         path = results.write(folder, f"{machine.slug(device)}-{family.name.replace('_', '-')}", document)

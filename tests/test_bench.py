@@ -1,0 +1,220 @@
+"""The benchmark runner: what is wrong gets no time, files of results keep their form, every family runs."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from freqrank.ops import reference
+
+from bench.python import machine, results, run
+from bench.python.families import dct, linear_attention
+from bench.python.measure import COPY, MATMUL, measure, relative_error
+from bench.python.registry import Case, Family, NotApplicable, families
+
+CPU = torch.device("cpu")
+
+
+def toy_case(**changes):
+    fields = {
+        "op": "double",
+        "shape": (64, 8),
+        "dtype": "float32",
+        "n": 8,
+        "series": "toys",
+        "bytes": 2 * 64 * 8 * 4,
+        "tolerance": 1e-6,
+        "inputs": lambda case, generator, device: (torch.randn(case.shape, generator=generator),),
+        "reference": lambda case, x: 2 * x.double(),
+        **changes,
+    }
+    return Case(**fields)
+
+
+def toy_family(cases=(), **implementations):
+    family = Family("toys", "Toys", "n", lambda device: cases)
+    for name, function in {"freqrank": lambda x: 2 * x, **implementations}.items():
+        family.implementation(name)(lambda case, *inputs, function=function: function)
+    return family
+
+
+@pytest.fixture(autouse=True)
+def _small_cache(monkeypatch):
+    monkeypatch.setattr(machine, "cpu_cache_bytes", lambda: 1 << 12)
+
+
+def measured(family, case, **options):
+    rows, left_out = measure(case, family.implementations, CPU, seconds=0, rounds=(2, 3), **options)
+    return {row["implementation"]: row for row in rows}, left_out
+
+
+def test_right_results_are_timed_and_wrong_ones_refused():
+    family = toy_family(
+        right=lambda x: x + x,
+        wrong=lambda x: 2.001 * x,
+        not_finite=lambda x: 2 * x / 0,
+        other_shape=lambda x: 2 * x[:1],
+        destroys_its_input=lambda x: x.mul_(2),
+    )
+    rows, _ = measured(family, toy_case())
+    assert set(rows) == {"freqrank", "right", "wrong", "not_finite", "other_shape", "destroys_its_input", COPY}
+    for name in ("freqrank", "right"):
+        assert rows[name]["seconds"] > 0
+        assert rows[name]["ratio"] > 0
+        assert rows[name]["fraction_of_copy"] > 0
+        assert rows[name]["error"] <= 1e-7
+    assert rows["freqrank"]["ratio"] == 1
+    for name in ("wrong", "not_finite", "other_shape", "destroys_its_input"):
+        assert "wrong" in rows[name]["refused"]
+        assert "seconds" not in rows[name]
+
+
+def test_what_cannot_be_measured_says_why():
+    family = toy_family(broken=lambda x: x.no_such_method())
+    family.implementation("absent", needs=("no_such_module",))(lambda case, x: None)
+
+    @family.implementation("choosy")
+    def _(case, x):
+        raise NotApplicable("takes no toys")
+
+    rows, left_out = measured(family, toy_case())
+    assert set(rows) == {"freqrank", COPY}
+    assert left_out["absent"] == "no_such_module cannot be imported"
+    assert left_out["choosy"] == "takes no toys"
+    assert left_out["broken"].startswith("fails: AttributeError")
+
+
+def test_a_failure_of_the_library_itself_is_raised():
+    family = toy_family()
+    family.implementations.clear()
+    family.implementation("freqrank")(lambda case, x: lambda x: x.no_such_method())
+    with pytest.raises(AttributeError, match="no_such_method"):
+        measured(family, toy_case())
+
+
+def test_an_implementation_of_something_else_is_checked_against_its_own_definition():
+    family = toy_family()
+    family.implementation("triple", reference=lambda case, x: 3 * x.double())(lambda case, x: lambda x: 3 * x)
+    family.implementation("not triple", reference=lambda case, x: 3 * x.double())(lambda case, x: lambda x: 2 * x)
+    rows, _ = measured(family, toy_case())
+    assert "seconds" in rows["triple"]
+    assert "refused" in rows["not triple"]
+
+
+def test_stated_operations_are_put_beside_a_matrix_product():
+    rows, _ = measured(toy_family(), toy_case(flops=64 * 8))
+    assert rows[MATMUL]["flops_per_second"] > 0
+    expected = rows["freqrank"]["flops_per_second"] / rows[MATMUL]["flops_per_second"]
+    assert rows["freqrank"]["fraction_of_matmul"] == pytest.approx(expected, rel=1)
+
+
+def test_relative_error_of_tuples_is_that_of_the_worst():
+    one = torch.ones(4, dtype=torch.float64)
+    assert relative_error((one, one * 1.5), (one, one)) == 0.5
+    assert relative_error(one, (one, one)) == math.inf
+    assert relative_error(one * math.nan, one) == math.inf
+
+
+def test_a_case_and_an_implementation_have_one_name_each():
+    family = toy_family([toy_case(), toy_case()])
+    with pytest.raises(ValueError, match="double 64x8 float32"):
+        family.cases("cpu")
+    with pytest.raises(ValueError, match="'freqrank'"):
+        family.implementation("freqrank")(lambda case, x: None)
+
+
+@pytest.fixture
+def document():
+    cases = [toy_case(n=n, shape=(16, n), options={"n": n}) for n in (4, 8, 16, 32)]
+    family = toy_family(right=lambda x: x + x, wrong=lambda x: x)
+    return run.run_family(family, cases, CPU, seconds=0, quick=True)
+
+
+def test_results_keep_their_schema(document, tmp_path):
+    path = results.write(tmp_path, "machine-toys", document)
+    loaded = json.loads(path.read_text())
+    results.check(loaded)
+    assert len(loaded["rows"]) == 4 * 4
+    assert loaded["settings"]["threads"] == torch.get_num_threads()
+    assert loaded["versions"]["torch"] == torch.__version__
+    assert loaded["machine"]["cpu"]
+    del loaded["rows"][0]["seconds"]
+    with pytest.raises(ValueError, match=r"seconds is 'missing'"):
+        results.check(loaded)
+    with pytest.raises(ValueError, match="schema is 0"):
+        results.check({**document, "schema": 0})
+
+
+def test_the_summary_is_made_from_the_files_alone(document, tmp_path):
+    results.write(tmp_path, "machine-toys", document)
+    counters = {"title": "Counters", "rows": [{"kernel": "k", "bytes_read": 32}, {"kernel": "l", "estimate": 0.51}]}
+    (tmp_path / "toys-counters.json").write_text(json.dumps(counters))
+    text = results.render(tmp_path)
+    assert text == results.render(tmp_path)
+    assert run.main(["--render", "--out", str(tmp_path)]) == 0
+    again = (tmp_path / results.SUMMARY).read_text()
+    assert run.main(["--render", "--out", str(tmp_path)]) == 0
+    assert again == (tmp_path / results.SUMMARY).read_text()
+    assert "| double n=8 16x8 float32 |" in text
+    assert "wrong" in text
+    assert "| kernel | bytes read | estimate |" in text
+    assert "| l |  | 0.51 |" in text
+
+
+def test_plots(document, tmp_path):
+    pytest.importorskip("matplotlib")
+    results.write(tmp_path, "machine-toys", document)
+    [path] = results.plot(tmp_path)
+    assert path.name == "machine-toys-toys.png"
+    assert "![Toys, toys](machine-toys-toys.png)" in results.render(tmp_path)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 9])
+@pytest.mark.parametrize("type", [1, 2, 3, 4])
+def test_the_transforms_definition_is_the_matrix(type, n):
+    family = families()["dct"]
+    case = next(case for case in family.cases("cpu") if case.options == {"type": type} and case.op == "dct")
+    x = torch.randn(5, n, dtype=torch.float64)
+    want = x @ reference.dct_matrix(type, n, None if type == 1 else "ortho").T
+    assert relative_error(dct.reference(case, x), want) < 1e-14
+
+
+@pytest.mark.parametrize("decay", [False, True])
+def test_attentions_definition_is_the_twin(decay):
+    case = next(iter(families()["linear_attention"].cases("cpu")))
+    case = dataclasses.replace(case, shape=(2, 37, 3, 4), options={"decay": "head"} if decay else {})
+    q, k, v, g = case.inputs(case, torch.Generator().manual_seed(0), CPU)
+    assert (g is not None) == decay
+    want = reference.linear_attention(q, k, v, log_decay=g)[0]
+    assert relative_error(linear_attention.reference(case, q, k, v, g, block=16), want) < 1e-14
+
+
+def test_every_family_has_its_cases_and_its_baseline():
+    for name, family in families().items():
+        assert family.name == name
+        assert family.implementations[0].name == "freqrank"
+        for device in ("cpu", "cuda"):
+            cases = family.cases(device)
+            assert any(case.quick for case in cases)
+            assert all(case.bytes > 0 and case.tolerance < 0.1 for case in cases)
+
+
+@pytest.mark.parametrize("name", sorted(families()))
+def test_the_runner_ends_to_end(name, tmp_path, monkeypatch):
+    """On the family's smallest quick case, shrunk where that is easy."""
+    family = families()[name]
+    smallest = min((case for case in family.cases("cpu") if case.quick), key=lambda case: math.prod(case.shape))
+    monkeypatch.setattr(Family, "cases", lambda self, device: [smallest])
+    threads = torch.get_num_threads()
+    try:
+        options = ["--quick", "--family", name, "--device", "cpu", "--threads", "1", "--minutes", "0"]
+        assert run.main([*options, "--out", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    [loaded] = results.load(tmp_path).values()
+    assert loaded["settings"]["threads"] == 1
+    timed = [row for row in loaded["rows"] if "seconds" in row]
+    assert {"freqrank", COPY} < {row["implementation"] for row in timed}
+    assert not [row for row in loaded["rows"] if "refused" in row]
+    assert (tmp_path / results.SUMMARY).exists()

@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := $(shell find csrc cmake tests/cpp tests/simt -type f -not -name '*.py*') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-long bench bench-quick lint format build clean
+.PHONY: demo test test-long bench bench-quick gpu-check lint format build clean
 
 # Waiting threads sleep: on a busy machine, spinning ones take the cores from those that work.
 demo: $(VENV)/.cli
@@ -27,6 +27,12 @@ bench: $(VENV)/.bench
 # A minute; writes to build/bench-quick.
 bench-quick:
 	$(MAKE) bench QUICK=1
+
+# On a machine with an NVIDIA GPU: builds for it, tests, measures. Needs torch, numpy, pytest, nvcc, cmake and ninja in
+# PYTHON and on the PATH, no network and nothing of what the other targets set up. Exits 3 where there is no GPU.
+OUT ?= build/gpu-check-output
+gpu-check:
+	@$(PYTHON) tools/gpu-check --out "$(OUT)" --peers "$(PEERS)"
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-SOURCES := $(shell find csrc cmake tests/cpp tests/simt -type f -not -name '*.py*') CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc cmake tests/cpp tests/simt tests/gpu -type f -not -name '*.py*') CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test test-long bench bench-quick gpu-check lint format build clean
 

@@ -283,10 +283,11 @@ class Tester {
 void test_everything(Tester& tester, bool small) {
   using D = Dtype;
   const std::vector<D> dtypes = {D::float16, D::bfloat16, D::float32, D::float64};
-  const Sizes lengths = small ? Sizes{2, 8, 30, 34, 64, 1000, 1024, 4097}
-                              : Sizes{1,   2,   3,   4,   5,   7,   8,    15,   16,   17,   30,   31,    32,   60,
-                                      64,  96,  97,  100, 121, 128, 210,  256,  343,  360,  512,  997,   1000, 1009,
-                                      1024, 1025, 2000, 2048, 3125, 4096, 4097, 6000, 8192, 8193, 10007, 16384};
+  const Sizes lengths = small
+                            ? Sizes{2, 8, 30, 34, 64, 1000, 1024, 4097}
+                            : Sizes{1,    2,    3,    4,    5,    7,    8,    15,   16,   17,   30,    31,   32,   60,
+                                    64,   96,   97,   100,  121,  128,  210,  256,  343,  360,  512,   997,  1000, 1009,
+                                    1024, 1025, 2000, 2048, 3125, 4096, 4097, 6000, 8192, 8193, 10007, 16384};
   for (const std::int64_t n : lengths) {
     for (int type = 1; type <= 4; ++type) {
       if (type == 1 && n < 2) continue;
@@ -299,8 +300,8 @@ void test_everything(Tester& tester, bool small) {
         if (!small) tester.test(columns(dtype, type, n, std::max<std::int64_t>(1, many / 2)));
       }
     }
-    tester.test(problem(D::float32, 2, {5, n}, {1}, {n + 3}, {5, n + 3}));                       // padded
-    tester.test(problem(D::float32, 3, {5, n + 2}, {1}, {n}, {5, n}));                           // cropped
+    tester.test(problem(D::float32, 2, {5, n}, {1}, {n + 3}, {5, n + 3}));  // padded
+    tester.test(problem(D::float32, 3, {5, n + 2}, {1}, {n}, {5, n}));      // cropped
     tester.test(problem(D::bfloat16, 4, {3, n, 5}, {1}, {n}, {3, std::max<std::int64_t>(1, n / 2), 5}));
     Problem gaps = rows(D::float32, 2, 5, n);
     gaps.in_strides = {n + 1, 1};

@@ -42,7 +42,8 @@ const char* name(Algorithm algorithm);
 constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 // What the block FFT is compiled for: complex numbers that a thread holds in a stage, threads of a block at most.
-constexpr int kBlockPerThread = 16, kBlockThreads = 512;
+constexpr int kBlockPerThread = 16;
+constexpr int block_threads_limit(bool wide) { return wide ? 512 : 1024; }
 constexpr int kBlockRadices[] = {16, 13, 11, 8, 7, 5, 4, 3, 2};
 // Its shared memory: complex numbers padded by one in every 128 bytes; behind the tile, where each row starts.
 constexpr int kBlockRowBytes = 16, kBlockRows = 256;

@@ -122,7 +122,7 @@ std::int64_t block_threads(const Step& step, std::int64_t rows) {
 
 bool fits_block(const Step& step, const DeviceLimits& limits) {
   return step.axis[0].fft.inner < (1 << 20) && block_shared_bytes(step, 1) <= limits.shared_bytes &&
-         block_threads(step, 1) <= kBlockThreads;
+         block_threads(step, 1) <= block_threads_limit(step.wide);
 }
 
 Tiling tiling(std::int64_t stride, std::int64_t count, const Step& step, std::int64_t BatchDim::* batch_stride) {
@@ -154,8 +154,8 @@ void plan_block(Step& step, const DeviceLimits& limits) {
       std::max(aligned(step.load, axis.filled, step.from_dtype), aligned(step.store, axis.out_size, step.to_dtype));
   const auto fits = [&](std::int64_t rows) {
     const bool small = block_threads(step, rows) <= kPreferredThreads && block_shared_bytes(step, rows) <= shared;
-    const bool fits_at_all =
-        block_threads(step, rows) <= kBlockThreads && block_shared_bytes(step, rows) <= limits.shared_bytes;
+    const bool fits_at_all = block_threads(step, rows) <= block_threads_limit(step.wide) &&
+                             block_shared_bytes(step, rows) <= limits.shared_bytes;
     return fits_at_all && (small || rows <= wanted);
   };
   std::int64_t rows = 1;

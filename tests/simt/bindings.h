@@ -11,5 +11,6 @@ namespace freqrank::simt_bindings {
 
 void bind_executor(pybind11::module_& m);
 void bind_machine(pybind11::module_& m);
+void bind_dct(pybind11::module_& m);
 
 }  // namespace freqrank::simt_bindings

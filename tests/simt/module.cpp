@@ -66,4 +66,5 @@ PYBIND11_MODULE(freqrank_simt, m) {
   m.doc() = "The CUDA kernels of freqrank, run by the host executor";
   freqrank::simt_bindings::bind_executor(m);
   freqrank::simt_bindings::bind_machine(m);
+  freqrank::simt_bindings::bind_dct(m);
 }

@@ -3,7 +3,8 @@
 
 #include <stdexcept>
 
-#include "dct/device/params.h"
+#include "dct/device/bluestein.h"
+#include "dct/device/mixed_radix.h"
 #include "dct/device/tables.h"
 
 namespace freqrank::dct::device {
@@ -19,7 +20,8 @@ void run_device(const DevicePlan& plan, const DevicePointers& pointers, void* wo
                           base + plan.scratch_at};
     switch (step.algorithm) {
       case Algorithm::tables: enqueue_tables(step, at, queue); break;
-      // Each algorithm's header has enqueue_<algorithm>(const Step&, const StepPointers&, Queue&).
+      case Algorithm::mixed_radix: enqueue_mixed_radix(step, at, queue); break;
+      case Algorithm::bluestein: enqueue_bluestein(step, at, queue); break;
       default: throw std::logic_error(std::string("dct: no kernel for ") + name(step.algorithm));
     }
   }

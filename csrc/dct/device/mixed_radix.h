@@ -1,0 +1,460 @@
+#pragma once
+// Cosine transforms through complex FFTs in one block's shared memory, a few rows at once.
+//
+// Every stage of the FFT, and what comes before and after it, goes through registers: all threads of the block read
+// what they need, meet, and write it where the next stage wants it (Stockham's order), so one copy of the rows is
+// enough. The radices, and everything about the transform, are run-time values; the plan sees to it that no thread
+// needs more than kBlockPerThread complex numbers.
+//
+// With L the length of the FFT: an even length n of types II to IV is L = n / 2 complex numbers, an odd one L = n with
+// imaginary part 0, type I the L = n - 1 pairs of its symmetric extension. The algebra is that of the CPU's
+// kernels.cpp.
+
+#include "dct/device/tile.h"
+
+namespace freqrank::dct::device {
+
+// The block FFT and its rows in shared memory.
+struct BlockFft {
+  int n, inner, stages, pitch;  // pitch: complex numbers from a row to the next
+  Divider by_n, by_inner;
+  struct Stage {
+    int radix, span;            // span: the product of the radices before
+    Divider by_count, by_span;  // count: inner / radix butterflies
+  } stage[DeviceFft::max_stages];
+};
+
+inline BlockFft block_fft_of(const DeviceFft& fft, int pitch) {
+  BlockFft f{};
+  f.n = static_cast<int>(fft.n);
+  f.inner = static_cast<int>(fft.inner);
+  f.stages = fft.stages;
+  f.pitch = pitch;
+  f.by_n = Divider(f.n);
+  f.by_inner = Divider(f.inner);
+  int span = 1;
+  for (int i = 0; i < fft.stages; ++i) {
+    f.stage[i] = {fft.radix[i], span, Divider(f.inner / fft.radix[i]), Divider(span)};
+    span *= fft.radix[i];
+  }
+  return f;
+}
+
+// A block's rows as complex numbers, and as the real numbers that these consist of.
+template <class T>
+class Rows {
+ public:
+  SIMT_DEVICE Rows(int rows, int pitch) : at_(simt::shared_array<T>(0, 2 * rows * pitch)), pitch_(pitch) {}
+  SIMT_DEVICE Complex<T> load(int row, int i) const {
+    const auto z = at_.template load_vector<2>(2 * (row * pitch_ + pad(i)));
+    return {z[0], z[1]};
+  }
+  SIMT_DEVICE void store(int row, int i, const Complex<T>& z) const {
+    at_.template store_vector<2>(2 * (row * pitch_ + pad(i)), {{z.re, z.im}});
+  }
+  SIMT_DEVICE T real(int row, int i) const { return at_.load(slot(row, i)); }
+  SIMT_DEVICE void set_real(int row, int i, T x) const { at_.store(slot(row, i), x); }
+
+ private:
+  SIMT_DEVICE static int pad(int i) { return i + (i >> (sizeof(T) == 8 ? 3 : 4)); }
+  SIMT_DEVICE int slot(int row, int i) const { return 2 * (row * pitch_ + pad(i >> 1)) + (i & 1); }
+  simt::shared<T> at_;
+  int pitch_;
+};
+
+// A table of complex numbers.
+template <class T>
+SIMT_DEVICE Complex<T> table_at(simt::global<const T> table, int i) {
+  const auto w = table.template load_vector<2>(2 * static_cast<Index>(i));
+  return {w[0], w[1]};
+}
+
+template <class T>
+SIMT_DEVICE Complex<T> conjugate(const Complex<T>& z) {
+  return {z.re, -z.im};
+}
+template <class T>
+SIMT_DEVICE Complex<T> swapped(const Complex<T>& z) {
+  return {z.im, z.re};
+}
+
+// Reads K items a thread with read(row, j), j < count.divisor(), meets, and writes them with write(row, j, item).
+template <int K, class Item, class Read, class Write>
+SIMT_DEVICE void staged(int rows, const Divider& count, const Read& read, const Write& write) {
+  const int total = rows * count.divisor(), me = simt::thread();
+  Item items[K];
+  SIMT_UNROLL
+  for (int k = 0; k < K; ++k) {
+    const int e = me + k * simt::threads();
+    if (e < total) {
+      const int row = count.quotient(e);
+      items[k] = read(row, e - row * count.divisor());
+    } else {
+      items[k] = Item{};  // or nvcc would keep what a stage before left there
+    }
+  }
+  simt::barrier();
+  SIMT_UNROLL
+  for (int k = 0; k < K; ++k) {
+    const int e = me + k * simt::threads();
+    if (e < total) {
+      const int row = count.quotient(e);
+      write(row, e - row * count.divisor(), items[k]);
+    }
+  }
+  simt::barrier();
+}
+
+// Each complex number j < count.divisor() of each row where it is.
+template <class T, class Change>
+SIMT_DEVICE void each(const Rows<T>& z, int rows, const Divider& count, const Change& change) {
+  const int total = rows * count.divisor();
+  for (int e = simt::thread(); e < total; e += simt::threads()) {
+    const int row = count.quotient(e), j = e - row * count.divisor();
+    z.store(row, j, change(row, j));
+  }
+  simt::barrier();
+}
+
+template <int R, class T>
+struct Butterfly {
+  Complex<T> a[R];
+};
+
+template <int R, class T>
+SIMT_DEVICE void stage(const BlockFft& f, const BlockFft::Stage& s, const Rows<T>& z, int rows,
+                       simt::global<const T> roots) {
+  const int count = s.by_count.divisor(), span = s.span;
+  const bool last = span * R == f.inner;
+  staged<kBlockPerThread / R, Butterfly<R, T>>(
+      rows, s.by_count,
+      [&](int row, int u) {
+        Butterfly<R, T> b;
+        SIMT_UNROLL
+        for (int t = 0; t < R; ++t) b.a[t] = z.load(row, u + t * count);
+        butterfly<R>(b.a);
+        if (!last) {
+          // powers of one root by products of few factors: a rounding or two more than tables of them all
+          Complex<T> w[R];
+          w[1] = table_at(roots, s.by_span.quotient(u) * span);
+          b.a[1] = b.a[1] * w[1];
+          SIMT_UNROLL
+          for (int t = 2; t < R; ++t) {
+            w[t] = w[t / 2] * w[t - t / 2];
+            b.a[t] = b.a[t] * w[t];
+          }
+        }
+        return b;
+      },
+      [&](int row, int u, const Butterfly<R, T>& b) {
+        const int p = s.by_span.quotient(u);
+        const int first = u + p * span * (R - 1);  // u - p span + p span R
+        SIMT_UNROLL
+        for (int t = 0; t < R; ++t) z.store(row, first + t * span, b.a[t]);
+      });
+}
+
+// FFT of length f.inner of every row.
+template <class T>
+SIMT_DEVICE void fft_stage(const BlockFft& f, int i, const Rows<T>& z, int rows, simt::global<const T> roots) {
+  const BlockFft::Stage& s = f.stage[i];
+  switch (s.radix) {
+    case 2: stage<2>(f, s, z, rows, roots); break;
+    case 3: stage<3>(f, s, z, rows, roots); break;
+    case 4: stage<4>(f, s, z, rows, roots); break;
+    case 5: stage<5>(f, s, z, rows, roots); break;
+    case 7: stage<7>(f, s, z, rows, roots); break;
+    case 8: stage<8>(f, s, z, rows, roots); break;
+    case 11: stage<11>(f, s, z, rows, roots); break;
+    case 13: stage<13>(f, s, z, rows, roots); break;
+    default: stage<16>(f, s, z, rows, roots); break;
+  }
+}
+
+// --- the cosine transforms ----------------------------------------------------------------------------------------
+
+template <class T>
+struct RowParams {
+  Tile tile;
+  BlockFft fft;
+  simt::global<const T> roots, twist, chirp, spectrum;
+  int type;
+  bool even;
+  T scale, in_end, out_end;
+  Divider pairs;         // how many steps before and after the FFT: pairs k, l = L - k, or k of an odd n
+  int eighth;            // type IV, n odd: 1 / 8 modulo n
+  T turn_cos, turn_sin;  //   and 2 scale exp(2 pi i n / 8)
+};
+
+template <class T>
+struct Four {
+  T a, b, c, d;
+};
+
+// Types II and III permute v_i = x_2i, v_n-1-i = x_2i+1; where element i of x is in v.
+SIMT_DEVICE int permuted(int i, int n) { return i & 1 ? n - 1 - (i >> 1) : i >> 1; }
+
+// Type IV of an even length pairs x_2j with x_n-1-2j.
+SIMT_DEVICE int folded(int i, int n) { return i & 1 ? n - i : i; }
+
+// Type IV of an odd length is a real DFT up to order and signs (csrc/dct/kernels.cpp): element i of it, in units of the
+// DFT's permuted positions, is this element of x.
+struct Image {
+  int index;
+  bool negative;
+};
+SIMT_DEVICE Image image(int i, int n) {
+  const int a = 8 * i + 1;
+  if (a < 2 * n) return {(a - 1) / 2, false};
+  if (a < 4 * n) return {(4 * n - a - 1) / 2, true};
+  if (a < 6 * n) return {(a - 4 * n - 1) / 2, true};
+  return {(8 * n - a - 1) / 2, false};
+}
+
+// Where element i of a loaded row goes, as a real number of the tile.
+SIMT_DEVICE int load_slot(int type, bool even, int i, int n) {
+  return type == 2 ? permuted(i, n) : type == 4 && even ? folded(i, n) : i;
+}
+
+// Where element i of the result is. An inverse FFT is a forward one with real and imaginary parts exchanged.
+SIMT_DEVICE int store_slot(int type, bool even, int i, int n) {
+  if (type == 3) return even ? permuted(i, n) ^ 1 : 2 * permuted(i, n) + 1;
+  return type == 4 && even ? folded(i, n) : i;
+}
+
+// From the real row to the FFT's input.
+template <class T>
+SIMT_DEVICE void before_fft(const RowParams<T>& p, const Rows<T>& z, int rows) {
+  const int n = p.tile.n, length = p.fft.n;
+  if (p.type == 1) {
+    staged<kBlockPerThread, Complex<T>>(
+        rows, p.fft.by_n,
+        [&](int row, int j) {
+          const auto extended = [&](int i) {
+            i = i <= length ? i : 2 * length - i;
+            const T x = z.real(row, i);
+            return i == 0 || i == length ? (x + x) * p.in_end : x;
+          };
+          return Complex<T>{extended(2 * j), extended(2 * j + 1)};
+        },
+        [&](int row, int j, const Complex<T>& a) { z.store(row, j, a); });
+  } else if (p.type == 4 && p.even) {
+    each(z, rows, p.fft.by_n, [&](int row, int j) { return z.load(row, j) * table_at(p.twist, j); });
+  } else if (p.type == 4) {
+    staged<kBlockPerThread, T>(
+        rows, p.fft.by_n,
+        [&](int row, int j) {
+          const int i = j - p.eighth;
+          const Image from = image(i < 0 ? i + n : i, n);
+          const T x = z.real(row, from.index);
+          return from.negative ? -x : x;
+        },
+        [&](int row, int j, T a) { z.store(row, j, {a, T(0)}); });
+  } else if (p.type == 2 && !p.even) {
+    staged<kBlockPerThread, T>(
+        rows, p.fft.by_n, [&](int row, int j) { return z.real(row, j); },
+        [&](int row, int j, T a) { z.store(row, j, {a, T(0)}); });
+  } else if (p.type == 3) {
+    // V_k = exp(i pi k / 2n) (x_k - i x_n-k), whose inverse real DFT is v
+    staged<kBlockPerThread / 2, Four<T>>(
+        rows, p.pairs,
+        [&](int row, int k) {
+          const T twice = p.scale + p.scale, first = k == 0 ? twice * p.in_end : p.scale;
+          const T a = z.real(row, k) * first;
+          if (!p.even) return Four<T>{a, k == 0 ? T(0) : z.real(row, n - k) * p.scale, T(0), T(0)};
+          const int l = length - k;
+          if (k == 0) return Four<T>{a, T(0), z.real(row, l) * p.scale * T(1.41421356237309504880), T(0)};
+          return Four<T>{a, z.real(row, n - k) * p.scale, z.real(row, l) * p.scale, z.real(row, n - l) * p.scale};
+        },
+        [&](int row, int k, const Four<T>& x) {
+          const Complex<T> w = conjugate(table_at(p.twist, k));
+          const Complex<T> a = w * Complex<T>{x.a, -x.b};
+          if (!p.even) {
+            z.store(row, k, swapped(a));
+            if (k != 0) z.store(row, n - k, swapped(conjugate(a)));
+            return;
+          }
+          if (k == 0) {
+            z.store(row, 0, {x.a - x.c, x.a + x.c});
+            return;
+          }
+          const int l = length - k;
+          const T root = T(0.70710678118654752440);
+          const Complex<T> wl{(w.re + w.im) * root, (w.re - w.im) * root};  // exp(i pi l / 2n)
+          const Complex<T> b = wl * Complex<T>{x.c, -x.d};
+          const Complex<T> square = w * w, turn = square * square;  // exp(2 pi i k / n)
+          const Complex<T> even{a.re + b.re, a.im - b.im};
+          const Complex<T> odd = Complex<T>{a.re - b.re, a.im + b.im} * Complex<T>{-turn.im, turn.re};
+          if (l != k) z.store(row, l, {odd.im - even.im, even.re - odd.re});
+          z.store(row, k, {even.im + odd.im, even.re + odd.re});
+        });
+  }
+}
+
+// From the FFT's output to the row.
+template <class T>
+SIMT_DEVICE void after_fft(const RowParams<T>& p, const Rows<T>& z, int rows) {
+  const int n = p.tile.n, length = p.fft.n;
+  if (p.type == 1) {
+    staged<kBlockPerThread / 2, Four<T>>(
+        rows, p.pairs,
+        [&](int row, int k) {
+          const Complex<T> a = z.load(row, k), b = z.load(row, k == 0 ? 0 : length - k);
+          return Four<T>{a.re, a.im, b.re, b.im};
+        },
+        [&](int row, int k, const Four<T>& x) {
+          if (k == 0) {
+            const T scale = p.scale * p.out_end;
+            z.set_real(row, 0, (x.a + x.b) * scale);
+            z.set_real(row, length, (x.a - x.b) * scale);
+            return;
+          }
+          const Complex<T> w = table_at(p.twist, k);
+          const T half = p.scale * T(0.5);
+          const T even = (x.a + x.c) * half;
+          const T odd = ((x.b + x.d) * w.re + (x.a - x.c) * w.im) * half;
+          if (2 * k != length) z.set_real(row, length - k, even - odd);
+          z.set_real(row, k, even + odd);
+        });
+  } else if (p.type == 4 && p.even) {
+    const T twice = p.scale + p.scale;
+    each(z, rows, p.fft.by_n, [&](int row, int k) {
+      const Complex<T> a = z.load(row, k) * table_at(p.twist, k);
+      return Complex<T>{a.re * twice, -a.im * twice};
+    });
+  } else if (p.type == 4) {
+    staged<kBlockPerThread, T>(
+        rows, p.fft.by_n,
+        [&](int row, int i) {
+          const int at = 8 * i + 1;
+          const Complex<T> a = z.load(row, at - p.fft.by_n.quotient(at) * n);
+          const T x = a.re * p.turn_cos + a.im * p.turn_sin;
+          return image(i, n).negative ? -x : x;
+        },
+        [&](int row, int i, T x) { z.set_real(row, image(i, n).index, x); });
+  } else if (p.type == 2 && !p.even) {
+    staged<kBlockPerThread / 2, Complex<T>>(
+        rows, p.pairs,
+        [&](int row, int k) {
+          const T twice = p.scale + p.scale;
+          const Complex<T> a = z.load(row, k) * table_at(p.twist, k);
+          return Complex<T>{a.re * (k == 0 ? twice * p.out_end : twice), -a.im * twice};
+        },
+        [&](int row, int k, const Complex<T>& x) {
+          z.set_real(row, k, x.re);
+          if (k != 0) z.set_real(row, n - k, x.im);
+        });
+  } else if (p.type == 2) {
+    staged<kBlockPerThread / 2, Four<T>>(
+        rows, p.pairs,
+        [&](int row, int k) {
+          const Complex<T> a = z.load(row, k);
+          if (k == 0) {
+            const T twice = p.scale + p.scale;
+            return Four<T>{(a.re + a.im) * twice * p.out_end, T(0), (a.re - a.im) * p.scale * T(1.41421356237309504880),
+                           T(0)};
+          }
+          const Complex<T> b = z.load(row, length - k);
+          const Complex<T> w = table_at(p.twist, k);
+          const T root = T(0.70710678118654752440);
+          const Complex<T> wl{(w.re - w.im) * root, -(w.re + w.im) * root};  // exp(-i pi l / 2n)
+          const Complex<T> square = w * w, turn = square * square;           // exp(-2 pi i k / n)
+          const Complex<T> even{a.re + b.re, a.im - b.im};
+          const Complex<T> odd = Complex<T>{a.re - b.re, a.im + b.im} * Complex<T>{turn.im, -turn.re};
+          const Complex<T> x = (even + odd) * w, y = Complex<T>{even.re - odd.re, odd.im - even.im} * wl;
+          return Four<T>{x.re * p.scale, -x.im * p.scale, y.re * p.scale, -y.im * p.scale};
+        },
+        [&](int row, int k, const Four<T>& x) {
+          const int l = length - k;
+          z.set_real(row, l, x.c);
+          if (k != 0) {
+            z.set_real(row, n - l, x.d);
+            z.set_real(row, k, x.a);
+            z.set_real(row, n - k, x.b);
+          } else {
+            z.set_real(row, 0, x.a);
+          }
+        });
+  }
+}
+
+// All of a block's work; fft(z, rows) transforms the rows in place.
+template <class T, class Fft>
+SIMT_DEVICE void transform_rows(const RowParams<T>& p, const Fft& fft) {
+  const Tile& t = p.tile;
+  const Rows<T> z(t.rows, p.fft.pitch);
+  const RowOffsets offsets(t);
+  // One tile a block, no loop over tiles: the compiler would keep every index of the steps below in a register.
+  const Index first = simt::block() * t.rows;
+  const int rows = static_cast<int>(first + t.rows <= t.batch.rows ? t.rows : t.batch.rows - first);
+  if (t.load != Tiling::flat || t.store != Tiling::flat || t.padding > 0) {
+    offsets.fill(t, first, rows);
+    simt::barrier();
+  }
+  load_tile<T>(t, offsets, first, rows,
+               [&](int row, int i, T x) { z.set_real(row, load_slot(p.type, p.even, i, t.n), x); });
+  simt::barrier();
+  before_fft(p, z, rows);
+  fft(z, rows);
+  after_fft(p, z, rows);
+  store_tile<T>(t, offsets, first, rows,
+                [&](int row, int i) { return z.real(row, store_slot(p.type, p.even, i, t.n)); });
+}
+
+template <class T, class Queue>
+RowParams<T> row_params(const Step& step, const StepPointers& pointers, const Queue& queue) {
+  const Axis& axis = step.axis[0];
+  RowParams<T> p{};
+  p.tile = tile_of(step, pointers, queue);
+  const int complex_bytes = 2 * static_cast<int>(sizeof(T));
+  p.fft = block_fft_of(axis.fft, (step.shared_bytes / step.rows_per_block - kBlockRowBytes) / complex_bytes);
+  const auto table = [&](Index at, Index count) {
+    const T* base = static_cast<const T*>(pointers.tables);
+    return at < 0 ? simt::global<const T>{} : queue.template view<const T>(base + 2 * at, 0, 2 * count);
+  };
+  p.type = step.type;
+  p.even = axis.even(step.type);
+  const Index length = axis.fft.n, n = axis.n;
+  const Index pairs = (step.type == 1 || p.even ? length / 2 : n / 2) + 1;
+  p.roots = table(axis.roots, axis.fft.inner / 2 + 1);
+  p.twist = table(axis.twist, step.type == 4 ? length : pairs);
+  p.chirp = table(axis.chirp, length);
+  p.spectrum = table(axis.spectrum, axis.fft.inner);
+  p.scale = static_cast<T>(axis.scale);
+  p.in_end = static_cast<T>(axis.in_end);
+  p.out_end = static_cast<T>(axis.out_end);
+  p.pairs = Divider(pairs);
+  if (step.type == 4 && !p.even) {
+    Index eighth = 1;
+    while (eighth % 8 != 0) eighth += n;
+    p.eighth = static_cast<int>(eighth / 8 % n);
+    const double root = n % 8 == 1 || n % 8 == 7 ? 0.70710678118654752440 : -0.70710678118654752440;
+    p.turn_cos = static_cast<T>(2 * axis.scale * root);
+    p.turn_sin = static_cast<T>(2 * axis.scale * (n % 8 < 4 ? 0.70710678118654752440 : -0.70710678118654752440));
+  }
+  return p;
+}
+
+template <class T>
+struct MixedRadixKernel {
+  using Params = RowParams<T>;
+  static constexpr const char* name = sizeof(T) == 8 ? "dct_mixed_radix_double" : "dct_mixed_radix";
+  static constexpr int max_threads = block_threads_limit(sizeof(T) == 8), min_blocks = 1;
+  SIMT_DEVICE static void run(const Params& p) {
+    transform_rows(p, [&](const Rows<T>& z, int rows) {
+      for (int i = 0; i < p.fft.stages; ++i) fft_stage(p.fft, i, z, rows, p.roots);
+    });
+  }
+};
+
+template <class Queue>
+void enqueue_mixed_radix(const Step& step, const StepPointers& pointers, Queue& queue) {
+  const simt::Grid grid{step.blocks, step.threads, step.shared_bytes};
+  if (step.wide) {
+    queue.template launch<MixedRadixKernel<double>>(grid, row_params<double>(step, pointers, queue));
+  } else {
+    queue.template launch<MixedRadixKernel<float>>(grid, row_params<float>(step, pointers, queue));
+  }
+}
+
+}  // namespace freqrank::dct::device

@@ -92,6 +92,48 @@ struct Axis {
   bool even(int type) const { return type != 1 && n % 2 == 0; }  // an FFT of length n / 2 serves
 };
 
+// The longest row that a GPU transforms.
+constexpr std::int64_t kLongestRow = std::int64_t{1} << 30;
+
+constexpr int kLongThreads = 512;  // of a block
+
+// An FFT beyond one block's shared memory (device/passes.h): a pass over the workspace for each factor of its length.
+struct MultiPass {
+  static constexpr int max_passes = 8;
+  struct Pass {
+    DeviceFft fft;            // its length is the factor
+    std::int64_t roots = -1;  // table, as Axis::roots
+    int column_bits = 0;      // 2^column_bits columns a tile
+    int threads = 0, shared_bytes = 0;
+  };
+  // exp(-2 pi i k / period) as a product of two entries: tables for k < 2^bits and for every 2^bits-th k.
+  struct Roots {
+    std::int64_t period = 1, low = -1, high = -1;
+    int bits = 0;
+    std::int64_t low_count() const { return std::int64_t{1} << bits; }
+    std::int64_t high_count() const { return ((period - 1) >> bits) + 1; }
+  };
+  int passes = 0;
+  Pass pass[max_passes];
+  Roots row, fft;  // before and after the FFT; between its passes
+  std::int64_t rows_per_launch = 0;
+
+  std::int64_t length() const {
+    std::int64_t product = 1;
+    for (int i = 0; i < passes; ++i) product *= pass[i].fft.inner;
+    return product;
+  }
+  // Blocks that pass i takes for one row.
+  std::int64_t tiles(int i) const {
+    const std::int64_t slots = std::int64_t{1} << pass[i].column_bits;
+    const std::int64_t columns = length() / pass[i].fft.inner;
+    if (i == 0 || i + 1 == passes) return columns / 2 / (slots / 2) + 1;  // columns 0 .. columns / 2, with their images
+    std::int64_t before = 1;
+    for (int j = 0; j < i; ++j) before *= pass[j].fft.inner;
+    return before * ((columns / before + slots - 1) / slots);
+  }
+};
+
 // How a tile of rows moves between global and shared memory.
 enum class Tiling {
   flat,        // rows follow each other without a gap: one run of 16-byte vectors
@@ -115,6 +157,8 @@ struct Step {
   std::int64_t blocks = 0;
   int shared_bytes = 0;
   Tiling load = Tiling::by_element, store = Tiling::by_element;
+
+  MultiPass multi_pass;
 
   std::vector<TableRun> tables;                  // of the step `tables`
   std::size_t scratch_bytes = 0;                 // of multi_pass, in the workspace at DevicePlan::scratch_at

@@ -167,15 +167,139 @@ void plan_block(Step& step, const DeviceLimits& limits) {
   step.blocks = ceil_div(step.rows, rows);
 }
 
+// --- several passes -----------------------------------------------------------------------------------------------
+
+// A tile's columns lie beside each other in memory: at least a sector of them and of their mirror images, four sectors
+// of each if that leaves room for several blocks on an SM.
+constexpr int kColumnBytes = 2 * kSectorBytes, kWantedColumnBytes = 8 * kSectorBytes;
+// Rows go through all passes in groups whose workspace stays in the second-level cache.
+constexpr std::int64_t kGroupBytes = 24 << 20;
+
+// Columns of `pass` side by side; whether a block can take them.
+bool set_columns(MultiPass::Pass& pass, int column_bits, bool wide, std::int64_t largest_shared, int most_threads) {
+  Step block;  // whose rows the columns are
+  block.wide = wide;
+  block.axis[0].fft = pass.fft;
+  const std::int64_t columns = std::int64_t{1} << column_bits;
+  const std::int64_t shared = columns * row_pitch(block) * (wide ? 16 : 8), threads = block_threads(block, columns);
+  if (shared > largest_shared || threads > most_threads) return false;
+  pass.column_bits = column_bits;
+  pass.shared_bytes = static_cast<int>(shared);
+  pass.threads = static_cast<int>(threads);
+  return true;
+}
+
+// Splits n into `passes` factors of which the largest is as small as can be, none above `largest`; the largest first.
+bool split(std::int64_t n, int passes, std::int64_t largest, MultiPass& plan, int at) {
+  if (passes == 1) {
+    if (n > largest) return false;
+    plan.pass[at].fft.n = plan.pass[at].fft.inner = n;
+    return true;
+  }
+  const double root = std::pow(static_cast<double>(n), 1.0 / passes);
+  for (auto factor = static_cast<std::int64_t>(root * (1 - 1e-9)); factor <= std::min(n, largest); ++factor) {
+    if (factor < 2 || n % factor || !split(n / factor, passes - 1, factor, plan, at + 1)) continue;
+    plan.pass[at].fft.n = plan.pass[at].fft.inner = factor;
+    return true;
+  }
+  return false;
+}
+
+void plan_multi_pass(Step& step, const DeviceLimits& limits) {
+  const Axis& axis = step.axis[0];
+  const bool bluestein = axis.fft.bluestein();
+  const std::int64_t n = axis.n, length = axis.fft.n, inner = axis.fft.inner, entry = step.wide ? 16 : 8;
+  const auto refuse = [&](const std::string& why) {
+    throw std::length_error("dct: a row of length " + std::to_string(n) + " on a GPU: " + why);
+  };
+  if (n > kLongestRow) refuse("lengths up to " + std::to_string(kLongestRow) + " are supported");
+  step.algorithm = Algorithm::multi_pass;
+  step.why = bluestein ? "a prime factor above 13, beyond one block" : "smooth, beyond one block";
+
+  const auto bits_of = [&](std::int64_t bytes) {
+    int bits = 1;
+    while ((entry << bits) < bytes) ++bits;
+    return bits;
+  };
+  const int fewest = bits_of(kColumnBytes), most = bits_of(kWantedColumnBytes);
+  MultiPass& plan = step.multi_pass;
+  std::int64_t largest = 1;
+  MultiPass::Pass trial;
+  for (std::int64_t factor = 2; factor <= 1024; ++factor) {
+    if (!is_smooth(factor)) continue;
+    trial.fft.n = trial.fft.inner = factor;
+    set_radices(trial.fft);
+    if (set_columns(trial, fewest, step.wide, limits.shared_bytes, kLongThreads)) largest = factor;
+  }
+  for (plan.passes = 2; !split(inner, plan.passes, largest, plan, 0);) {
+    if (++plan.passes > MultiPass::max_passes) refuse("its factors need more shared memory than a block has");
+  }
+  const std::int64_t roomy = limits.shared_bytes_per_sm / kBlocksPerSm - 1024;
+  for (int i = 0; i < plan.passes; ++i) {
+    MultiPass::Pass& pass = plan.pass[i];
+    set_radices(pass.fft);
+    if (!set_columns(pass, fewest, step.wide, limits.shared_bytes, kLongThreads)) refuse("no tile fits");
+    for (int bits = fewest + 1; bits <= most; ++bits) {
+      if (!set_columns(pass, bits, step.wide, std::min<std::int64_t>(roomy, limits.shared_bytes), kPreferredThreads))
+        break;
+    }
+  }
+  const auto roots_of = [](std::int64_t period) {
+    MultiPass::Roots roots;
+    roots.period = period;
+    while ((std::int64_t{1} << (2 * roots.bits)) < period) ++roots.bits;
+    return roots;
+  };
+  plan.row = roots_of(step.type == 1 ? 2 * length : step.type == 4 ? 8 * n : 4 * n);
+  plan.fft = roots_of(inner);
+
+  const std::int64_t row_bytes = inner * entry;
+  plan.rows_per_launch = std::clamp<std::int64_t>(kGroupBytes / row_bytes, 1, std::max<std::int64_t>(step.rows, 1));
+  step.scratch_bytes =
+      static_cast<std::size_t>(row_bytes * (bluestein ? 2 * plan.rows_per_launch + 1 : plan.rows_per_launch));
+  step.threads = plan.pass[0].threads;
+  step.shared_bytes = plan.pass[0].shared_bytes;
+  step.blocks = plan.rows_per_launch * plan.tiles(0);
+
+  // Type I reads what its symmetric extension has twice. A pass reads and writes the workspace, but for the tensor's
+  // ends.
+  if (step.type == 1 && axis.filled > 0) {
+    const std::int64_t twice = axis.filled - 1 - (axis.filled == n ? 1 : 0);
+    step.read_bytes += twice * step.rows * bytes_of(step.from_dtype);
+  }
+  const std::int64_t passes = plan.passes;
+  if (!bluestein) {
+    step.read_bytes += step.rows * (passes - 1) * row_bytes;
+    step.write_bytes += step.rows * (passes - 1) * row_bytes;
+  } else {  // before: written; two FFTs, one from `length` elements, times the filter; after: read. The filter's own
+            // FFT.
+    const std::int64_t part = length * entry;
+    step.read_bytes += step.rows * (part + (2 * passes - 1) * row_bytes + row_bytes + part) + passes * row_bytes;
+    step.write_bytes += step.rows * (part + 2 * passes * row_bytes) + (passes + 1) * row_bytes;
+  }
+}
+
 // --- tables -------------------------------------------------------------------------------------------------------
 
 class Tables {
  public:
   explicit Tables(bool wide) : wide_(wide) {}
 
-  void add(const Step& step, Axis& axis) {
+  void add(Step& step, Axis& axis) {
     const DeviceFft& fft = axis.fft;
     const std::int64_t n = axis.n, h = fft.n;
+    if (step.algorithm == Algorithm::multi_pass) {
+      MultiPass& plan = step.multi_pass;
+      for (MultiPass::Roots* roots : {&plan.row, &plan.fft}) {
+        roots->low = units(roots->low_count(), 0, 1, roots->period);
+        roots->high = units(roots->high_count(), 0, roots->low_count(), roots->period);
+      }
+      for (int i = 0; i < plan.passes; ++i) {
+        const std::int64_t factor = plan.pass[i].fft.inner;
+        plan.pass[i].roots = units(factor / 2 + 1, 0, 1, factor);
+      }
+      return;
+    }
     axis.roots = units(fft.inner / 2 + 1, 0, 1, fft.inner);
     switch (step.type) {
       case 1: axis.twist = units(h / 2 + 1, 0, 1, 2 * h); break;
@@ -306,8 +430,11 @@ DevicePlan plan_device(const Problem& problem, const DeviceLimits& limits) {
     if (step.batch.size() > 40) throw std::length_error("dct: more than 40 dimensions that do not lie in one run");
     step.read_bytes = read * step.rows;
     step.write_bytes = written * step.rows;
-    if (!fits_block(step, limits)) throw std::length_error("dct: length " + std::to_string(step.axis[0].n));
-    plan_block(step, limits);
+    if (fits_block(step, limits)) {
+      plan_block(step, limits);
+    } else {
+      plan_multi_pass(step, limits);
+    }
     tables.add(step, step.axis[0]);
     plan.steps.push_back(step);
   }
@@ -404,6 +531,16 @@ std::string describe(const DevicePlan& plan) {
       if (axis.fft.stages == 0 || step.algorithm == Algorithm::power_of_two) continue;
       text += "  FFT of length " + std::to_string(axis.fft.n);
       if (axis.fft.bluestein()) text += " by two of length " + std::to_string(axis.fft.inner);
+      if (step.algorithm == Algorithm::multi_pass) {
+        text += ", passes of";
+        for (int i = 0; i < step.multi_pass.passes; ++i) {
+          const MultiPass::Pass& pass = step.multi_pass.pass[i];
+          text += (i > 0 ? ", " : " ") + std::to_string(pass.fft.n) + " (" + std::to_string(1 << pass.column_bits) +
+                  " columns a block)";
+        }
+        text += "; " + std::to_string(step.multi_pass.rows_per_launch) + " rows at once\n";
+        continue;
+      }
       text += ", radices";
       for (int i = 0; i < axis.fft.stages; ++i) text += " " + std::to_string(axis.fft.radix[i]);
       text += "\n";

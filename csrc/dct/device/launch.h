@@ -5,6 +5,7 @@
 
 #include "dct/device/bluestein.h"
 #include "dct/device/mixed_radix.h"
+#include "dct/device/passes.h"
 #include "dct/device/tables.h"
 
 namespace freqrank::dct::device {
@@ -22,6 +23,7 @@ void run_device(const DevicePlan& plan, const DevicePointers& pointers, void* wo
       case Algorithm::tables: enqueue_tables(step, at, queue); break;
       case Algorithm::mixed_radix: enqueue_mixed_radix(step, at, queue); break;
       case Algorithm::bluestein: enqueue_bluestein(step, at, queue); break;
+      case Algorithm::multi_pass: enqueue_multi_pass(step, at, queue); break;
       default: throw std::logic_error(std::string("dct: no kernel for ") + name(step.algorithm));
     }
   }

@@ -11,6 +11,8 @@
 // Bluestein's convolution takes two FFTs of its inner length, with passes of their own over the elements before (times
 // the chirp) and after them; the chirp's spectrum is one more such FFT, once a run.
 
+#include <algorithm>
+
 #include "dct/device/mixed_radix.h"
 
 namespace freqrank::dct::device {

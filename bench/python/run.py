@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,18 +64,28 @@ def _line(case: Case, rows: list[dict[str, Any]]) -> str:
 
 
 def run_family(
-    family: Family, cases: list[Case], device: torch.device, *, seconds: float, quick: bool, seed: int = 0
+    family: Family,
+    cases: list[Case],
+    device: torch.device,
+    *,
+    seconds: float,
+    quick: bool,
+    seed: int = 0,
+    peers: Sequence[str] = ("",),
 ) -> dict[str, Any]:
     """Measures the cases in about so many seconds; the document of results."""
     deadline = time.perf_counter() + seconds
+    implementations = [
+        each
+        for each in family.implementations
+        if each.name == BASELINE or any(re.search(peer, each.name) for peer in peers)
+    ]
     rows: list[dict[str, Any]] = []
     left_out: Counter[tuple[str, str]] = Counter()
     with _progress(len(cases), family.name) as advance:
         for index, case in enumerate(cases):
             share = (deadline - time.perf_counter()) / (len(cases) - index)
-            found, reasons = measure(
-                case, family.implementations, device, seconds=share, rounds=ROUNDS[quick], seed=seed
-            )
+            found, reasons = measure(case, implementations, device, seconds=share, rounds=ROUNDS[quick], seed=seed)
             about = {
                 "case": case.name, "op": case.op, "shape": list(case.shape), "dtype": case.dtype,
                 "options": dict(case.options), "device": device.type, "n": case.n, "series": case.series,
@@ -117,10 +127,13 @@ def _arguments(argv: Iterable[str] | None, known: Iterable[str]) -> argparse.Nam
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder of the results; default: bench/results, build/bench-quick for --quick and --match",
+        help="folder of the results; default: bench/results, build/bench-quick for part of it",
     )
     parser.add_argument("--threads", type=int, default=machine.cpu_count(), help="of every implementation on the CPU")
     parser.add_argument("--match", metavar="REGEX", help="only cases whose name matches")
+    parser.add_argument(
+        "--peer", action="append", metavar="REGEX", help="only peers whose name matches; may be repeated"
+    )
     parser.add_argument("--minutes", type=float, help="for each family; default: the family's own")
     parser.add_argument("--render", action="store_true", help="measure nothing, make RESULTS.md and plots again")
     return parser.parse_args(None if argv is None else list(argv))
@@ -140,7 +153,9 @@ def main(argv: Iterable[str] | None = None) -> int:
         sys.path.insert(0, str(machine.ROOT / "python"))
     known = families()
     arguments = _arguments(argv, known)
-    default = machine.ROOT / ("build/bench-quick" if arguments.quick or arguments.match else "bench/results")
+    default = machine.ROOT / (
+        "build/bench-quick" if arguments.quick or arguments.match or arguments.peer else "bench/results"
+    )
     folder = arguments.out or default
     if arguments.render:
         _summarise(folder)
@@ -166,7 +181,9 @@ def main(argv: Iterable[str] | None = None) -> int:
         seconds = QUICK_SECONDS / len(chosen) if arguments.quick else 60 * family.minutes
         if arguments.minutes is not None:
             seconds = 60 * arguments.minutes
-        document = run_family(family, cases, device, seconds=seconds, quick=arguments.quick)
+        document = run_family(
+            family, cases, device, seconds=seconds, quick=arguments.quick, peers=arguments.peer or ("",)
+        )
         path = results.write(folder, f"{machine.slug(device)}-{family.name.replace('_', '-')}", document)
         refused += sum("refused" in row and row["implementation"] == BASELINE for row in document["rows"])
         print(f"wrote {path}")

@@ -85,12 +85,16 @@ def test_what_cannot_be_measured_says_why():
     assert left_out["broken"].startswith("fails: AttributeError")
 
 
-def test_a_failure_of_the_library_itself_is_raised():
-    family = toy_family()
-    family.implementations.clear()
-    family.implementation("freqrank")(lambda case, x: lambda x: x.no_such_method())
-    with pytest.raises(AttributeError, match="no_such_method"):
-        measured(family, toy_case())
+def test_a_failure_of_the_library_itself_is_a_row(tmp_path, monkeypatch):
+    family = toy_family(right=lambda x: x + x)
+    family.implementations[0] = dataclasses.replace(family.implementations[0], prepare=lambda case, x: x.no_such_method)
+    rows, _ = measured(family, toy_case())
+    assert "no_such_method" in rows["freqrank"]["refused"]
+    assert rows["right"]["ratio"] is None
+    monkeypatch.setattr(run, "families", lambda: {"toys": family})
+    family._cases = lambda device: [toy_case()]
+    assert run.main(["--out", str(tmp_path), "--device", "cpu", "--minutes", "0"]) == 1
+    assert "no_such_method" in (tmp_path / results.SUMMARY).read_text()
 
 
 def test_an_implementation_of_something_else_is_checked_against_its_own_definition():

@@ -202,9 +202,11 @@ def measure(
             left_out[name] = str(reason)
             continue
         except Exception as error:  # a peer that is broken says so, and the others go on
+            why = f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             if name == BASELINE:
-                raise
-            left_out[name] = f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                refused[name] = why
+            else:
+                left_out[name] = why
             continue
         if errors[name] > case.tolerance:
             refused[name] = f"wrong: relative error {errors[name]:.1e} is above {case.tolerance:.0e}"
@@ -270,5 +272,5 @@ def measure(
                 )
         rows.append(row)
     for name, why in refused.items():
-        rows.append({"implementation": name, "error": errors[name], "refused": why})
+        rows.append({"implementation": name, "error": errors.get(name), "refused": why})
     return rows, left_out

@@ -110,6 +110,10 @@ def seconds(value: float) -> str:
     return f"{value / size:.3g} {unit}"
 
 
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
 def _ratio(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
@@ -155,7 +159,7 @@ def _baseline_cells(row: dict[str, Any] | None, matmul: bool) -> list[str]:
     if row is None or "refused" in row:
         return [row["refused"] if row else "", "", *([""] if matmul else []), ""]
     fraction = [f"{row['fraction_of_matmul']:.2f}" if row.get("fraction_of_matmul") else ""] if matmul else []
-    return [seconds(row["seconds"]), f"{row['fraction_of_copy']:.2f}", *fraction, f"{row['error']:.1e}"]
+    return [seconds(row["seconds"]), f"{row['fraction_of_copy']:.2f}", *fraction, _error(row["error"])]
 
 
 def _document_section(name: str, document: dict[str, Any], folder: Path) -> list[str]:
@@ -214,7 +218,7 @@ def _document_section(name: str, document: dict[str, Any], folder: Path) -> list
                 "" if row["ratio"] is None else _ratio(row["ratio"]),
                 "" if bandwidth is None else f"{bandwidth / 1e9:.3g}",
                 "" if row["fraction_of_copy"] is None else f"{row['fraction_of_copy']:.3f}",
-                "" if row["error"] is None else f"{row['error']:.1e}",
+                _error(row["error"]),
             ]
         )
     header = ["case", "device", "implementation", "median", "quartiles", "ratio", "GB/s", "of copy", "error"]
@@ -282,7 +286,7 @@ def plot(folder: Path, least: int = 4) -> list[Path]:
     for name, document in load(folder).items():
         for series, in_series in _by_series(document["rows"]).items():
             rows = [row for row in in_series if "seconds" in row]
-            if len({row["n"] for row in rows}) < least:
+            if len({row["n"] for row in rows}) < least or not _names(rows):
                 continue
             figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
             for index, each in enumerate([BASELINE, COPY, *_names(rows)]):

@@ -96,11 +96,29 @@ def run_family(
             left_out.update(reasons.items())
             missing = [f"left out: {name} {reason}" for name, reason in new]
             advance("\n  ".join([_line(case, found), *missing]))
+    reasons_left = [{"implementation": name, "reason": why, "cases": count} for (name, why), count in left_out.items()]
+    return document(
+        family.name, family.title, family.axis, rows, device, quick=quick, seconds=seconds, left_out=reasons_left
+    )
+
+
+def document(
+    family: str,
+    title: str,
+    axis: str,
+    rows: list[dict[str, Any]],
+    device: torch.device,
+    *,
+    quick: bool,
+    seconds: float | None = None,
+    left_out: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Rows with everything that has to be known about them."""
     return {
         "schema": results.SCHEMA,
-        "family": family.name,
-        "title": family.title,
-        "axis": family.axis,
+        "family": family,
+        "title": title,
+        "axis": axis,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine.describe(device),
         "versions": machine.versions(),
@@ -108,15 +126,23 @@ def run_family(
             "device": device.type,
             "threads": torch.get_num_threads(),
             "quick": quick,
-            "seconds": round(seconds),
-            "seed": seed,
+            "seconds": seconds,
             "environment": {key: os.environ.get(key) for key in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "FREQRANK_ISA")},
         },
-        "left_out": [
-            {"implementation": name, "reason": reason, "cases": count} for (name, reason), count in left_out.items()
-        ],
+        "left_out": list(left_out),
         "rows": rows,
     }
+
+
+def default_folder(part: bool) -> Path:
+    """Results of all cases are kept; of a part of them only for a look."""
+    return machine.ROOT / ("build/bench-quick" if part else "bench/results")
+
+
+def use_this_tree() -> None:
+    """Imports this tree's package if it was built in place."""
+    if (machine.ROOT / "python" / "freqrank" / "_lib").exists():
+        sys.path.insert(0, str(machine.ROOT / "python"))
 
 
 def _arguments(argv: Iterable[str] | None, known: Iterable[str]) -> argparse.Namespace:
@@ -139,7 +165,8 @@ def _arguments(argv: Iterable[str] | None, known: Iterable[str]) -> argparse.Nam
     return parser.parse_args(None if argv is None else list(argv))
 
 
-def _summarise(folder: Path) -> None:
+def summarise(folder: Path) -> None:
+    """Writes RESULTS.md and the plots."""
     if importlib.util.find_spec("matplotlib") is not None:
         results.plot(folder)
     else:
@@ -149,16 +176,12 @@ def _summarise(folder: Path) -> None:
 
 
 def main(argv: Iterable[str] | None = None) -> int:
-    if (machine.ROOT / "python" / "freqrank" / "_lib").exists():  # this tree's package, built in place
-        sys.path.insert(0, str(machine.ROOT / "python"))
+    use_this_tree()
     known = families()
     arguments = _arguments(argv, known)
-    default = machine.ROOT / (
-        "build/bench-quick" if arguments.quick or arguments.match or arguments.peer else "bench/results"
-    )
-    folder = arguments.out or default
+    folder = arguments.out or default_folder(arguments.quick or bool(arguments.match or arguments.peer))
     if arguments.render:
-        _summarise(folder)
+        summarise(folder)
         return 0
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch sees no CUDA device here", file=sys.stderr)
@@ -181,13 +204,13 @@ def main(argv: Iterable[str] | None = None) -> int:
         seconds = QUICK_SECONDS / len(chosen) if arguments.quick else 60 * family.minutes
         if arguments.minutes is not None:
             seconds = 60 * arguments.minutes
-        document = run_family(
+        measured = run_family(
             family, cases, device, seconds=seconds, quick=arguments.quick, peers=arguments.peer or ("",)
         )
-        path = results.write(folder, f"{machine.slug(device)}-{family.name.replace('_', '-')}", document)
-        refused += sum("refused" in row and row["implementation"] == BASELINE for row in document["rows"])
+        path = results.write(folder, f"{machine.slug(device)}-{family.name.replace('_', '-')}", measured)
+        refused += sum("refused" in row and row["implementation"] == BASELINE for row in measured["rows"])
         print(f"wrote {path}")
-    _summarise(folder)
+    summarise(folder)
     if refused:
         print(f"{refused} results of {BASELINE} are wrong", file=sys.stderr)
     return 1 if refused else 0

@@ -22,6 +22,7 @@ test-long: $(VENV)/.test
 
 # Rewrites bench/results in some 12 minutes. On an idle machine, or the figures mean nothing.
 bench: $(VENV)/.bench
+	$(BIN)/python -m bench.python.cpp $(if $(QUICK),--quick) build/native/bench/cpp/freqrank_bench
 	$(BIN)/python -m bench.python.run $(if $(QUICK),--quick)
 
 # A minute; writes to build/bench-quick.
@@ -69,8 +70,11 @@ $(VENV)/.test: $(VENV)/.build
 	$(BIN)/pip install -q --no-build-isolation -e '.[test]'
 	touch $@
 
-$(VENV)/.bench: $(VENV)/.build
+$(VENV)/.bench: $(VENV)/.build $(wildcard bench/cpp/*)
 	$(BIN)/pip install -q --no-build-isolation -e '.[bench]'
+	tools/bare-machine --system-only libbenchmark-dev
+	$(BIN)/cmake -S . -B build/native -DFREQRANK_BENCH=ON >/dev/null
+	$(BIN)/cmake --build build/native --target freqrank_bench
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test

@@ -8,9 +8,9 @@ import pytest
 import torch
 from freqrank.ops import reference
 
-from bench.python import machine, results, run
+from bench.python import cpp, machine, results, run
 from bench.python.families import dct, linear_attention
-from bench.python.measure import COPY, MATMUL, measure, relative_error
+from bench.python.measure import COPY, MATMUL, MATMUL_SIZE, measure, relative_error
 from bench.python.registry import Case, Family, NotApplicable, families
 
 CPU = torch.device("cpu")
@@ -194,6 +194,20 @@ def test_attentions_definition_is_the_twin(decay):
     assert relative_error(linear_attention.reference(case, q, k, v, g, block=16), want) < 1e-14
 
 
+def test_repetitions_of_a_cpp_benchmark_become_a_row():
+    name = "dct/cuda/type 2 64x32 float32/min_time:0.010/repeats:3/manual_time"
+    common = {"name": name, "run_type": "iteration", "time_unit": "us", "iterations": 7, "n": 32.0, "bytes": 16384.0}
+    repetitions = [{**common, "real_time": t, "of_copy": 1 / t} for t in (4.0, 2.0, 3.0)]
+    aggregate = {**common, "run_type": "aggregate", "real_time": 99.0, "of_copy": 99.0}
+    failed = {**common, "name": "dct/cpu/broken float32", "error_occurred": True, "error_message": "no kernel"}
+    row, refused = cpp._rows({"benchmarks": [*repetitions, aggregate, failed]})
+    assert (row["case"], row["device"], row["n"], row["bytes"]) == ("dct type 2 64x32 float32", "cuda", 32, 16384)
+    assert row["seconds"] == pytest.approx(3e-6)
+    assert row["fraction_of_copy"] == pytest.approx(1 / 3)
+    assert refused["refused"] == "fails: no kernel"
+    results.check(run.document("cpp", "C++", "n", [row, refused], CPU, quick=True))
+
+
 def test_every_family_has_its_cases_and_its_baseline():
     for name, family in families().items():
         assert family.name == name
@@ -210,6 +224,7 @@ def test_the_runner_ends_to_end(name, tmp_path, monkeypatch):
     family = families()[name]
     smallest = min((case for case in family.cases("cpu") if case.quick), key=lambda case: math.prod(case.shape))
     monkeypatch.setattr(Family, "cases", lambda self, device: [smallest])
+    monkeypatch.setitem(MATMUL_SIZE, "cpu", 64)
     threads = torch.get_num_threads()
     try:
         options = ["--quick", "--family", name, "--device", "cpu", "--threads", "1", "--minutes", "0"]

@@ -177,6 +177,7 @@ def _document_section(name: str, document: dict[str, Any], folder: Path) -> list
         "",
         f"{'; '.join(about)}. Commit {commit}, {document['date']}"
         + (", quick run" if settings["quick"] else "")
+        + ("" if settings["complete"] else ", cut short")
         + f". Data: [{name}.json]({name}.json).",
         "",
     ]

@@ -16,8 +16,9 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from bench.python import machine, results
 from bench.python.measure import COPY, MATMUL, measure
 from bench.python.registry import BASELINE, Case, Family, families
 
+SAVE_SECONDS = 20
 QUICK_SECONDS = 45  # for all families together
 ROUNDS = {False: (5, 60), True: (3, 15)}
 
@@ -72,8 +74,9 @@ def run_family(
     quick: bool,
     seed: int = 0,
     peers: Sequence[str] = ("",),
+    save: Callable[[dict[str, Any]], object] = lambda document: None,
 ) -> dict[str, Any]:
-    """Measures the cases in about so many seconds; the document of results."""
+    """Measures the cases in about so many seconds; the document of results, saved now and then on the way."""
     deadline = time.perf_counter() + seconds
     implementations = [
         each
@@ -82,6 +85,8 @@ def run_family(
     ]
     rows: list[dict[str, Any]] = []
     left_out: Counter[tuple[str, str]] = Counter()
+    made = document(family.name, family.title, family.axis, rows, device, quick=quick, seconds=seconds)
+    saved = time.perf_counter()
     with _progress(len(cases), family.name) as advance:
         for index, case in enumerate(cases):
             share = (deadline - time.perf_counter()) / (len(cases) - index)
@@ -96,10 +101,14 @@ def run_family(
             left_out.update(reasons.items())
             missing = [f"left out: {name} {reason}" for name, reason in new]
             advance("\n  ".join([_line(case, found), *missing]))
-    reasons_left = [{"implementation": name, "reason": why, "cases": count} for (name, why), count in left_out.items()]
-    return document(
-        family.name, family.title, family.axis, rows, device, quick=quick, seconds=seconds, left_out=reasons_left
-    )
+            made["left_out"] = [
+                {"implementation": name, "reason": why, "cases": count} for (name, why), count in left_out.items()
+            ]
+            made["settings"]["complete"] = index + 1 == len(cases)
+            if made["settings"]["complete"] or time.perf_counter() - saved > SAVE_SECONDS:
+                saved = time.perf_counter()
+                save(made)
+    return made
 
 
 def document(
@@ -111,7 +120,6 @@ def document(
     *,
     quick: bool,
     seconds: float | None = None,
-    left_out: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Rows with everything that has to be known about them."""
     return {
@@ -126,10 +134,11 @@ def document(
             "device": device.type,
             "threads": torch.get_num_threads(),
             "quick": quick,
+            "complete": True,
             "seconds": seconds,
             "environment": {key: os.environ.get(key) for key in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "FREQRANK_ISA")},
         },
-        "left_out": list(left_out),
+        "left_out": [],
         "rows": rows,
     }
 
@@ -204,12 +213,18 @@ def main(argv: Iterable[str] | None = None) -> int:
         seconds = QUICK_SECONDS / len(chosen) if arguments.quick else 60 * family.minutes
         if arguments.minutes is not None:
             seconds = 60 * arguments.minutes
+        name = f"{machine.slug(device)}-{family.name.replace('_', '-')}"
         measured = run_family(
-            family, cases, device, seconds=seconds, quick=arguments.quick, peers=arguments.peer or ("",)
+            family,
+            cases,
+            device,
+            seconds=seconds,
+            quick=arguments.quick,
+            peers=arguments.peer or ("",),
+            save=partial(results.write, folder, name),
         )
-        path = results.write(folder, f"{machine.slug(device)}-{family.name.replace('_', '-')}", measured)
         refused += sum("refused" in row and row["implementation"] == BASELINE for row in measured["rows"])
-        print(f"wrote {path}")
+        print(f"wrote {folder / name}.json")
     summarise(folder)
     if refused:
         print(f"{refused} results of {BASELINE} are wrong", file=sys.stderr)

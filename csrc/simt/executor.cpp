@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <boost/context/fiber.hpp>
+#include <cmath>
 #include <cstring>
 #include <deque>
 #include <numeric>
@@ -209,6 +210,7 @@ struct Machine {
   [[noreturn]] void fail_race(const Record& record, bool other_is_write, const char* memory, std::uint64_t byte,
                               const char* verb, Location at);
   void check_read(Record& r, const Fiber& f, bool is_shared, std::uint64_t byte, std::uint16_t site, Location at);
+  void check_read_of_fresh(const Record& r, const Fiber& f, bool is_shared, std::uint64_t byte, Location at);
   void check_write(Record& r, const Fiber& f, bool is_shared, std::uint64_t byte, std::uint16_t site, Location at,
                    bool atomic);
 
@@ -226,9 +228,9 @@ struct Machine {
   void check_expectations(bool of_launch, const std::string& who, Location at);
 };
 
-thread_local Thread* running = nullptr;
+thread_local Thread* running __attribute__((tls_model("initial-exec"))) = nullptr;
 namespace {
-thread_local Machine* machine = nullptr;
+thread_local Machine* machine __attribute__((tls_model("initial-exec"))) = nullptr;
 
 Fiber& me(Location at) { return static_cast<Fiber&>(current(at)); }
 void pause(Fiber& f) { f.scheduler = std::move(f.scheduler).resume(); }
@@ -279,24 +281,10 @@ void Machine::fail_race(const Record& r, bool other_is_write, const char* memory
 
 inline void Machine::check_read(Record& r, const Fiber& f, bool is_shared, std::uint64_t byte, std::uint16_t site,
                                 Location at) {
-  const char* memory = is_shared ? "shared" : "global";
-  if (r.write_epoch >= launch_epoch) {
-    if (r.writer & in_flight)
-      fail(at, std::string("reads ") + memory + " memory at byte " + std::to_string(byte) +
-                   " while the copy_async of " + thread_name(r.writer & thread_mask) + " in " +
-                   place(sites.at(r.write_site)) + " is in flight: no copy_wait has completed it");
-    const int writer = r.writer & thread_mask;
-    if (r.write_epoch < block_epoch) {
-      if (!is_shared) fail_race(r, true, memory, byte, "reads", at);
-    } else if (writer != f.index) {
-      if (r.write_epoch == epoch && (writer / warp_size != f.index / warp_size || r.write_warp_epoch == *f.warp_epoch))
-        fail_race(r, true, memory, byte, "reads", at);
-    }
-    if (((r.writer & unordered) && r.write_epoch == epoch) || (r.writer & many_atomic_blocks))
-      fail_race(r, true, memory, byte, "reads", at);
-  }
-  if (is_shared && r.write_epoch < block_epoch)
-    fail(at, "reads shared memory at byte " + std::to_string(byte) + " that no thread of the block has written");
+  // The common cases first: written before the last barrier, by this block or, for global memory, by no block.
+  const bool settled = is_shared ? r.write_epoch >= block_epoch && r.write_epoch < epoch && r.writer <= thread_mask
+                                 : r.write_epoch < launch_epoch;
+  if (!settled) check_read_of_fresh(r, f, is_shared, byte, at);
   // The reader.
   const auto index = static_cast<std::uint16_t>(f.index);
   std::uint16_t flags = r.reader & many_blocks;
@@ -323,6 +311,27 @@ inline void Machine::check_read(Record& r, const Fiber& f, bool is_shared, std::
   r.read_warp_epoch = *f.warp_epoch;
   r.reader = index | flags;
   r.read_site = site;
+}
+
+void Machine::check_read_of_fresh(const Record& r, const Fiber& f, bool is_shared, std::uint64_t byte, Location at) {
+  const char* memory = is_shared ? "shared" : "global";
+  if (r.write_epoch >= launch_epoch) {
+    if (r.writer & in_flight)
+      fail(at, std::string("reads ") + memory + " memory at byte " + std::to_string(byte) +
+                   " while the copy_async of " + thread_name(r.writer & thread_mask) + " in " +
+                   place(sites.at(r.write_site)) + " is in flight: no copy_wait has completed it");
+    const int writer = r.writer & thread_mask;
+    if (r.write_epoch < block_epoch) {
+      if (!is_shared) fail_race(r, true, memory, byte, "reads", at);
+    } else if (writer != f.index) {
+      if (r.write_epoch == epoch && (writer / warp_size != f.index / warp_size || r.write_warp_epoch == *f.warp_epoch))
+        fail_race(r, true, memory, byte, "reads", at);
+    }
+    if (((r.writer & unordered) && r.write_epoch == epoch) || (r.writer & many_atomic_blocks))
+      fail_race(r, true, memory, byte, "reads", at);
+  }
+  if (is_shared && r.write_epoch < block_epoch)
+    fail(at, "reads shared memory at byte " + std::to_string(byte) + " that no thread of the block has written");
 }
 
 inline void Machine::check_write(Record& r, const Fiber& f, bool is_shared, std::uint64_t byte, std::uint16_t site,
@@ -379,11 +388,9 @@ void touch_global(const void* pointer, int bytes, Access kind, Location at) {
   Page& page = m.global_pages.at(address);
   const int log2 = std::countr_zero(static_cast<unsigned>(bytes));
   Record* r = page.find(static_cast<int>(address % Page::size), log2);
-  const int piece = 1 << page.log2_piece(), pieces = bytes / piece;
+  const int piece = 1 << page.log2_piece(), pieces = bytes >> page.log2_piece();
   for (int i = 0; i < pieces; ++i) {
-    if (kind != Access::write) {
-      if (r[i].read_epoch < m.launch_epoch) m.at_site(site).global_read_unique_bytes += piece;
-    }
+    if (kind != Access::write && r[i].read_epoch < m.launch_epoch) m.at_site(site).global_read_unique_bytes += piece;
     if (kind != Access::read) {
       if (r[i].write_epoch < m.launch_epoch) m.at_site(site).global_written_unique_bytes += piece;
       m.check_write(r[i], f, false, address + i * piece, site, at, kind == Access::atomic);
@@ -394,12 +401,17 @@ void touch_global(const void* pointer, int bytes, Access kind, Location at) {
 }
 
 namespace {
-void write_shared(Machine& m, Fiber& f, int offset, int bytes, std::uint16_t site, Location at, std::uint16_t flag) {
+Record* shared_records(Machine& m, int offset, int bytes, int* log2_piece) {
   Page& page = m.shared_pages[offset >> Page::shift];
-  Record* r = page.find(offset % Page::size, std::countr_zero(static_cast<unsigned>(bytes)));
-  const int piece = 1 << page.log2_piece(), pieces = bytes / piece;
-  for (int i = 0; i < pieces; ++i) {
-    m.check_write(r[i], f, true, offset + i * piece, site, at, flag == by_atomic);
+  Record* r = page.find(offset & (Page::size - 1), std::countr_zero(static_cast<unsigned>(bytes)));
+  *log2_piece = page.log2_piece();
+  return r;
+}
+void write_shared(Machine& m, Fiber& f, int offset, int bytes, std::uint16_t site, Location at, std::uint16_t flag) {
+  int log2;
+  Record* r = shared_records(m, offset, bytes, &log2);
+  for (int i = 0; i < bytes >> log2; ++i) {
+    m.check_write(r[i], f, true, offset + (i << log2), site, at, flag == by_atomic);
     r[i].writer |= flag;
   }
 }
@@ -415,10 +427,9 @@ void touch_shared(int offset, int bytes, Access kind, Location at) {
   f.log.push_back({static_cast<std::uint64_t>(offset), site, static_cast<std::uint8_t>(bytes), log_kind});
   if (kind != Access::read)
     return write_shared(m, f, offset, bytes, site, at, kind == Access::atomic ? by_atomic : std::uint16_t{0});
-  Page& page = m.shared_pages[offset >> Page::shift];
-  Record* r = page.find(offset % Page::size, std::countr_zero(static_cast<unsigned>(bytes)));
-  const int piece = 1 << page.log2_piece(), pieces = bytes / piece;
-  for (int i = 0; i < pieces; ++i) m.check_read(r[i], f, true, offset + i * piece, site, at);
+  int log2;
+  Record* r = shared_records(m, offset, bytes, &log2);
+  for (int i = 0; i < bytes >> log2; ++i) m.check_read(r[i], f, true, offset + (i << log2), site, at);
 }
 
 // --- Counting ---
@@ -471,8 +482,12 @@ int count_sectors(const std::uint64_t* addresses, int n) {
 // Passes over the banks that these 4-byte words take, beyond one.
 int extra_passes(const std::uint32_t* words, int n) {
   if (n == 0) return 0;
-  const auto [low, high] = std::minmax_element(words, words + n);
-  if (*high - *low < 32) return 0;
+  std::uint32_t low = words[0], high = words[0];
+  for (int i = 1; i < n; ++i) {
+    low = std::min(low, words[i]);
+    high = std::max(high, words[i]);
+  }
+  if (high - low < 32) return 0;
   std::uint32_t distinct[2 * warp_size];
   std::copy(words, words + n, distinct);
   std::sort(distinct, distinct + n);
@@ -616,15 +631,43 @@ void wait_for_copies(int groups_left, Location at) {
       std::memcpy(f.shared + copy.to, copy.from, copy.bytes);
     else
       std::memset(f.shared + copy.to, 0, copy.bytes);
-    Page& page = m.shared_pages[copy.to >> Page::shift];
-    Record* r = page.find(copy.to % Page::size, std::countr_zero(static_cast<unsigned>(copy.bytes)));
-    for (int i = 0; i < copy.bytes >> page.log2_piece(); ++i) {
+    int log2;
+    Record* r = shared_records(m, copy.to, copy.bytes, &log2);
+    for (int i = 0; i < copy.bytes >> log2; ++i) {
       r[i].writer &= ~in_flight;
       r[i].write_epoch = m.epoch;
       r[i].write_warp_epoch = *f.warp_epoch;
     }
     f.copies.pop_front();
   }
+}
+
+float truncating_sum(float sum, const double* products, int n, int width) {
+  for (int first = 0; first < n; first += width) {
+    const double* p = products + first;
+    double largest = std::fabs(static_cast<double>(sum));
+    bool finite = std::isfinite(sum);
+    for (int k = 0; k < width; ++k) {
+      largest = std::max(largest, std::fabs(p[k]));
+      finite &= std::isfinite(p[k]);
+    }
+    if (!finite) {
+      for (int k = 0; k < width; ++k) sum = static_cast<float>(sum + p[k]);
+      continue;
+    }
+    if (largest == 0) continue;
+    // 2^(24 - e), where the largest addend is in [2^e, 2^(e+1))
+    const auto exponent = static_cast<std::int64_t>(std::bit_cast<std::uint64_t>(largest) >> 52) - 1023;
+    const double scale = std::bit_cast<double>(static_cast<std::uint64_t>(24 - exponent + 1023) << 52);
+    double units = std::trunc(sum * scale);
+    for (int k = 0; k < width; ++k) units += std::trunc(p[k] * scale);
+    const double exact = units / scale;
+    float rounded = static_cast<float>(exact);
+    if (std::fabs(exact) < 0x1p128 && std::fabs(static_cast<double>(rounded)) > std::fabs(exact))
+      rounded = std::nextafter(rounded, 0.f);
+    sum = rounded;
+  }
+  return sum;
 }
 
 // --- Running ---

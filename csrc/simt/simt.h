@@ -54,9 +54,13 @@ struct alignas(V * sizeof(T)) pack {
 
 }  // namespace freqrank::simt
 
+#include "simt/fragments.h"
 #if defined(__CUDACC__)
 #include "simt/cuda.h"
+#include "simt/cuda_mma.h"
 #else
 #include "simt/host.h"
+#include "simt/host_mma.h"
 #endif
 #include "simt/collectives.h"
+#include "simt/matrix_loads.h"

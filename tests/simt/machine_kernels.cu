@@ -12,6 +12,12 @@ void launch_all(Queue& queue) {
   queue.launch<Neighbours>({1, 128, 512}, {});
   queue.launch<Histogram>({1, 64, 0}, {});
   queue.launch<Sums>({1, 256, 32}, {});
+  queue.launch<Product<bfloat16>>({1, 32, 4096}, {});
+  queue.launch<Product<float16>>({1, 32, 4096}, {});
+  queue.launch<Product<tf32>>({1, 32, 4096}, {});
+  queue.launch<Product<double>>({1, 32, 4096}, {});
+  queue.launch<Product<std::int8_t>>({1, 32, 4096}, {});
+  queue.launch<MatrixLoads>({1, 32, 1024}, {});
 }
 
 }  // namespace freqrank::machine_tests

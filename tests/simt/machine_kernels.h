@@ -36,6 +36,9 @@ enum class Fault {
   block_reads_block,
   block_overwrites_read,
   atomic_then_plain_read,
+  wrong_place,
+  not_given,
+  misaligned_matrix,
 };
 
 // y[b, i] = x[b, n - 1 - i] through shared memory.
@@ -207,6 +210,98 @@ struct Sums {
       out = fma(shuffle(v, 3, width), 1.5f, out) + shuffle_up(v, 2, width) - shuffle_down(v, 5, width) * 0.25f;
     if (any(v > 0.5f)) out += static_cast<float>(ballot(v > 0.25f) & 0xffu);
     p.y.store(thread(), out);
+  }
+};
+
+// D = A B + C by one warp. A, B and C are row-major in global memory; `from_shared` brings A and B to shared memory,
+// row by row or column by column, and loads the fragments from there by ldmatrix.
+enum class From { global, shared_natural, shared_other };
+template <class E>
+struct Product {
+  using Shape = MmaShape<E>;
+  using Sum = typename Shape::Accumulator;
+  static constexpr int m = Shape::m, n = Shape::n, k = Shape::k;
+  struct Params {
+    global<const E> a, b;
+    global<const Sum> c;
+    global<Sum> d;
+    From from;
+    int pitch;  // of the natural layout
+    Fault fault;
+  };
+  static constexpr const char* name = "test_product";
+  static constexpr int max_threads = 32, min_blocks = 1;
+  SIMT_DEVICE static void run(const Params& p) {
+    FragmentA<E> a;
+    FragmentB<E> b;
+    Accumulator<E> sum;
+    SIMT_UNROLL
+    for (int i = 0; i < sum.count; ++i) sum.set(i, p.c.load(sum.row(i) * n + sum.col(i)));
+    if (p.from == From::global) {
+      SIMT_UNROLL
+      for (int i = 0; i < a.count; ++i) {
+        if (p.fault == Fault::not_given && i == a.count - 1 && lane() == 9) continue;
+        const int row = p.fault == Fault::wrong_place ? lane() % 4 : a.row(i);
+        a.set_at(i, row, a.col(i), p.a.load(row * k + a.col(i)));  // [wrong place]
+      }
+      SIMT_UNROLL
+      for (int i = 0; i < b.count; ++i) b.set_at(i, b.row(i), b.col(i), p.b.load(b.row(i) * n + b.col(i)));
+    }
+    if constexpr (sizeof(E) <= 4) {
+      if (p.from == From::shared_natural) {
+        const auto x = shared_array<E>(0, m * p.pitch), y = shared_array<E>(2048, n * p.pitch);
+        for (int i = lane(); i < m * k; i += warp_size) x.store(i / k * p.pitch + i % k, p.a.load(i));
+        for (int i = lane(); i < k * n; i += warp_size) y.store(i % n * p.pitch + i / n, p.b.load(i));
+        warp_barrier();
+        const int pitch = p.pitch, skew = p.fault == Fault::misaligned_matrix;
+        load_matrix_rows(a, x, [=](int row, int col) { return row * pitch + col + skew; });  // [matrix load]
+        load_matrix_columns(b, y, [=](int row, int col) { return col * pitch + row; });
+      }
+    }
+    if constexpr (sizeof(E) == 2) {
+      if (p.from == From::shared_other) {
+        const auto x = shared_array<E>(0, k * 24), y = shared_array<E>(2048, k * 24);
+        for (int i = lane(); i < m * k; i += warp_size) x.store(i % k * 24 + i / k, p.a.load(i));
+        for (int i = lane(); i < k * n; i += warp_size) y.store(i / n * 24 + i % n, p.b.load(i));
+        warp_barrier();
+        load_matrix_columns(a, x, [](int row, int col) { return col * 24 + row; });
+        load_matrix_rows(b, y, [](int row, int col) { return row * 24 + col; });
+      }
+    }
+    mma(sum, a, b);  // [mma]
+    SIMT_UNROLL
+    for (int i = 0; i < sum.count; ++i) p.d.store(sum.row(i) * n + sum.col(i), sum.get(i));
+  }
+};
+
+// Two fragments of B by one load, x1 and x2 loads, elements by registers, tf32: everything that Product leaves out.
+struct MatrixLoads {
+  struct Params {
+    global<const float16> x;  // 16 x 16
+    global<float16> rows, columns;
+    global<unsigned> single, single_transposed;  // 32 registers each
+  };
+  static constexpr const char* name = "test_matrix_loads";
+  static constexpr int max_threads = 32, min_blocks = 1;
+  SIMT_DEVICE static void run(const Params& p) {
+    const auto x = shared_array<float16>(0, 16 * 24);
+    for (int i = lane(); i < 256; i += warp_size) x.store(i / 16 * 24 + i % 16, p.x.load(i));
+    warp_barrier();
+    FragmentB<float16> left, right;
+    load_matrix_rows(left, right, x, [](int row, int col) { return row * 24 + col; });
+    SIMT_UNROLL
+    for (int i = 0; i < left.count; ++i) {
+      p.rows.store(left.row(i) * 16 + left.col(i), left.get(i));
+      p.rows.store(right.row(i) * 16 + 8 + right.col(i), right.get(i));
+    }
+    load_matrix_columns(left, right, x, [](int row, int col) { return col * 24 + row; });
+    SIMT_UNROLL
+    for (int i = 0; i < left.count; ++i) {
+      p.columns.store(left.row(i) * 16 + left.col(i), left.get(i));
+      p.columns.store(right.row(i) * 16 + 8 + right.col(i), right.get(i));
+    }
+    p.single.store(lane(), load_matrices<1, false>(x, lane() % 8 * 24)[0]);
+    p.single_transposed.store(lane(), load_matrices<1, true>(x, lane() % 8 * 24)[0]);
   }
 };
 

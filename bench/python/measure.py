@@ -30,7 +30,8 @@ ROTATION_LIMIT = 1024  # copies of the inputs
 SAMPLE_SECONDS = 1e-3  # a sample on the CPU repeats a call until it lasts about as long
 FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU, and long enough to hide the launch of what follows
 SLOW = 8.0  # an implementation this many times slower than the fastest one takes part in the first rounds only
-SLOW_ROUNDS = 7
+SLOW_ROUNDS = 3
+LONG_CALL = 0.1  # seconds; longer calls need no call before the timed ones
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Timed:
     sets: int
     reference: Any = None
     calls: int = 1  # a sample
+    estimate: float = 0.0  # seconds a call
     samples: dict[int, float] = field(default_factory=dict)  # round -> seconds a call
     next_set: int = 0
 
@@ -57,7 +59,8 @@ class Clock:
             self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
     def sample(self, timed: Timed) -> float:
-        timed.run(timed.next_set)  # wakes its threads up, while those of the one before fall asleep
+        if timed.estimate < LONG_CALL:
+            timed.run(timed.next_set)  # wakes its threads up, while those of the one before fall asleep
         if self.device.type == "cuda":
             return self._device_time(timed)
         sets = [(timed.next_set + 1 + i) % timed.sets for i in range(timed.calls)]
@@ -219,16 +222,16 @@ def measure(
     gc.collect()
     gc.disable()
     try:
-        estimates = {}
         for each in timed:
-            estimates[each.name] = min(clock.sample(each) for _ in range(2))
+            each.estimate = clock.sample(each)
+            each.estimate = min(each.estimate, clock.sample(each))
             if device.type == "cpu":
-                each.calls = max(1, round(SAMPLE_SECONDS / estimates[each.name]))
-        fastest = min(estimates[each.name] for each in contenders) if contenders else 0
+                each.calls = max(1, round(SAMPLE_SECONDS / each.estimate))
+        fastest = min((each.estimate for each in contenders), default=0.0)
         for number in range(rounds[1]):
             if number >= rounds[0] and time.perf_counter() > deadline:
                 break
-            round_of = [t for t in timed if number < SLOW_ROUNDS or estimates[t.name] <= SLOW * fastest]
+            round_of = [t for t in timed if number < SLOW_ROUNDS or t.estimate <= SLOW * fastest]
             shuffle.shuffle(round_of)
             for each in round_of:
                 each.samples[number] = clock.sample(each)

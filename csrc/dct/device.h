@@ -25,7 +25,7 @@ struct DeviceLimits {
   int shared_bytes = 232448;         // that one block may use
   int shared_bytes_per_sm = 233472;  // of all its blocks, 1024 bytes of them for the system in each block
   int threads_per_sm = 2048;
-  std::int64_t largest_power_of_two = 0;  // lengths up to this one go through registers and shuffles
+  std::int64_t largest_power_of_two = 8192;  // lengths up to this one go through registers and shuffles
   int largest_tile = 0;                   // sides up to this one are transformed two dimensions at once
 };
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dct/device.h"
+#include "dct/device/power_of_two_shape.h"
 
 namespace freqrank::dct {
 
@@ -279,6 +280,40 @@ void plan_multi_pass(Step& step, const DeviceLimits& limits) {
   }
 }
 
+// --- powers of two ------------------------------------------------------------------------------------------------
+
+// False if another algorithm has to do it.
+bool plan_power_of_two(Step& step, const DeviceLimits& limits) {
+  const Axis& axis = step.axis[0];
+  if (step.wide || step.type == 1 || axis.n > limits.largest_power_of_two || axis.filled > axis.n) return false;
+  const device::PowerOfTwoShape shape = device::power_of_two_shape(axis.n);
+  if (!shape.valid()) return false;
+  step.load = tiling(axis.in_stride, axis.filled, step, &BatchDim::in_stride);
+  step.store = tiling(axis.out_stride, axis.out_size, step, &BatchDim::out_stride);
+
+  int threads = shape.max_threads;
+  const auto rows = [&] { return shape.rows(threads); };
+  while (threads > shape.group_lanes() && shape.shared_bytes(threads) > limits.shared_bytes) threads /= 2;
+  if (shape.shared_bytes(threads) > limits.shared_bytes) return false;
+  // Across rows a tile must have whole sectors of them.
+  const bool across = step.load == Tiling::by_row || step.store == Tiling::by_row;
+  const int wanted = across ? kSectorBytes / std::min(bytes_of(step.from_dtype), bytes_of(step.to_dtype)) : 1;
+  if (rows() < wanted) return false;
+  while (threads > shape.group_lanes() && rows() / 2 >= wanted && ceil_div(step.rows, rows()) < limits.sms)
+    threads /= 2;
+
+  step.algorithm = Algorithm::power_of_two;
+  step.why = "a power of two, fits registers";
+  step.threads = threads;
+  step.rows_per_block = rows();
+  step.shared_bytes = shape.shared_bytes(threads);
+  // Blocks loop: as many as an SM holds at once.
+  const int resident = std::min({limits.shared_bytes_per_sm / (step.shared_bytes + 1024),
+                                 limits.threads_per_sm / threads, shape.min_blocks() * shape.max_threads / threads});
+  step.blocks = std::min<std::int64_t>(ceil_div(step.rows, rows()), std::int64_t{limits.sms} * std::max(1, resident));
+  return true;
+}
+
 // --- tables -------------------------------------------------------------------------------------------------------
 
 class Tables {
@@ -435,6 +470,12 @@ DevicePlan plan_device(const Problem& problem, const DeviceLimits& limits) {
     } else {
       plan_multi_pass(step, limits);
     }
+    if (plan_power_of_two(step, limits)) {
+      plan.steps.push_back(step);
+      continue;
+    }
+    if (!fits_block(step, limits)) throw std::length_error("dct: length " + std::to_string(step.axis[0].n));
+    plan_block(step, limits);
     tables.add(step, step.axis[0]);
     plan.steps.push_back(step);
   }

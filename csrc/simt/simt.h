@@ -10,6 +10,8 @@
 #define SIMT_DEVICE __device__ __forceinline__
 #define SIMT_BOTH __host__ __device__ __forceinline__
 #define SIMT_UNROLL _Pragma("unroll")
+#define SIMT_NO_UNROLL _Pragma("unroll 1")
+#define SIMT_CONSTANT static __device__ constexpr
 #define SIMT_CALLER
 #define SIMT_PASS
 #define SIMT_PASS_ALONE
@@ -17,6 +19,8 @@
 #define SIMT_DEVICE inline
 #define SIMT_BOTH inline
 #define SIMT_UNROLL
+#define SIMT_NO_UNROLL
+#define SIMT_CONSTANT inline constexpr
 #define SIMT_CALLER , ::freqrank::simt::Location at = ::freqrank::simt::Location::current()
 #define SIMT_PASS , at
 #define SIMT_PASS_ALONE at

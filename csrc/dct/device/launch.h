@@ -6,6 +6,7 @@
 #include "dct/device/bluestein.h"
 #include "dct/device/mixed_radix.h"
 #include "dct/device/passes.h"
+#include "dct/device/power_of_two.h"
 #include "dct/device/tables.h"
 
 namespace freqrank::dct::device {
@@ -21,6 +22,7 @@ void run_device(const DevicePlan& plan, const DevicePointers& pointers, void* wo
                           base + plan.scratch_at};
     switch (step.algorithm) {
       case Algorithm::tables: enqueue_tables(step, at, queue); break;
+      case Algorithm::power_of_two: enqueue_power_of_two(step, at, queue); break;
       case Algorithm::mixed_radix: enqueue_mixed_radix(step, at, queue); break;
       case Algorithm::bluestein: enqueue_bluestein(step, at, queue); break;
       case Algorithm::multi_pass: enqueue_multi_pass(step, at, queue); break;

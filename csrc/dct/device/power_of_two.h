@@ -148,9 +148,9 @@ struct PowerOfTwo {
 
   // --- tables ---
 
-  SIMT_DEVICE static void set_table(Floats at, int i, int k, double factor) {
+  SIMT_DEVICE static Number root(int k, double factor) {
     const Complex<double> w = binary_root(k);
-    store_number(at, i, {static_cast<float>(factor * w.re), static_cast<float>(factor * w.im)});
+    return {static_cast<float>(factor * w.re), static_cast<float>(factor * w.im)};
   }
 
   // The spectrum index of pair i of lane g: y_k, y_m-k and so on; the pair 0 of lane 0 is k = 0 and m / 2.
@@ -165,31 +165,32 @@ struct PowerOfTwo {
     SIMT_NO_UNROLL
     for (int i = simt::thread(); i < M; i += simt::threads()) {
       const int column = i % C, k = i / C;
-      set_table(first, i, column * (four ? 4 * k + 1 : 4 * k) * (turn / (4 * M)), 1.0);
+      store_number(first, i, root(column * (four ? 4 * k + 1 : 4 * k) * (turn / (4 * M)), 1.0));
     }
     if constexpr (Q > 1) {
       SIMT_NO_UNROLL
       for (int i = simt::thread(); i < Q * B; i += simt::threads()) {
-        set_table(middle, i, (i % B) * (i / B) * (turn / (Q * B)), 1.0);
+        store_number(middle, i, root((i % B) * (i / B) * (turn / (Q * B)), 1.0));
       }
     }
     const double end = p.type == 2 ? p.out_end : p.in_end;
     SIMT_NO_UNROLL
     for (int i = simt::thread(); i < A * G; i += simt::threads()) {
       const int g = i % G, pair = i / G;
+      Number one, other;
       if (four) {
         const int k = g + (two_classes ? C : G) * pair;
-        set_table(last, 2 * i, (4 * k + 1) * (turn / (8 * N)), 2.0 * p.scale);
-        set_table(last, 2 * i + 1, (4 * (M - 1 - k) + 1) * (turn / (8 * N)), 2.0 * p.scale);
+        one = root((4 * k + 1) * (turn / (8 * N)), 2.0 * p.scale);
+        other = root((4 * (M - 1 - k) + 1) * (turn / (8 * N)), 2.0 * p.scale);
       } else if (i == 0) {
-        set_table(last, 0, turn / 16, 2.0 * p.scale);
-        store_number(last, 1,
-                     {static_cast<float>(2.0 * p.scale * end), static_cast<float>(1.41421356237309504880 * p.scale)});
+        one = root(turn / 16, 2.0 * p.scale);
+        other = {static_cast<float>(2.0 * p.scale * end), static_cast<float>(1.41421356237309504880 * p.scale)};
       } else {
         const int k = pair_index(pair, g, p.type == 3 || two_classes);
-        set_table(last, 2 * i, k * (turn / (4 * N)), p.scale);
-        set_table(last, 2 * i + 1, 5 * k * (turn / (4 * N)) - turn / 4, p.scale);  // i r^5k
+        one = root(k * (turn / (4 * N)), p.scale);
+        other = root(5 * k * (turn / (4 * N)) - turn / 4, p.scale);  // i r^5k
       }
+      last.template store_vector<4>(4 * i, {{one.re, one.im, other.re, other.im}});
     }
   }
 

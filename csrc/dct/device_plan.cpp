@@ -285,7 +285,7 @@ void plan_multi_pass(Step& step, const DeviceLimits& limits) {
 // False if another algorithm has to do it.
 bool plan_power_of_two(Step& step, const DeviceLimits& limits) {
   const Axis& axis = step.axis[0];
-  if (step.wide || step.type == 1 || axis.n > limits.largest_power_of_two || axis.filled > axis.n) return false;
+  if (step.wide || step.type == 1 || axis.n > limits.largest_power_of_two || axis.out_size > (1 << 30)) return false;
   const device::PowerOfTwoShape shape = device::power_of_two_shape(axis.n);
   if (!shape.valid()) return false;
   step.load = tiling(axis.in_stride, axis.filled, step, &BatchDim::in_stride);
@@ -465,17 +465,15 @@ DevicePlan plan_device(const Problem& problem, const DeviceLimits& limits) {
     if (step.batch.size() > 40) throw std::length_error("dct: more than 40 dimensions that do not lie in one run");
     step.read_bytes = read * step.rows;
     step.write_bytes = written * step.rows;
+    if (plan_power_of_two(step, limits)) {
+      plan.steps.push_back(step);
+      continue;
+    }
     if (fits_block(step, limits)) {
       plan_block(step, limits);
     } else {
       plan_multi_pass(step, limits);
     }
-    if (plan_power_of_two(step, limits)) {
-      plan.steps.push_back(step);
-      continue;
-    }
-    if (!fits_block(step, limits)) throw std::length_error("dct: length " + std::to_string(step.axis[0].n));
-    plan_block(step, limits);
     tables.add(step, step.axis[0]);
     plan.steps.push_back(step);
   }

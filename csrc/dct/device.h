@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "common/inline.h"
 #include "dct/dct.h"
 
 namespace freqrank::dct {
@@ -44,10 +45,11 @@ constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype
 // What the block FFT is compiled for: complex numbers that a thread holds in a stage, threads of a block at most.
 constexpr int kBlockPerThread = 16;
 constexpr int block_threads_limit(bool wide) { return wide ? 512 : 1024; }
-constexpr int kBlockRadices[] = {16, 13, 11, 8, 7, 5, 4, 3, 2};
-// Its shared memory: complex numbers padded by one in every 128 bytes; behind the tile, where each row starts.
+constexpr int kBlockRadices[] = {16, 15, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2};
+// Its shared memory: rows of complex numbers, where `padded` one is left free after every 128 bytes; behind them, where
+// each row starts in global memory.
 constexpr int kBlockRowBytes = 16, kBlockRows = 256;
-constexpr int block_pad(int i, bool wide) { return i + (i >> (wide ? 3 : 4)); }
+FREQRANK_INLINE constexpr int block_pad_shift(bool padded, bool wide) { return !padded ? 31 : wide ? 3 : 4; }
 
 // The complex FFT of length n of one row: `inner` == n, or Bluestein's convolution of length `inner` >= 2n - 1.
 // Stage i splits what is left by radix[i]: Stockham's order, decimation in frequency.
@@ -56,6 +58,7 @@ struct DeviceFft {
   std::int64_t n = 1, inner = 1;
   int stages = 0;
   int radix[max_stages] = {};
+  bool padded = false;  // in shared memory, against bank conflicts
   bool bluestein() const { return inner != n; }
 };
 

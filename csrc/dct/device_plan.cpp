@@ -35,6 +35,11 @@ double stage_cost(int radix) {
     case 5: return 1.2;
     case 7: return 1.5;
     case 8: return 1.15;
+    case 6: return 1.2;
+    case 9:
+    case 10:
+    case 12: return 1.45;
+    case 15: return 1.7;
     case 16: return 1.4;
     default: return 0.2 * radix;
   }
@@ -78,8 +83,9 @@ std::int64_t smooth_at_least(std::int64_t n) {
   return best;
 }
 
-// n > 0 smooth. Odd radices first: while the stride between a thread's neighbours is the radix, an odd one has no bank
-// conflicts.
+// For a smooth `inner`. Odd radices first: neighbouring threads write their outputs the radices so far apart, which an
+// odd number spreads over all banks. After a product of at least 5 of them neighbours write beside each other; with
+// less the even radices need padding, which costs reads that do not start at 128 bytes a little.
 void set_radices(DeviceFft& fft) {
   std::vector<int> now, found;
   double best = std::numeric_limits<double>::max();
@@ -87,6 +93,9 @@ void set_radices(DeviceFft& fft) {
   std::stable_sort(found.begin(), found.end(), [](int a, int b) { return a % 2 > b % 2; });
   fft.stages = static_cast<int>(found.size());
   std::copy(found.begin(), found.end(), fft.radix);
+  int odd = 1;
+  for (const int radix : found) odd *= radix % 2 ? radix : 1;
+  fft.padded = odd < 5;
 }
 
 DeviceFft plan_fft(std::int64_t n) {
@@ -103,7 +112,8 @@ DeviceFft plan_fft(std::int64_t n) {
 std::int64_t row_pitch(const Step& step) {
   const DeviceFft& fft = step.axis[0].fft;
   const std::int64_t count = std::max(fft.inner, (step.axis[0].n + 1) / 2);
-  return (block_pad(static_cast<int>(count) - 1, step.wide) + 1) | 1;  // odd: no bank conflicts across rows
+  const std::int64_t last = count - 1, padding = last >> block_pad_shift(fft.padded, step.wide);
+  return (last + padding + 1) | 1;  // odd: few bank conflicts across rows
 }
 
 std::int64_t block_shared_bytes(const Step& step, std::int64_t rows) {
@@ -126,6 +136,7 @@ bool fits_block(const Step& step, const DeviceLimits& limits) {
          block_threads(step, 1) <= block_threads_limit(step.wide);
 }
 
+// `count` elements of a row lie in memory, one after the other and nothing between rows if it is to be flat.
 Tiling tiling(std::int64_t stride, std::int64_t count, const Step& step, std::int64_t BatchDim::* batch_stride) {
   const bool one_run = step.batch.empty() || (step.batch.size() == 1 && step.batch[0].*batch_stride == count);
   if (stride == 1 || step.batch.empty()) return stride == 1 && one_run ? Tiling::flat : Tiling::by_element;
@@ -138,16 +149,17 @@ void plan_block(Step& step, const DeviceLimits& limits) {
   step.algorithm = axis.fft.bluestein() ? Algorithm::bluestein : Algorithm::mixed_radix;
   step.why = axis.fft.bluestein() ? "a prime factor above 13, fits one block" : "smooth, fits one block";
   step.load = tiling(axis.in_stride, axis.filled, step, &BatchDim::in_stride);
-  step.store = tiling(axis.out_stride, axis.out_size, step, &BatchDim::out_stride);
+  step.store = tiling(axis.out_stride, std::min(axis.n, axis.out_size), step, &BatchDim::out_stride);
+  if (step.store == Tiling::flat && axis.out_size > axis.n) step.store = Tiling::by_element;
   const int narrowest = std::min(bytes_of(step.from_dtype), bytes_of(step.to_dtype));
   const bool across = step.load == Tiling::by_row || step.store == Tiling::by_row;
   const std::int64_t wanted = across ? kSectorBytes / narrowest : 1;
   const std::int64_t spread = std::max(wanted, step.rows / (kWaves * limits.sms));
   const std::int64_t shared = limits.shared_bytes_per_sm / kBlocksPerSm - 1024;
-  // Every tile starts with a whole vector, or is whole sectors wide.
+  // Every tile starts with a whole sector, or is whole sectors wide.
   const auto aligned = [](Tiling how, std::int64_t elements, Dtype dtype) {
     const std::int64_t bytes = bytes_of(dtype);
-    return how == Tiling::flat     ? 16 / std::gcd(std::int64_t{16}, elements * bytes)
+    return how == Tiling::flat     ? kSectorBytes / std::gcd(std::int64_t{kSectorBytes}, elements * bytes)
            : how == Tiling::by_row ? kSectorBytes / bytes
                                    : std::int64_t{1};
   };

@@ -17,10 +17,14 @@ namespace freqrank::dct::device {
 // The block FFT and its rows in shared memory.
 struct BlockFft {
   int n, inner, stages, pitch;  // pitch: complex numbers from a row to the next
+  bool padded;
   Divider by_n, by_inner;
   struct Stage {
-    int radix, span;            // span: the product of the radices before
-    Divider by_count, by_span;  // count: inner / radix butterflies
+    int radix, span;  // span: the product of the radices before
+    // Butterfly u < inner / radix is number p of the FFTs that are left, number q < span of those side by side. Threads
+    // run along q, or, where that is short and odd, along p: either way over all banks.
+    Divider by_count, by_run;  // run: span or, along p, inner / radix / span
+    bool along_p;
   } stage[DeviceFft::max_stages];
 };
 
@@ -30,12 +34,15 @@ inline BlockFft block_fft_of(const DeviceFft& fft, int pitch) {
   f.inner = static_cast<int>(fft.inner);
   f.stages = fft.stages;
   f.pitch = pitch;
+  f.padded = fft.padded;
   f.by_n = Divider(f.n);
   f.by_inner = Divider(f.inner);
   int span = 1;
   for (int i = 0; i < fft.stages; ++i) {
-    f.stage[i] = {fft.radix[i], span, Divider(f.inner / fft.radix[i]), Divider(span)};
-    span *= fft.radix[i];
+    const int radix = fft.radix[i], count = f.inner / radix, left = count / span;
+    const bool along_p = span % 2 == 1 && radix % 2 == 1 && span > 1 && span < 16 && left >= 16;
+    f.stage[i] = {radix, span, Divider(count), Divider(along_p ? left : span), along_p};
+    span *= radix;
   }
   return f;
 }
@@ -44,7 +51,10 @@ inline BlockFft block_fft_of(const DeviceFft& fft, int pitch) {
 template <class T>
 class Rows {
  public:
-  SIMT_DEVICE Rows(int rows, int pitch) : at_(simt::shared_array<T>(0, 2 * rows * pitch)), pitch_(pitch) {}
+  SIMT_DEVICE Rows(int rows, const BlockFft& f)
+      : at_(simt::shared_array<T>(0, 2 * rows * f.pitch)),
+        pitch_(f.pitch),
+        shift_(block_pad_shift(f.padded, sizeof(T) == 8)) {}
   SIMT_DEVICE Complex<T> load(int row, int i) const {
     const auto z = at_.template load_vector<2>(2 * (row * pitch_ + pad(i)));
     return {z[0], z[1]};
@@ -56,10 +66,10 @@ class Rows {
   SIMT_DEVICE void set_real(int row, int i, T x) const { at_.store(slot(row, i), x); }
 
  private:
-  SIMT_DEVICE static int pad(int i) { return i + (i >> (sizeof(T) == 8 ? 3 : 4)); }
+  SIMT_DEVICE int pad(int i) const { return i + (i >> shift_); }
   SIMT_DEVICE int slot(int row, int i) const { return 2 * (row * pitch_ + pad(i >> 1)) + (i & 1); }
   simt::shared<T> at_;
-  int pitch_;
+  int pitch_, shift_;
 };
 
 // A table of complex numbers.
@@ -121,22 +131,103 @@ struct Butterfly {
   Complex<T> a[R];
 };
 
+// DFT of length A B, without common factors, by Good's and Thomas's index maps: no factors in between.
+template <int A, int B, class T>
+SIMT_DEVICE void coprime_butterfly(Complex<T>* a) {
+  constexpr int R = A * B;
+  Complex<T> b[R];
+  SIMT_UNROLL
+  for (int i = 0; i < A; ++i) {
+    Complex<T> column[B];
+    SIMT_UNROLL
+    for (int j = 0; j < B; ++j) column[j] = a[(B * i + A * j) % R];
+    butterfly<B>(column);
+    SIMT_UNROLL
+    for (int j = 0; j < B; ++j) b[B * i + j] = column[j];
+  }
+  SIMT_UNROLL
+  for (int j = 0; j < B; ++j) {
+    Complex<T> row[A];
+    SIMT_UNROLL
+    for (int i = 0; i < A; ++i) row[i] = b[B * i + j];
+    butterfly<A>(row);
+    // output k with k = i modulo A and k = j modulo B
+    SIMT_UNROLL
+    for (int i = 0; i < A; ++i) {
+      int k = j;
+      while (k % A != i) k += B;
+      a[k] = row[i];
+    }
+  }
+}
+
+template <class T>
+SIMT_DEVICE void butterfly_9(Complex<T>* a) {
+  // exp(-2 pi i k / 9) for k = 1, 2, 4
+  const Complex<T> w1{T(0.76604444311897803520), T(-0.64278760968653932632)};
+  const Complex<T> w2{T(0.17364817766693034885), T(-0.98480775301220805937)};
+  const Complex<T> w4{T(-0.93969262078590838405), T(-0.34202014332566873304)};
+  Complex<T> b[3][3];
+  SIMT_UNROLL
+  for (int i = 0; i < 3; ++i) {
+    SIMT_UNROLL
+    for (int j = 0; j < 3; ++j) b[i][j] = a[i + 3 * j];
+    butterfly<3>(b[i]);
+  }
+  b[1][1] = b[1][1] * w1;
+  b[1][2] = b[1][2] * w2;
+  b[2][1] = b[2][1] * w2;
+  b[2][2] = b[2][2] * w4;
+  SIMT_UNROLL
+  for (int j = 0; j < 3; ++j) {
+    Complex<T> row[3] = {b[0][j], b[1][j], b[2][j]};
+    butterfly<3>(row);
+    SIMT_UNROLL
+    for (int i = 0; i < 3; ++i) a[j + 3 * i] = row[i];
+  }
+}
+
+template <int R, class T>
+SIMT_DEVICE void any_butterfly(Complex<T>* a) {
+  if constexpr (R == 6) {
+    coprime_butterfly<2, 3>(a);
+  } else if constexpr (R == 9) {
+    butterfly_9(a);
+  } else if constexpr (R == 10) {
+    coprime_butterfly<2, 5>(a);
+  } else if constexpr (R == 12) {
+    coprime_butterfly<4, 3>(a);
+  } else if constexpr (R == 15) {
+    coprime_butterfly<3, 5>(a);
+  } else {
+    butterfly<R>(a);
+  }
+}
+
 template <int R, class T>
 SIMT_DEVICE void stage(const BlockFft& f, const BlockFft::Stage& s, const Rows<T>& z, int rows,
                        simt::global<const T> roots) {
-  const int count = s.by_count.divisor(), span = s.span;
+  const int count = s.by_count.divisor(), span = s.span, run = s.by_run.divisor();
   const bool last = span * R == f.inner;
+  struct Place {
+    int p, q;
+  };
+  const auto place = [&](int u) {
+    const int slow = s.by_run.quotient(u), fast = u - slow * run;
+    return s.along_p ? Place{fast, slow} : Place{slow, fast};
+  };
   staged<kBlockPerThread / R, Butterfly<R, T>>(
       rows, s.by_count,
       [&](int row, int u) {
+        const Place at = place(u);
         Butterfly<R, T> b;
         SIMT_UNROLL
-        for (int t = 0; t < R; ++t) b.a[t] = z.load(row, u + t * count);
-        butterfly<R>(b.a);
+        for (int t = 0; t < R; ++t) b.a[t] = z.load(row, at.q + span * at.p + t * count);
+        any_butterfly<R>(b.a);
         if (!last) {
           // powers of one root by products of few factors: a rounding or two more than tables of them all
           Complex<T> w[R];
-          w[1] = table_at(roots, s.by_span.quotient(u) * span);
+          w[1] = table_at(roots, at.p * span);
           b.a[1] = b.a[1] * w[1];
           SIMT_UNROLL
           for (int t = 2; t < R; ++t) {
@@ -147,14 +238,14 @@ SIMT_DEVICE void stage(const BlockFft& f, const BlockFft::Stage& s, const Rows<T
         return b;
       },
       [&](int row, int u, const Butterfly<R, T>& b) {
-        const int p = s.by_span.quotient(u);
-        const int first = u + p * span * (R - 1);  // u - p span + p span R
+        const Place at = place(u);
+        const int first = at.q + span * R * at.p;
         SIMT_UNROLL
         for (int t = 0; t < R; ++t) z.store(row, first + t * span, b.a[t]);
       });
 }
 
-// FFT of length f.inner of every row.
+// Stage i of an FFT of length f.inner of every row.
 template <class T>
 SIMT_DEVICE void fft_stage(const BlockFft& f, int i, const Rows<T>& z, int rows, simt::global<const T> roots) {
   const BlockFft::Stage& s = f.stage[i];
@@ -162,6 +253,11 @@ SIMT_DEVICE void fft_stage(const BlockFft& f, int i, const Rows<T>& z, int rows,
     case 2: stage<2>(f, s, z, rows, roots); break;
     case 3: stage<3>(f, s, z, rows, roots); break;
     case 4: stage<4>(f, s, z, rows, roots); break;
+    case 6: stage<6>(f, s, z, rows, roots); break;
+    case 9: stage<9>(f, s, z, rows, roots); break;
+    case 10: stage<10>(f, s, z, rows, roots); break;
+    case 12: stage<12>(f, s, z, rows, roots); break;
+    case 15: stage<15>(f, s, z, rows, roots); break;
     case 5: stage<5>(f, s, z, rows, roots); break;
     case 7: stage<7>(f, s, z, rows, roots); break;
     case 8: stage<8>(f, s, z, rows, roots); break;
@@ -382,7 +478,7 @@ SIMT_DEVICE void after_fft(const RowParams<T>& p, const Rows<T>& z, int rows) {
 template <class T, class Fft>
 SIMT_DEVICE void transform_rows(const RowParams<T>& p, const Fft& fft) {
   const Tile& t = p.tile;
-  const Rows<T> z(t.rows, p.fft.pitch);
+  const Rows<T> z(t.rows, p.fft);
   const RowOffsets offsets(t);
   // One tile a block, no loop over tiles: the compiler would keep every index of the steps below in a register.
   const Index first = simt::block() * t.rows;
@@ -391,14 +487,27 @@ SIMT_DEVICE void transform_rows(const RowParams<T>& p, const Fft& fft) {
     offsets.fill(t, first, rows);
     simt::barrier();
   }
-  load_tile<T>(t, offsets, first, rows,
-               [&](int row, int i, T x) { z.set_real(row, load_slot(p.type, p.even, i, t.n), x); });
+  load_tile<T>(
+      t, offsets, first, rows, [&](int row, int i, T x) { z.set_real(row, load_slot(p.type, p.even, i, t.n), x); },
+      [&](int row, int i, T x, T y) {
+        if (p.type == 2 || (p.type == 4 && p.even)) {
+          z.set_real(row, load_slot(p.type, p.even, i, t.n), x);
+          z.set_real(row, load_slot(p.type, p.even, i + 1, t.n), y);
+        } else {
+          z.store(row, i >> 1, {x, y});
+        }
+      });
   simt::barrier();
   before_fft(p, z, rows);
   fft(z, rows);
   after_fft(p, z, rows);
-  store_tile<T>(t, offsets, first, rows,
-                [&](int row, int i) { return z.real(row, store_slot(p.type, p.even, i, t.n)); });
+  store_tile<T>(
+      t, offsets, first, rows, [&](int row, int i) { return z.real(row, store_slot(p.type, p.even, i, t.n)); },
+      [&](int row, int i) {
+        if (p.type <= 2 || (p.type == 4 && !p.even)) return z.load(row, i >> 1);
+        return Complex<T>{z.real(row, store_slot(p.type, p.even, i, t.n)),
+                          z.real(row, store_slot(p.type, p.even, i + 1, t.n))};
+      });
 }
 
 template <class T, class Queue>

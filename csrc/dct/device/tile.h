@@ -12,7 +12,7 @@ struct Tile {
   simt::global_bytes out;
   Dtype from_dtype, to_dtype;
   Tiling load, store;
-  bool load_vectors, store_vectors;
+  bool load_pairs, store_pairs;
   int rows;               // of a block, the last block may have fewer
   int n, filled, stored;  // elements of a row, those read, those written
   Index padding;          // zeros written behind them
@@ -32,18 +32,23 @@ Tile tile_of(const Step& step, const StepPointers& pointers, const Queue& queue)
   t.to_dtype = step.to_dtype;
   t.load = step.load;
   t.store = step.store;
-  // Every tile of a flat tensor starts with a whole vector if the first one does and a tile is whole vectors long.
-  const auto vectors = [&](const void* base, Index elements, Dtype dtype) {
-    const Index bytes = step.rows_per_block * elements * bytes_of(dtype);
-    return reinterpret_cast<std::uintptr_t>(base) % 16 == 0 && (bytes % 16 == 0 || step.blocks == 1);
+  // Two elements at once where they and all rows start at a multiple of their size.
+  const auto pairs = [&](const void* base, Index elements, Index stride, Dtype dtype,
+                         std::int64_t BatchDim::* batch_stride) {
+    bool even = stride == 1 && elements % 2 == 0 &&
+                reinterpret_cast<std::uintptr_t>(base) % static_cast<std::uintptr_t>(2 * bytes_of(dtype)) == 0;
+    for (const BatchDim& dim : step.batch) even = even && dim.*batch_stride % 2 == 0;
+    return even;
   };
-  t.load_vectors = vectors(pointers.in, axis.filled, step.from_dtype);
-  t.store_vectors = vectors(pointers.out, axis.out_size, step.to_dtype);
+  t.load_pairs = pairs(pointers.in, axis.filled, axis.in_stride, step.from_dtype, &BatchDim::in_stride) &&
+                 step.load != Tiling::by_row;
   t.rows = step.rows_per_block;
   t.n = static_cast<int>(axis.n);
   t.filled = static_cast<int>(axis.filled);
   t.stored = static_cast<int>(axis.out_size < axis.n ? axis.out_size : axis.n);
   t.padding = axis.out_size - t.stored;
+  t.store_pairs = pairs(pointers.out, t.stored, axis.out_stride, step.to_dtype, &BatchDim::out_stride) &&
+                  step.store != Tiling::by_row;
   t.in_stride = axis.in_stride;
   t.out_stride = axis.out_stride;
   t.by_rows = Divider(t.rows);
@@ -53,8 +58,8 @@ Tile tile_of(const Step& step, const StepPointers& pointers, const Queue& queue)
   return t;
 }
 
-// Loads and stores that are in flight at once in each thread.
-constexpr int kTileVectors = 4, kTileElements = 4;
+// Loads that are in flight at once in each thread.
+constexpr int kTileLoads = 8;
 
 // Where the rows of a tile start: filled and read by the whole block, a barrier between.
 class RowOffsets {
@@ -88,58 +93,50 @@ SIMT_DEVICE Place place_of(int e, Tiling tiling, const Tile& t, const Divider& c
   return {row, e - row * count.divisor()};
 }
 
-// Calls take(row, element, value) for every element that is read, and with 0 for those up to n that are not, for `rows`
-// rows from `first` on. The caller has filled `offsets` unless the tile is flat, and puts barriers around.
-template <class T, class Take>
-SIMT_DEVICE void load_tile(const Tile& t, const RowOffsets& offsets, Index first, int rows, const Take& take) {
+// Calls take(row, i, value) for every element that is read, and with 0 for those up to n that are not, for `rows` rows
+// from `first` on; take_pair(row, i, value, value) for two at once, i even. The caller has filled `offsets` unless the
+// tile is flat, and puts barriers around.
+template <class T, class Take, class TakePair>
+SIMT_DEVICE void load_tile(const Tile& t, const RowOffsets& offsets, Index first, int rows, const Take& take,
+                           const TakePair& take_pair) {
   const int me = simt::thread(), step = simt::threads();
+  const bool flat = t.load == Tiling::flat;
   with_dtype<T>(t.from_dtype, [&](auto example) {
     using S = decltype(example);
     const auto in = t.in.template as<S>();
-    int scalars = 0;  // elements that vectors have taken
-    if (t.load == Tiling::flat && t.load_vectors) {
-      constexpr int V = 16 / static_cast<int>(sizeof(S));
-      const auto tile = in + first * t.filled;
-      const int vectors = rows * t.filled / V;
-      scalars = vectors * V;
-      for (int v = me; v < vectors; v += kTileVectors * step) {
-        simt::pack<S, V> x[kTileVectors] = {};
+    if (t.load_pairs) {
+      const int total = rows * t.filled;
+      for (int e = 2 * me; e < total; e += kTileLoads * 2 * step) {
+        simt::pack<S, 2> x[kTileLoads] = {};
         SIMT_UNROLL
-        for (int k = 0; k < kTileVectors; ++k) {
-          if (v + k * step < vectors) x[k] = tile.template load_vector<V>(static_cast<Index>(v + k * step) * V);
+        for (int k = 0; k < kTileLoads; ++k) {
+          const int at = e + k * 2 * step, row = t.by_filled.quotient(at);
+          if (at >= total) continue;
+          x[k] = in.template load_vector<2>(flat ? first * t.filled + at : offsets.in(row) + (at - row * t.filled));
         }
         SIMT_UNROLL
-        for (int k = 0; k < kTileVectors; ++k) {
-          if (v + k * step >= vectors) continue;
-          const int e = (v + k * step) * V;
-          int row = t.by_filled.quotient(e), i = e - row * t.filled;
-          SIMT_UNROLL
-          for (int j = 0; j < V; ++j) {
-            take(row, i, static_cast<T>(simt::to_float(x[k][j])));
-            if (++i == t.filled) {
-              i = 0;
-              ++row;
-            }
-          }
+        for (int k = 0; k < kTileLoads; ++k) {
+          const int at = e + k * 2 * step, row = t.by_filled.quotient(at);
+          if (at >= total) continue;
+          take_pair(row, at - row * t.filled, static_cast<T>(simt::to_float(x[k][0])),
+                    static_cast<T>(simt::to_float(x[k][1])));
         }
       }
+      return;
     }
-    const bool flat = t.load == Tiling::flat;
-    const int total = t.load == Tiling::by_row ? t.rows * t.filled : rows * t.filled;
-    for (int e = scalars + me; e < total; e += kTileElements * step) {
-      S x[kTileElements] = {};
+    const int total = (t.load == Tiling::by_row ? t.rows : rows) * t.filled;
+    for (int e = me; e < total; e += kTileLoads * step) {
+      S x[kTileLoads] = {};
       SIMT_UNROLL
-      for (int k = 0; k < kTileElements; ++k) {
-        if (e + k * step >= total) continue;
+      for (int k = 0; k < kTileLoads; ++k) {
         const Place at = place_of(e + k * step, t.load, t, t.by_filled);
-        if (at.row >= rows) continue;
+        if (e + k * step >= total || at.row >= rows) continue;
         x[k] = in.load(flat ? first * t.filled + e + k * step : offsets.in(at.row) + at.element * t.in_stride);
       }
       SIMT_UNROLL
-      for (int k = 0; k < kTileElements; ++k) {
-        if (e + k * step >= total) continue;
+      for (int k = 0; k < kTileLoads; ++k) {
         const Place at = place_of(e + k * step, t.load, t, t.by_filled);
-        if (at.row < rows) take(at.row, at.element, static_cast<T>(simt::to_float(x[k])));
+        if (e + k * step < total && at.row < rows) take(at.row, at.element, static_cast<T>(simt::to_float(x[k])));
       }
     }
   });
@@ -149,40 +146,31 @@ SIMT_DEVICE void load_tile(const Tile& t, const RowOffsets& offsets, Index first
   }
 }
 
-// Writes give(row, element), an element of the result, for all that is stored of `rows` rows from `first` on.
-template <class T, class Give>
-SIMT_DEVICE void store_tile(const Tile& t, const RowOffsets& offsets, Index first, int rows, const Give& give) {
+// Writes give(row, i), element i of the result, for all that is stored of `rows` rows from `first` on; give_pair(row,
+// i) where two go at once, i even.
+template <class T, class Give, class GivePair>
+SIMT_DEVICE void store_tile(const Tile& t, const RowOffsets& offsets, Index first, int rows, const Give& give,
+                            const GivePair& give_pair) {
   const int me = simt::thread(), step = simt::threads();
+  const bool flat = t.store == Tiling::flat;
   with_dtype<T>(t.to_dtype, [&](auto example) {
     using S = decltype(example);
     const auto out = t.out.template as<S>();
-    int scalars = 0;
-    if (t.store == Tiling::flat && t.store_vectors) {
-      constexpr int V = 16 / static_cast<int>(sizeof(S));
-      const auto tile = out + first * t.stored;
-      const int vectors = rows * t.stored / V;
-      scalars = vectors * V;
-      for (int v = me; v < vectors; v += step) {
-        int row = t.by_stored.quotient(v * V), i = v * V - row * t.stored;
-        simt::pack<S, V> x;
-        SIMT_UNROLL
-        for (int j = 0; j < V; ++j) {
-          x[j] = simt::from_float<S>(give(row, i));
-          if (++i == t.stored) {
-            i = 0;
-            ++row;
-          }
-        }
-        tile.template store_vector<V>(static_cast<Index>(v) * V, x);
+    if (t.store_pairs) {
+      for (int e = 2 * me; e < rows * t.stored; e += 2 * step) {
+        const int row = t.by_stored.quotient(e), i = e - row * t.stored;
+        const Complex<T> x = give_pair(row, i);
+        out.template store_vector<2>(flat ? first * t.stored + e : offsets.out(row) + i,
+                                     {{simt::from_float<S>(x.re), simt::from_float<S>(x.im)}});
       }
-    }
-    const bool flat = t.store == Tiling::flat;
-    const int total = t.store == Tiling::by_row ? t.rows * t.stored : rows * t.stored;
-    for (int e = scalars + me; e < total; e += step) {
-      const Place at = place_of(e, t.store, t, t.by_stored);
-      if (at.row >= rows) continue;
-      out.store(flat ? first * t.stored + e : offsets.out(at.row) + at.element * t.out_stride,
-                simt::from_float<S>(give(at.row, at.element)));
+    } else {
+      const int total = (t.store == Tiling::by_row ? t.rows : rows) * t.stored;
+      for (int e = me; e < total; e += step) {
+        const Place at = place_of(e, t.store, t, t.by_stored);
+        if (at.row >= rows) continue;
+        out.store(flat ? first * t.stored + e : offsets.out(at.row) + at.element * t.out_stride,
+                  simt::from_float<S>(give(at.row, at.element)));
+      }
     }
     for (int row = 0; t.padding > 0 && row < rows; ++row) {
       const auto behind = out + (offsets.out(row) + t.stored * t.out_stride);

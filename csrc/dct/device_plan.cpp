@@ -83,19 +83,19 @@ std::int64_t smooth_at_least(std::int64_t n) {
   return best;
 }
 
-// For a smooth `inner`. Odd radices first: neighbouring threads write their outputs the radices so far apart, which an
-// odd number spreads over all banks. After a product of at least 5 of them neighbours write beside each other; with
-// less the even radices need padding, which costs reads that do not start at 128 bytes a little.
+// For a smooth `inner`. A stage's neighbouring threads write the product of the radices up to it apart, or beside each
+// other once that is long. With enough factors 2 these go first and padding spreads them over all banks: reads start at
+// multiples of 128 bytes, which padding does not hurt. Otherwise odd radices go first, which need none.
 void set_radices(DeviceFft& fft) {
   std::vector<int> now, found;
   double best = std::numeric_limits<double>::max();
   search(fft.inner, kBlockRadices[0], 0.0, now, best, found);
-  std::stable_sort(found.begin(), found.end(), [](int a, int b) { return a % 2 > b % 2; });
+  const std::int64_t twos = fft.inner & -fft.inner;
+  fft.padded = twos >= 128 || fft.inner / twos < 5;
+  const auto rank = [&](int radix) { return fft.padded ? (radix & (radix - 1)) != 0 : radix % 2 == 0; };
+  std::stable_sort(found.begin(), found.end(), [&](int a, int b) { return rank(a) < rank(b); });
   fft.stages = static_cast<int>(found.size());
   std::copy(found.begin(), found.end(), fft.radix);
-  int odd = 1;
-  for (const int radix : found) odd *= radix % 2 ? radix : 1;
-  fft.padded = odd < 5;
 }
 
 DeviceFft plan_fft(std::int64_t n) {

@@ -328,7 +328,7 @@ struct LongPass {
   SIMT_DEVICE static void run(const Params& p) {
     const int slots = 1 << p.column_bits;
     const Index row = simt::block() / p.tiles, tile = simt::block() % p.tiles;
-    const Rows<T> z(slots, p.fft.pitch);
+    const Rows<T> z(slots, p.fft);
     Columns columns{p.length / p.fft.inner, tile * (slots / 2), slots / 2};
     Index base = 0;
     if (!p.first && !p.last) {

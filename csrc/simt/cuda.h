@@ -198,6 +198,11 @@ SIMT_DEVICE S from_float(F x) {
   else
     return static_cast<S>(x);
 }
+// x, of which the compiler knows nothing: what is computed from it in a loop stays there and takes no register outside.
+SIMT_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 SIMT_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 SIMT_DEVICE double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
 SIMT_DEVICE float sqrt(float x) { return __fsqrt_rn(x); }

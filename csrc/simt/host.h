@@ -288,6 +288,7 @@ S from_float(double x) {
   else
     return freqrank::from_float<S>(static_cast<float>(x));
 }
+inline int opaque(int x) { return x; }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fma(double a, double b, double c) { return std::fma(a, b, c); }
 inline float sqrt(float x) { return std::sqrt(x); }

@@ -539,28 +539,29 @@ struct PowerOfTwo {
     const int in_pitch = N + in_unit * G % 32, out_pitch = N + out_unit * G % 32;
     const bool general = p.load == Path::general || p.store == Path::general;
 
-    Place at;
-    at.g = simt::thread() % G;
-    at.in_group = simt::thread() % group_lanes;
-    at.row = at.in_group / G;
-    at.tables = tables;
-    const int group = simt::thread() / group_lanes;
-    at.group = groups + group_floats * group;
-
     fill_tables(p, tables);
     simt::barrier();
     SIMT_NO_UNROLL
     for (Index tile = simt::block() * rows; tile < p.batch.rows; tile += simt::blocks() * rows) {
       const int left = static_cast<int>(p.batch.rows - tile < rows ? p.batch.rows - tile : rows);
+      const int thread = simt::opaque(simt::thread());
+      const unsigned lane = static_cast<unsigned>(thread) % group_lanes;
+      const int group = static_cast<int>(static_cast<unsigned>(thread) / group_lanes);
+      Place at;
+      at.g = static_cast<int>(lane % G);
+      at.in_group = static_cast<int>(lane);
+      at.row = static_cast<int>(lane / G);
+      at.tables = tables;
+      at.group = groups + group_floats * group;
       at.first = tile + group * group_rows;
       at.left = left - group * group_rows;
       Number a[R];
 
       if (general) {
-        if (simt::thread() < left) {
-          const Offsets o = offsets_of(p.batch, tile + simt::thread());
-          starts.store(2 * simt::thread(), o.in);
-          starts.store(2 * simt::thread() + 1, o.out);
+        if (thread < left) {
+          const Offsets o = offsets_of(p.batch, tile + thread);
+          starts.store(2 * thread, o.in);
+          starts.store(2 * thread + 1, o.out);
         }
         simt::barrier();
       }

@@ -39,17 +39,31 @@ struct Problem {
   int threads = 1;                    // how many parts run() may work on at once; results do not depend on it
 };
 
-// A complex FFT of length n: mixed radix, or Bluestein's convolution of length `inner` > n, itself mixed radix.
-// Offsets count elements from the start of the row's table.
-struct Fft {
-  static constexpr int max_stages = 64;
-  std::int64_t n = 1, inner = 1;
-  int stages = 0;
-  int radix[max_stages] = {};
-  std::int64_t twiddles[max_stages] = {};
-  std::int64_t chirp = 0, spectrum = 0;
-  bool bluestein() const { return inner != n; }
+// Stages of a mixed-radix FFT of length n. Offsets count elements from the start of the row's table.
+struct Stages {
+  static constexpr int max = 64;
+  std::int64_t n = 1;
+  int count = 0;
+  std::int64_t radix[max] = {}, twiddles[max] = {};
 };
+
+// Rader's convolution for a prime factor, itself by two FFTs of length stages.n, which has small factors only: prime -
+// 1 or enough for zeros between. For real elements half of that does, two of them in a complex number.
+struct Convolution {
+  std::int64_t prime = 0;
+  bool real = false;
+  Stages stages;
+  std::int64_t gather = 0, scatter = 0, spectrum = 0;
+};
+
+struct Fft {
+  Stages stages;
+  std::vector<Convolution> convolutions;
+  int convolution[Stages::max] = {}, real_convolution[Stages::max] = {};  // of each stage, -1 for small radices
+};
+
+// Arrays in a row's scratch take multiples of so many elements.
+constexpr std::int64_t kArrayElements = 16;
 
 // The transform of one row.
 struct Row {
@@ -57,11 +71,11 @@ struct Row {
   bool wide = false;  // computed in double
   std::int64_t n = 1;
   double scale = 1;
-  bool even = false;  // types II to IV: an FFT of length n / 2 serves
+  bool even = false;  // types II to IV: a complex FFT of length n / 2 serves; otherwise a real one of length n
   Fft fft;
   std::int64_t pre = 0, post = 0, rotation = 0;  // table offsets
   std::int64_t table_elements = 0;
-  std::int64_t scratch = 0;  // elements for each row at work
+  std::int64_t scratch = 0, spare = 0;  // elements for each row at work; spare those of convolutions
   std::size_t table_bytes() const { return static_cast<std::size_t>(table_elements) * (wide ? 8 : 4); }
 };
 
@@ -82,7 +96,8 @@ struct Pass {
   double in_end = 1, out_end = 1;
   std::vector<BatchDim> batch;  // outermost first
   std::int64_t rows = 0;
-  int lanes = 1;  // rows that go through the arithmetic side by side, one in each lane of a vector
+  int lanes = 1;         // rows that go through the arithmetic side by side, one in each lane of a vector
+  int fewest_lanes = 1;  // a last group of fewer rows goes one by one
   std::int64_t groups = 0;
   std::int64_t slots = 1;         // parts, each with a scratch of its own
   std::size_t scratch_bytes = 0;  // of one slot

@@ -1,265 +1,224 @@
-// Compiled once for each instruction set. V is a vector that holds one row in each lane, or a scalar for one row at a
-// time; T the type of its lanes. Real and imaginary parts lie in arrays of their own.
+// Compiled once for each instruction set: the cosine transforms of W rows side by side, or of one row.
 #include "dct/kernels.h"
 
 #include <cstring>
 
 #include "common/half.h"
-#include "dct/codelets.h"
+#include "dct/fft.h"
 
 namespace freqrank::dct::FREQRANK_ISA {
 
 namespace {
 
-#if FREQRANK_ISA_avx512
-#define FREQRANK_VECTOR_BYTES 64
-#elif FREQRANK_ISA_avx2
-#define FREQRANK_VECTOR_BYTES 32
-#else
-#define FREQRANK_VECTOR_BYTES 16
-#endif
-typedef float Floats __attribute__((vector_size(FREQRANK_VECTOR_BYTES), may_alias));
-typedef double Doubles __attribute__((vector_size(FREQRANK_VECTOR_BYTES), may_alias));
+// --- cosine transforms ----------------------------------------------------------------------------------------------
+// Each type has three parts: place(i, v) puts element i of the input where compute() wants it, get(i) finds element i
+// of the result. `x` holds a row, `z` and `other` complex arrays.
 
-using Index = std::int64_t;
-
-template <class V, class T>
-FREQRANK_INLINE Complex<V> multiply(const Complex<V>& a, T re, T im) {
-  return {a.re * re - a.im * im, a.re * im + a.im * re};
-}
-
-// --- complex FFT --------------------------------------------------------------------------------------------------
-
-// One butterfly of a Stockham stage (decimation in frequency, self-sorting).
-template <int R, bool Twiddle, class V, class T>
-FREQRANK_INLINE void step(const V* xr, const V* xi, Index x_step, V* yr, V* yi, Index y_step, const T* twiddles,
-                          Index twiddle_step) {
-  Complex<V> a[R];
-  FREQRANK_UNROLL
-  for (int t = 0; t < R; ++t) a[t] = {xr[t * x_step], xi[t * x_step]};
-  butterfly<R>(a);
-  yr[0] = a[0].re;
-  yi[0] = a[0].im;
-  FREQRANK_UNROLL
-  for (int j = 1; j < R; ++j) {
-    if constexpr (Twiddle) {
-      a[j] = multiply(a[j], twiddles[2 * (j - 1) * twiddle_step], twiddles[(2 * j - 1) * twiddle_step]);
-    }
-    yr[j * y_step] = a[j].re;
-    yi[j * y_step] = a[j].im;
-  }
-}
-
-// A stage of radix R on `s` interleaved transforms of length R m.
-template <int R, class V, class T>
-void stage(Index m, Index s, const V* __restrict xr, const V* __restrict xi, V* __restrict yr, V* __restrict yi,
-           const T* __restrict twiddles) {
-  if (m == 1) {
-    for (Index q = 0; q < s; ++q) step<R, false>(xr + q, xi + q, s, yr + q, yi + q, s, twiddles, 1);
-  } else if (s == 1) {
-    for (Index p = 0; p < m; ++p) {
-      step<R, true>(xr + p, xi + p, m, yr + R * p, yi + R * p, 1, twiddles + p, m);
-    }
-  } else {
-    for (Index p = 0; p < m; ++p) {
-      const V *ar = xr + s * p, *ai = xi + s * p;
-      V *br = yr + s * R * p, *bi = yi + s * R * p;
-      for (Index q = 0; q < s; ++q) step<R, true>(ar + q, ai + q, s * m, br + q, bi + q, s, twiddles + p, m);
-    }
-  }
-}
-
-template <class V>
-struct Split {  // a complex array
-  V *re, *im;
+template <class L>
+struct Job {
+  using T = typename L::T;
+  const Row& row;
+  const T* table;
+  T* x;
+  Split<T> z, other;
+  T *scratch, *spare;
 };
 
-template <class V>
-FREQRANK_INLINE void exchange(V& a, V& b) {
-  const V c = a;
-  a = b;
-  b = c;
+template <class A, class T>
+FREQRANK_INLINE void scale_ends(T* x, Index n, bool both, T factor) {
+  using V = typename A::V;
+  if (factor == T(1)) return;
+  A::store(x, 0, A::load(x, 0) * spread<V>(factor));
+  if (both) A::store(x, n - 1, A::load(x, n - 1) * spread<V>(factor));
 }
-
-// FFT of length fft.inner. The result is in x; x and y may change places.
-template <class V, class T>
-void mixed_radix(const Fft& fft, const T* table, Split<V>& x, Split<V>& y) {
-  Index n = fft.inner, s = 1;
-  for (int i = 0; i < fft.stages; ++i) {
-    const int radix = fft.radix[i];
-    const Index m = n / radix;
-    const T* twiddles = table + fft.twiddles[i];
-    switch (radix) {
-      case 2: stage<2>(m, s, x.re, x.im, y.re, y.im, twiddles); break;
-      case 3: stage<3>(m, s, x.re, x.im, y.re, y.im, twiddles); break;
-      case 4: stage<4>(m, s, x.re, x.im, y.re, y.im, twiddles); break;
-      case 5: stage<5>(m, s, x.re, x.im, y.re, y.im, twiddles); break;
-      case 7: stage<7>(m, s, x.re, x.im, y.re, y.im, twiddles); break;
-      case 11: stage<11>(m, s, x.re, x.im, y.re, y.im, twiddles); break;
-      default: stage<13>(m, s, x.re, x.im, y.re, y.im, twiddles); break;
-    }
-    exchange(x, y);
-    n = m;
-    s *= radix;
-  }
-}
-
-// FFT of length fft.n, the arrays of length fft.inner.
-template <class V, class T>
-void forward(const Fft& fft, const T* table, Split<V>& x, Split<V>& y) {
-  if (!fft.bluestein()) {
-    mixed_radix(fft, table, x, y);
-    return;
-  }
-  const T *chirp = table + fft.chirp, *spectrum = table + fft.spectrum;
-  const auto modulate = [&] {
-    for (Index k = 0; k < fft.n; ++k) {
-      const Complex<V> a = multiply(Complex<V>{x.re[k], x.im[k]}, chirp[k], chirp[fft.n + k]);
-      x.re[k] = a.re;
-      x.im[k] = a.im;
-    }
-  };
-  modulate();
-  for (Index k = fft.n; k < fft.inner; ++k) x.re[k] = x.im[k] = V{};
-  mixed_radix(fft, table, x, y);
-  for (Index k = 0; k < fft.inner; ++k) {
-    const Complex<V> a = multiply(Complex<V>{x.re[k], x.im[k]}, spectrum[k], spectrum[fft.inner + k]);
-    x.re[k] = a.re;
-    x.im[k] = a.im;
-  }
-  // the inverse is the forward transform with real and imaginary parts exchanged
-  exchange(x.re, x.im);
-  exchange(y.re, y.im);
-  mixed_radix(fft, table, x, y);
-  exchange(x.re, x.im);
-  exchange(y.re, y.im);
-  modulate();
-}
-
-template <class V, class T>
-void backward(const Fft& fft, const T* table, Split<V>& x, Split<V>& y) {
-  exchange(x.re, x.im);
-  exchange(y.re, y.im);
-  forward(fft, table, x, y);
-  exchange(x.re, x.im);
-  exchange(y.re, y.im);
-}
-
-// --- cosine transforms of one row, in place -----------------------------------------------------------------------
 
 // Type I: the symmetric extension of length 2L, L = n - 1, as L complex numbers z_j = s_2j + i s_2j+1; the real part of
 // its spectrum.
-template <class V, class T>
-void type1(const Row& row, const T* table, V* x, Split<V> z, Split<V> other) {
-  const Index length = row.n - 1;
-  const T *cosine = table + row.rotation, *sine = cosine + length / 2 + 1;
-  const T half = static_cast<T>(0.5 * row.scale), scale = static_cast<T>(row.scale);
-  x[0] = x[0] + x[0];
-  x[length] = x[length] + x[length];
-  for (Index j = 0; j < length; ++j) {
-    const Index a = 2 * j, b = 2 * j + 1;
-    z.re[j] = x[a <= length ? a : 2 * length - a];
-    z.im[j] = x[b <= length ? b : 2 * length - b];
-  }
-  forward(row.fft, table, z, other);
-  x[0] = (z.re[0] + z.im[0]) * scale;
-  x[length] = (z.re[0] - z.im[0]) * scale;
-  for (Index k = 1; k <= length / 2; ++k) {
-    const Index l = length - k;
-    const V even = (z.re[k] + z.re[l]) * half;
-    const V odd = (z.im[k] + z.im[l]) * cosine[k] - (z.re[k] - z.re[l]) * sine[k];
-    x[l] = even - odd;
-    x[k] = even + odd;
-  }
-}
+template <class L>
+struct Type1 {
+  using T = typename L::T;
+  using A = typename L::Tail;
+  using V = typename A::V;
+  Job<L>& job;
 
-// Types II and III permute v_i = x_2i, v_n-1-i = x_2i+1 so that a real DFT of v is what remains.
-FREQRANK_INLINE Index permuted(Index i, Index n) { return 2 * i < n ? 2 * i : 2 * n - 1 - 2 * i; }
+  FREQRANK_FORCED_INLINE void place(Index i, V v) const {
+    const Index length = job.row.n - 1;
+    if (i == 0 || i == length) v = v + v;
+    T* at = i % 2 ? job.z.im : job.z.re;
+    const Index mirrored = i % 2 ? length - 1 - i / 2 : length - i / 2;
+    A::store(at, i / 2, v);
+    if (i != 0) A::store(at, mirrored, v);
+  }
 
-template <class V, class T>
-void type2(const Row& row, const T* table, V* x, Split<V> z, Split<V> other) {
-  const Index n = row.n;
-  const T *cosine = table + row.post, *sine = cosine + n / 2 + 1;
-  if (!row.even) {
-    for (Index j = 0; j < n; ++j) {
-      z.re[j] = x[permuted(j, n)];
-      z.im[j] = V{};
+  void compute(T in_end, T out_end) const {
+    const Index length = job.row.n - 1;
+    const T *cosine = job.table + job.row.rotation, *sine = cosine + length / 2 + 1;
+    const T half = static_cast<T>(0.5 * job.row.scale), scale = static_cast<T>(job.row.scale);
+    Split<T>& z = job.z;
+    T* x = job.x;
+    if (in_end != T(1)) {
+      place(0, A::load(z.re, 0) * spread<V>(in_end * T(0.5)));
+      place(length, A::load(length % 2 ? z.im : z.re, length / 2) * spread<V>(in_end * T(0.5)));
     }
-    forward(row.fft, table, z, other);
-    x[0] = z.re[0] * cosine[0];
-    for (Index k = 1; k <= n / 2; ++k) {
-      x[k] = z.re[k] * cosine[k] + z.im[k] * sine[k];
-      x[n - k] = z.re[k] * sine[k] - z.im[k] * cosine[k];
-    }
-    return;
+    forward<L>(job.row.fft, job.table, z, job.other, job.spare);
+    const Complex<V> first = load<A>(z, 0);
+    A::store(x, 0, (first.re + first.im) * spread<V>(scale));
+    A::store(x, length, (first.re - first.im) * spread<V>(scale));
+    each<L>(1, length / 2 + 1, [&](auto side, Index k) __attribute__((always_inline)) {
+      using B = decltype(side);
+      using W = typename B::V;
+      const Index l = length - k;
+      const Complex<W> a = load<B>(z, k), b{B::load_mirrored(z.re, l), B::load_mirrored(z.im, l)};
+      const W even = (a.re + b.re) * spread<W>(half);
+      const W odd = multiply_subtract(a.re - b.re, B::factor(sine, k), (a.im + b.im) * B::factor(cosine, k));
+      B::store_mirrored(x, l, even - odd);
+      B::store(x, k, even + odd);
+    });
+    scale_ends<A>(x, job.row.n, true, out_end);
   }
-  const Index length = n / 2;
-  const T *turn_cos = table + row.rotation, *turn_sin = turn_cos + length / 2 + 1;
-  for (Index j = 0; j < length; ++j) {
-    z.re[j] = x[permuted(2 * j, n)];
-    z.im[j] = x[permuted(2 * j + 1, n)];
-  }
-  forward(row.fft, table, z, other);
-  const T twice = static_cast<T>(2.0 * row.scale), root = static_cast<T>(1.41421356237309504880 * row.scale);
-  x[0] = (z.re[0] + z.im[0]) * twice;
-  x[length] = (z.re[0] - z.im[0]) * root;
-  for (Index k = 1; k <= length / 2; ++k) {
-    const Index l = length - k;
-    const Complex<V> even{z.re[k] + z.re[l], z.im[k] - z.im[l]};
-    const Complex<V> difference{z.re[k] - z.re[l], z.im[k] + z.im[l]};
-    const Complex<V> odd = multiply(difference, -turn_sin[k], -turn_cos[k]);
-    const Complex<V> a = even + odd, b{even.re - odd.re, odd.im - even.im};  // twice V_k and V_l
-    x[l] = b.re * cosine[l] + b.im * sine[l];
-    x[n - l] = b.re * sine[l] - b.im * cosine[l];
-    x[k] = a.re * cosine[k] + a.im * sine[k];
-    x[n - k] = a.re * sine[k] - a.im * cosine[k];
-  }
-}
 
-template <class V, class T>
-void type3(const Row& row, const T* table, V* x, Split<V> z, Split<V> other) {
-  const Index n = row.n;
-  const T *cosine = table + row.post, *sine = cosine + n / 2 + 1;
-  const T twice = static_cast<T>(2.0 * row.scale), root = static_cast<T>(1.41421356237309504880 * row.scale);
-  // V_k = exp(i pi k / 2n) (x_k - i x_n-k), whose inverse real DFT is v
-  const auto spectrum = [&](Index k) {
-    const V a = x[k], b = x[n - k];
-    return Complex<V>{a * cosine[k] + b * sine[k], a * sine[k] - b * cosine[k]};
-  };
-  if (!row.even) {
-    z.re[0] = x[0] * twice;
-    z.im[0] = V{};
-    for (Index k = 1; k <= n / 2; ++k) {
-      const Complex<V> a = spectrum(k);
-      z.re[k] = z.re[n - k] = a.re;
-      z.im[k] = a.im;
-      z.im[n - k] = -a.im;
+  FREQRANK_FORCED_INLINE V get(Index i) const { return A::load(job.x, i); }
+};
+
+// Types II and III permute v_i = x_2i, v_n-1-i = x_2i+1 so that a real DFT of v is what remains. An even length packs
+// v_2j + i v_2j+1.
+FREQRANK_INLINE Index permuted(Index i, Index n) { return i % 2 ? n - 1 - i / 2 : i / 2; }
+
+template <class L>
+struct Type2 {
+  using T = typename L::T;
+  using A = typename L::Tail;
+  using V = typename A::V;
+  Job<L>& job;
+
+  FREQRANK_FORCED_INLINE void place(Index i, V v) const {
+    const Index j = permuted(i, job.row.n);
+    if (job.row.even) {
+      A::store(j % 2 ? job.z.im : job.z.re, j / 2, v);
+    } else {
+      A::store(job.other.re, j, v);
     }
-    backward(row.fft, table, z, other);
-    for (Index j = 0; j < n; ++j) x[permuted(j, n)] = z.re[j];
-    return;
   }
-  const Index length = n / 2;
-  const T *turn_cos = table + row.rotation, *turn_sin = turn_cos + length / 2 + 1;
-  const V first = x[0] * twice, middle = x[length] * root;
-  z.re[0] = first + middle;
-  z.im[0] = first - middle;
-  for (Index k = 1; k <= length / 2; ++k) {
-    const Index l = length - k;
-    const Complex<V> a = spectrum(k), b = spectrum(l);
-    const Complex<V> even{a.re + b.re, a.im - b.im};
-    const Complex<V> odd = multiply(Complex<V>{a.re - b.re, a.im + b.im}, -turn_sin[k], turn_cos[k]);
-    z.re[l] = even.re - odd.re;
-    z.im[l] = odd.im - even.im;
-    z.re[k] = even.re + odd.re;
-    z.im[k] = even.im + odd.im;
+
+  void compute(T, T out_end) const {
+    const Index n = job.row.n;
+    const T *cosine = job.table + job.row.post, *sine = cosine + n / 2 + 1;
+    Split<T>& z = job.z;
+    T* x = job.x;
+    if (!job.row.even) {
+      real_forward<L>(job.row.fft, job.table, job.other.re, z, job.scratch, job.spare);
+      A::store(x, 0, A::load(z.re, 0) * A::factor(cosine, 0));
+      each<L>(1, n / 2 + 1, [&](auto side, Index k) __attribute__((always_inline)) {
+        using B = decltype(side);
+        const auto a = load<B>(z, k);
+        const auto c = B::factor(cosine, k), s = B::factor(sine, k);
+        B::store(x, k, multiply_add(a.im, s, a.re * c));
+        B::store_mirrored(x, n - k, multiply_subtract(a.im, c, a.re * s));
+      });
+      scale_ends<A>(x, n, false, out_end);
+      return;
+    }
+    const Index length = n / 2;
+    const T *turn_cos = job.table + job.row.rotation, *turn_sin = turn_cos + length / 2 + 1;
+    forward<L>(job.row.fft, job.table, z, job.other, job.spare);
+    const T twice = static_cast<T>(2.0 * job.row.scale), root = static_cast<T>(1.41421356237309504880 * job.row.scale);
+    const Complex<V> first = load<A>(z, 0);
+    A::store(x, 0, (first.re + first.im) * spread<V>(twice));
+    A::store(x, length, (first.re - first.im) * spread<V>(root));
+    each<L>(1, length / 2 + 1, [&](auto side, Index k) __attribute__((always_inline)) {
+      using B = decltype(side);
+      using W = typename B::V;
+      const Index l = length - k;
+      const Complex<W> zk = load<B>(z, k), zl{B::load_mirrored(z.re, l), B::load_mirrored(z.im, l)};
+      const Complex<W> even{zk.re + zl.re, zk.im - zl.im}, difference{zk.re - zl.re, zk.im + zl.im};
+      // difference times -i exp(-2 pi i k / n)
+      const W c = B::factor(turn_cos, k), s = B::factor(turn_sin, k);
+      const Complex<W> odd{multiply_subtract(difference.re, s, difference.im * c),
+                           multiply_add(difference.im, s, difference.re * c)};  // of the opposite imaginary part
+      const Complex<W> a{even.re + odd.re, even.im - odd.im}, b{even.re - odd.re, even.im + odd.im};  // 2 V_k, 2 V_l*
+      const W ck = B::factor(cosine, k), sk = B::factor(sine, k);
+      const W cl = B::factor_mirrored(cosine, l), sl = B::factor_mirrored(sine, l);
+      B::store_mirrored(x, l, multiply_subtract(b.im, sl, b.re * cl));
+      B::store(x, n - l, multiply_add(b.im, cl, b.re * sl));
+      B::store(x, k, multiply_add(a.im, sk, a.re * ck));
+      B::store_mirrored(x, n - k, multiply_subtract(a.im, ck, a.re * sk));
+    });
+    scale_ends<A>(x, n, false, out_end);
   }
-  backward(row.fft, table, z, other);
-  for (Index j = 0; j < length; ++j) {
-    x[permuted(2 * j, n)] = z.re[j];
-    x[permuted(2 * j + 1, n)] = z.im[j];
+
+  FREQRANK_FORCED_INLINE V get(Index i) const { return A::load(job.x, i); }
+};
+
+template <class L>
+struct Type3 {
+  using T = typename L::T;
+  using A = typename L::Tail;
+  using V = typename A::V;
+  Job<L>& job;
+
+  FREQRANK_FORCED_INLINE void place(Index i, V v) const { A::store(job.x, i, v); }
+
+  void compute(T in_end, T) const {
+    const Index n = job.row.n;
+    const T *cosine = job.table + job.row.post, *sine = cosine + n / 2 + 1;
+    const T twice = static_cast<T>(2.0 * job.row.scale), root = static_cast<T>(1.41421356237309504880 * job.row.scale);
+    Split<T>& z = job.z;
+    T* x = job.x;
+    scale_ends<A>(x, n, false, in_end);
+    // V_k = exp(i pi k / 2n) (x_k - i x_n-k) is the spectrum of v
+    if (!job.row.even) {
+      // v is the Hartley transform of h_k = re V_k - im V_k, that is re - im of h's own spectrum
+      T* h = job.other.re;
+      A::store(h, 0, A::load(x, 0) * spread<V>(twice));
+      each<L>(1, n / 2 + 1, [&](auto side, Index k) __attribute__((always_inline)) {
+        using B = decltype(side);
+        const auto a = B::load(x, k), b = B::load_mirrored(x, n - k);
+        const auto c = B::factor(cosine, k), s = B::factor(sine, k);
+        const auto re = multiply_add(b, s, a * c), im = multiply_subtract(b, c, a * s);
+        B::store(h, k, re - im);
+        B::store_mirrored(h, n - k, re + im);
+      });
+      real_forward<L>(job.row.fft, job.table, h, z, job.scratch, job.spare);
+      A::store(x, 0, A::load(z.re, 0));
+      each<L>(1, n / 2 + 1, [&](auto side, Index j) __attribute__((always_inline)) {
+        using B = decltype(side);
+        const auto a = load<B>(z, j);
+        B::store(x, j, a.re - a.im);
+        B::store_mirrored(x, n - j, a.re + a.im);
+      });
+      return;
+    }
+    const Index length = n / 2;
+    const T *turn_cos = job.table + job.row.rotation, *turn_sin = turn_cos + length / 2 + 1;
+    const V first = A::load(x, 0) * spread<V>(twice), middle = A::load(x, length) * spread<V>(root);
+    store<A>(z, 0, Complex<V>{first + middle, first - middle});
+    each<L>(1, length / 2 + 1, [&](auto side, Index k) __attribute__((always_inline)) {
+      using B = decltype(side);
+      using W = typename B::V;
+      const Index l = length - k;
+      const W ck = B::factor(cosine, k), sk = B::factor(sine, k);
+      const W cl = B::factor_mirrored(cosine, l), sl = B::factor_mirrored(sine, l);
+      const W xk = B::load(x, k), xnk = B::load_mirrored(x, n - k), xl = B::load_mirrored(x, l),
+              xnl = B::load(x, n - l);
+      const Complex<W> a{multiply_add(xnk, sk, xk * ck), multiply_subtract(xnk, ck, xk * sk)};
+      const Complex<W> b{multiply_add(xnl, sl, xl * cl), multiply_subtract(xnl, cl, xl * sl)};
+      const Complex<W> even{a.re + b.re, a.im - b.im}, difference{a.re - b.re, a.im + b.im};
+      // difference times i exp(2 pi i k / n)
+      const W c = B::factor(turn_cos, k), s = B::factor(turn_sin, k);
+      const Complex<W> odd{multiply_add(difference.re, s, difference.im * c),  // of the opposite real part
+                           multiply_subtract(difference.im, s, difference.re * c)};
+      B::store_mirrored(z.re, l, even.re + odd.re);
+      B::store_mirrored(z.im, l, odd.im - even.im);
+      store<B>(z, k, Complex<W>{even.re - odd.re, even.im + odd.im});
+    });
+    backward<L>(job.row.fft, job.table, z, job.other, job.spare);
   }
-}
+
+  FREQRANK_FORCED_INLINE V get(Index i) const {
+    const Index j = permuted(i, job.row.n);
+    return !job.row.even ? A::load(job.x, j) : A::load(j % 2 ? job.z.im : job.z.re, j / 2);
+  }
+};
 
 // Type IV of an odd length is a real DFT of that length up to order and signs: the odd residues a = 2k + 1 modulo 8n
 // have four images under a -> -a, 4n - a, 4n + a, over which the cosine only changes its sign, one of them 1 modulo 8.
@@ -278,48 +237,77 @@ FREQRANK_INLINE Image image(Index i, Index n) {
   return {(8 * n - a - 1) / 2, false};
 }
 
-template <class V, class T>
-void type4(const Row& row, const T* table, V* x, Split<V> z, Split<V> other) {
-  const Index n = row.n;
-  if (row.even) {
-    const Index length = n / 2;
-    const T *pre_cos = table + row.pre, *pre_sin = pre_cos + length;
-    const T *post_cos = table + row.post, *post_sin = post_cos + length;
-    for (Index j = 0; j < length; ++j) {
-      const Complex<V> a = multiply(Complex<V>{x[2 * j], x[n - 1 - 2 * j]}, pre_cos[j], -pre_sin[j]);
-      z.re[j] = a.re;
-      z.im[j] = a.im;
+template <class L>
+struct Type4 {
+  using T = typename L::T;
+  using A = typename L::Tail;
+  using V = typename A::V;
+  Job<L>& job;
+
+  FREQRANK_FORCED_INLINE void place(Index i, V v) const {
+    if (job.row.even) {
+      A::store(i % 2 ? job.z.im : job.z.re, i % 2 ? (job.row.n - 1 - i) / 2 : i / 2, v);
+    } else {
+      A::store(job.x, i, v);
     }
-    forward(row.fft, table, z, other);
-    for (Index k = 0; k < length; ++k) {
-      x[2 * k] = z.re[k] * post_cos[k] + z.im[k] * post_sin[k];
-      x[n - 1 - 2 * k] = z.re[k] * post_sin[k] - z.im[k] * post_cos[k];
+  }
+
+  void compute(T, T) const {
+    const Index n = job.row.n;
+    Split<T>& z = job.z;
+    if (job.row.even) {
+      const Index length = n / 2;
+      const T *pre_cos = job.table + job.row.pre, *pre_sin = pre_cos + length;
+      const T *post_cos = job.table + job.row.post, *post_sin = post_cos + length;
+      each<L>(0, length, [&](auto side, Index j) __attribute__((always_inline)) {
+        using B = decltype(side);
+        const auto a = load<B>(z, j);
+        const auto c = B::factor(pre_cos, j), s = B::factor(pre_sin, j);
+        B::store(z.re, j, multiply_add(a.im, s, a.re * c));
+        B::store(z.im, j, multiply_subtract(a.re, s, a.im * c));
+      });
+      forward<L>(job.row.fft, job.table, z, job.other, job.spare);
+      each<L>(0, length, [&](auto side, Index k) __attribute__((always_inline)) {
+        using B = decltype(side);
+        const auto a = load<B>(z, k);
+        const auto c = B::factor(post_cos, k), s = B::factor(post_sin, k);
+        B::store(z.re, k, multiply_add(a.im, s, a.re * c));
+        B::store(z.im, k, multiply_subtract(a.im, c, a.re * s));
+      });
+      return;
     }
-    return;
+    Index eighth = 1;  // becomes 1/8 modulo n
+    while (eighth % 8 != 0) eighth += n;
+    T *x = job.x, *v = job.other.re;
+    Index position = eighth / 8 % n;
+    for (Index i = 0; i < n; ++i) {
+      const Image from = image(i, n);
+      const V value = A::load(x, from.index);
+      A::store(v, position, from.negative ? -value : value);
+      if (++position == n) position = 0;
+    }
+    real_forward<L>(job.row.fft, job.table, v, z, job.scratch, job.spare);
+    const V c = A::factor(job.table + job.row.post, 0), s = A::factor(job.table + job.row.post, 1);
+    position = 1 % n;
+    for (Index i = 0; i < n; ++i) {
+      const Image to = image(i, n);
+      const bool upper = 2 * position > n;
+      const Complex<V> a = load<A>(z, upper ? n - position : position);
+      const V re = a.re * c, value = upper ? multiply_subtract(a.im, s, re) : multiply_add(a.im, s, re);
+      A::store(x, to.index, to.negative ? -value : value);
+      position = (position + 8) % n;
+    }
   }
-  Index eighth = 1;  // becomes 1/8 modulo n
-  while (eighth % 8 != 0) eighth += n;
-  Index position = eighth / 8 % n;
-  for (Index i = 0; i < n; ++i) {
-    const Image from = image(i, n);
-    z.re[position] = from.negative ? -x[from.index] : x[from.index];
-    z.im[position] = V{};
-    if (++position == n) position = 0;
+
+  FREQRANK_FORCED_INLINE V get(Index i) const {
+    if (!job.row.even) return A::load(job.x, i);
+    return A::load(i % 2 ? job.z.im : job.z.re, i % 2 ? (job.row.n - 1 - i) / 2 : i / 2);
   }
-  forward(row.fft, table, z, other);
-  const T c = table[row.post], s = table[row.post + 1];
-  position = 1 % n;
-  for (Index i = 0; i < n; ++i) {
-    const Image to = image(i, n);
-    const V value = z.re[position] * c + z.im[position] * s;
-    x[to.index] = to.negative ? -value : value;
-    position = (position + 8) % n;
-  }
-}
+};
 
 // --- rows in memory ------------------------------------------------------------------------------------------------
 
-// The rows of one group: where lane l starts, how many lanes hold a row.
+// The rows of one group: where lane l starts. Lanes beyond `count` repeat the first row and are not stored.
 template <int W>
 struct Lanes {
   Index in[W] = {}, out[W] = {};
@@ -327,77 +315,127 @@ struct Lanes {
   bool in_adjacent = false, out_adjacent = false;  // all lanes there, element by element beside each other
 };
 
-// Elements of a row that are moved before the next lane's turn: whole cache lines, written to a corner of x that
-// stays in the first-level cache.
-constexpr Index kBlock = 16;
-
-template <class S, int W, class T>
-void load(const Work& work, const Lanes<W>& lanes, T* x) {
+template <class S, class V, class Place>
+FREQRANK_INLINE void read(const Work& work, const Lanes<width<V>>& lanes, const Place& place) {
+  constexpr int W = width<V>;
   const S* base = static_cast<const S*>(work.in);
   const Index stride = work.pass->in_stride, filled = work.pass->filled, n = work.row->n;
-  if (filled == 0) {
-  } else if (W > 1 && lanes.in_adjacent) {
-    for (Index i = 0; i < filled; ++i) {
-      const S* from = base + lanes.in[0] + i * stride;
-      for (int l = 0; l < W; ++l) x[i * W + l] = static_cast<T>(to_float(from[l]));
+  Index i = 0;
+  if (W > 1 && lanes.in_adjacent) {
+    for (; i < filled; ++i) place(i, load_as<V>(base + lanes.in[0] + i * stride));
+  } else if (W > 1 && stride == 1) {
+    for (; i + W <= filled; i += W) {
+      V square[W];
+      FREQRANK_UNROLL
+      for (int l = 0; l < W; ++l) square[l] = load_as<V>(base + lanes.in[l] + i);
+      transpose(square);
+      FREQRANK_UNROLL
+      for (int e = 0; e < W; ++e) place(i + e, square[e]);
     }
-  } else if (W == 1) {
-    const S* from = base + lanes.in[0];
-    if (stride == 1) {
-      for (Index i = 0; i < filled; ++i) x[i] = static_cast<T>(to_float(from[i]));
+  }
+  for (; i < filled; ++i) {
+    if constexpr (W == 1) {
+      place(i, load_as<V>(base + lanes.in[0] + i * stride));
     } else {
-      for (Index i = 0; i < filled; ++i) x[i] = static_cast<T>(to_float(from[i * stride]));
-    }
-  } else {
-    for (Index start = 0; start < filled; start += kBlock) {
-      const Index end = start + kBlock < filled ? start + kBlock : filled;
-      for (int l = 0; l < W; ++l) {
-        if (l < lanes.count) {
-          const S* from = base + lanes.in[l];
-          for (Index i = start; i < end; ++i) x[i * W + l] = static_cast<T>(to_float(from[i * stride]));
-        } else {
-          for (Index i = start; i < end; ++i) x[i * W + l] = T(0);
-        }
-      }
+      V v;
+      FREQRANK_UNROLL
+      for (int l = 0; l < W; ++l) v[l] = load_as<Lane<V>>(base + lanes.in[l] + i * stride);
+      place(i, v);
     }
   }
-  for (Index i = filled * W; i < n * W; ++i) x[i] = T(0);
+  for (; i < n; ++i) place(i, V{});
 }
 
-template <class S, class T>
-FREQRANK_INLINE S narrow(T x) {
-  if constexpr (sizeof(T) == 8) {
-    return x;
-  } else {
-    return from_float<S>(x);
-  }
-}
-
-template <class S, int W, class T>
-void store(const Work& work, const Lanes<W>& lanes, const T* x) {
+template <class S, class V, class Get>
+FREQRANK_INLINE void write(const Work& work, const Lanes<width<V>>& lanes, const Get& get) {
+  constexpr int W = width<V>;
   S* base = static_cast<S*>(work.out);
   const Index stride = work.pass->out_stride, size = work.pass->out_size, n = work.row->n;
   const Index filled = size < n ? size : n;
+  Index i = 0;
   if (W > 1 && lanes.out_adjacent) {
-    for (Index i = 0; i < filled; ++i) {
-      S* to = base + lanes.out[0] + i * stride;
-      for (int l = 0; l < W; ++l) to[l] = narrow<S>(x[i * W + l]);
+    for (; i < filled; ++i) store_as(base + lanes.out[0] + i * stride, get(i));
+  } else if (W > 1 && stride == 1) {
+    for (; i + W <= filled; i += W) {
+      V square[W];
+      FREQRANK_UNROLL
+      for (int e = 0; e < W; ++e) square[e] = get(i + e);
+      transpose(square);
+      FREQRANK_UNROLL
+      for (int l = 0; l < W; ++l) {
+        if (l < lanes.count) store_as(base + lanes.out[l] + i, square[l]);
+      }
     }
-  } else if (W == 1 && stride == 1) {
-    S* to = base + lanes.out[0];
-    for (Index i = 0; i < filled; ++i) to[i] = narrow<S>(x[i]);
-  } else {
-    for (Index start = 0; start < filled; start += kBlock) {
-      const Index end = start + kBlock < filled ? start + kBlock : filled;
-      for (int l = 0; l < lanes.count; ++l) {
-        S* to = base + lanes.out[l];
-        for (Index i = start; i < end; ++i) to[i * stride] = narrow<S>(x[i * W + l]);
+  }
+  for (; i < filled; ++i) {
+    const V v = get(i);
+    if constexpr (W == 1) {
+      store_as(base + lanes.out[0] + i * stride, v);
+    } else {
+      FREQRANK_UNROLL
+      for (int l = 0; l < W; ++l) {
+        if (l < lanes.count) store_as(base + lanes.out[l] + i * stride, v[l]);
       }
     }
   }
   for (int l = 0; l < lanes.count; ++l) {
-    S* to = base + lanes.out[l];
-    for (Index i = filled; i < size; ++i) to[i * stride] = narrow<S>(T(0));
+    for (i = filled; i < size; ++i) store_as(base + lanes.out[l] + i * stride, Lane<V>(0));
+  }
+}
+
+template <class L, template <class> class Type>
+void run_type(const Work& work, const Lanes<L::unit>& lanes, Job<L>& job) {
+  using T = typename L::T;
+  using V = typename L::Tail::V;
+  const Type<L> type{job};
+  const auto place = [&](Index i, V v) __attribute__((always_inline)) { type.place(i, v); };
+  const auto get = [&](Index i) __attribute__((always_inline)) { return type.get(i); };
+  if constexpr (sizeof(T) == 8) {
+    read<double, V>(work, lanes, place);
+  } else {
+    switch (work.pass->from_dtype) {
+      case Dtype::float16: read<float16, V>(work, lanes, place); break;
+      case Dtype::bfloat16: read<bfloat16, V>(work, lanes, place); break;
+      default: read<float, V>(work, lanes, place);
+    }
+  }
+  type.compute(static_cast<T>(work.pass->in_end), static_cast<T>(work.pass->out_end));
+  if constexpr (sizeof(T) == 8) {
+    write<double, V>(work, lanes, get);
+  } else {
+    switch (work.pass->to_dtype) {
+      case Dtype::float16: write<float16, V>(work, lanes, get); break;
+      case Dtype::bfloat16: write<bfloat16, V>(work, lanes, get); break;
+      default: write<float, V>(work, lanes, get);
+    }
+  }
+}
+
+template <class L>
+void run_group(const Work& work, const Lanes<L::unit>& lanes, void* scratch) {
+  using T = typename L::T;
+  const Row& row = *work.row;
+  // Arrays start at multiples of kArrayElements.
+  const auto padded = [](Index count) {
+    return (count + kArrayElements - 1) / kArrayElements * kArrayElements * L::unit;
+  };
+  const Index n = padded(row.n), complex = padded(row.even ? row.n / 2 : row.n);
+  T* at = static_cast<T*>(scratch);
+  const auto take = [&](Index count) {
+    T* const taken = at;
+    at += count;
+    return taken;
+  };
+  T* const x = take(n);
+  const Split<T> z{take(complex), take(complex)}, other{take(complex), take(complex)};
+  Job<L> job{row, static_cast<const T*>(work.table), x, z, other, nullptr, nullptr};
+  job.spare = take(row.spare * (L::unit == 1 ? L::Body::step : L::unit));
+  job.scratch = at;
+  switch (row.type) {
+    case 1: run_type<L, Type1>(work, lanes, job); break;
+    case 2: run_type<L, Type2>(work, lanes, job); break;
+    case 3: run_type<L, Type3>(work, lanes, job); break;
+    default: run_type<L, Type4>(work, lanes, job);
   }
 }
 
@@ -433,63 +471,42 @@ class Odometer {
 };
 
 template <class V, class T>
-void run_rows(const Work& work, Index begin, Index end, void* scratch) {
-  constexpr int W = sizeof(V) / sizeof(T);
-  const Pass& pass = *work.pass;
-  const Row& row = *work.row;
-  const T* table = static_cast<const T*>(work.table);
-  V* x = static_cast<V*>(scratch);
-  T* flat = static_cast<T*>(scratch);
-  const Index inner = row.fft.inner;
-  const Split<V> z{x + row.n, x + row.n + inner}, other{x + row.n + 2 * inner, x + row.n + 3 * inner};
-  const T in_end = static_cast<T>(pass.in_end), out_end = static_cast<T>(pass.out_end);
-  const bool both_ends = row.type == 1;
+void one_row(const Stages& stages, const T* table, Split<T>& x, Split<T>& y) {
+  smooth<OneRow<V>>(stages, table, x, y);
+}
 
-  Odometer at(pass, begin * W);
+// V: for rows side by side; S: for one row.
+template <class V, class S>
+void run_rows(const Work& work, Index begin, Index end, void* scratch) {
+  const Pass& pass = *work.pass;
+  constexpr int W = width<V>;
+  const int wanted = pass.lanes;
+  Odometer at(pass, begin * wanted);
   for (Index group = begin; group < end; ++group) {
+    const Index left = pass.rows - group * wanted;
+    const int count = left < wanted ? static_cast<int>(left) : wanted;
+    if (count < pass.fewest_lanes || wanted == 1) {
+      for (int l = 0; l < count; ++l, at.next()) {
+        Lanes<1> lane;
+        lane.in[0] = at.in;
+        lane.out[0] = at.out;
+        lane.count = 1;
+        run_group<OneRow<S>>(work, lane, scratch);
+      }
+      continue;
+    }
     Lanes<W> lanes;
-    const Index left = pass.rows - group * W;
-    lanes.count = left < W ? static_cast<int>(left) : W;
-    lanes.in_adjacent = lanes.out_adjacent = lanes.count == W;
-    for (int l = 0; l < lanes.count; ++l) {
-      lanes.in[l] = at.in;
-      lanes.out[l] = at.out;
+    lanes.count = count;
+    lanes.in_adjacent = lanes.out_adjacent = count == W;
+    for (int l = 0; l < W; ++l) {
+      const bool real = l < count;
+      lanes.in[l] = real ? at.in : lanes.in[0];
+      lanes.out[l] = real ? at.out : lanes.out[0];
       lanes.in_adjacent &= at.in == lanes.in[0] + l;
       lanes.out_adjacent &= at.out == lanes.out[0] + l;
-      at.next();
+      if (real) at.next();
     }
-    if constexpr (sizeof(T) == 8) {
-      load<double, W>(work, lanes, flat);
-    } else {
-      switch (pass.from_dtype) {
-        case Dtype::float16: load<float16, W>(work, lanes, flat); break;
-        case Dtype::bfloat16: load<bfloat16, W>(work, lanes, flat); break;
-        default: load<float, W>(work, lanes, flat);
-      }
-    }
-    if (in_end != T(1)) {
-      x[0] = x[0] * in_end;
-      if (both_ends) x[row.n - 1] = x[row.n - 1] * in_end;
-    }
-    switch (row.type) {
-      case 1: type1(row, table, x, z, other); break;
-      case 2: type2(row, table, x, z, other); break;
-      case 3: type3(row, table, x, z, other); break;
-      default: type4(row, table, x, z, other);
-    }
-    if (out_end != T(1)) {
-      x[0] = x[0] * out_end;
-      if (both_ends) x[row.n - 1] = x[row.n - 1] * out_end;
-    }
-    if constexpr (sizeof(T) == 8) {
-      store<double, W>(work, lanes, flat);
-    } else {
-      switch (pass.to_dtype) {
-        case Dtype::float16: store<float16, W>(work, lanes, flat); break;
-        case Dtype::bfloat16: store<bfloat16, W>(work, lanes, flat); break;
-        default: store<float, W>(work, lanes, flat);
-      }
-    }
+    run_group<SideBySide<V>>(work, lanes, scratch);
   }
 }
 
@@ -497,20 +514,20 @@ void run_rows(const Work& work, Index begin, Index end, void* scratch) {
 
 void run_groups(const Work& work, std::int64_t begin, std::int64_t end, void* scratch) {
   if (begin >= end) return;
-  const bool single = work.pass->lanes == 1;
   if (work.row->wide) {
-    single ? run_rows<double, double>(work, begin, end, scratch) : run_rows<Doubles, double>(work, begin, end, scratch);
+    run_rows<Doubles, ShortDoubles>(work, begin, end, scratch);
   } else {
-    single ? run_rows<float, float>(work, begin, end, scratch) : run_rows<Floats, float>(work, begin, end, scratch);
+    run_rows<Floats, ShortFloats>(work, begin, end, scratch);
   }
 }
 
-void fft_double(const Fft& fft, const double* table, double* re, double* im, double* other_re, double* other_im) {
+void smooth_double(const Stages& stages, const double* table, double* re, double* im, double* other_re,
+                   double* other_im) {
   Split<double> x{re, im}, y{other_re, other_im};
-  mixed_radix(fft, table, x, y);
+  one_row<ShortDoubles>(stages, table, x, y);
   if (x.re == re) return;
-  std::memcpy(re, x.re, sizeof(double) * static_cast<std::size_t>(fft.inner));
-  std::memcpy(im, x.im, sizeof(double) * static_cast<std::size_t>(fft.inner));
+  std::memcpy(re, x.re, sizeof(double) * static_cast<std::size_t>(stages.n));
+  std::memcpy(im, x.im, sizeof(double) * static_cast<std::size_t>(stages.n));
 }
 
 }  // namespace freqrank::dct::FREQRANK_ISA

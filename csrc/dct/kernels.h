@@ -15,12 +15,13 @@ struct Work {
   void* out;
 };
 
-#define FREQRANK_DCT_KERNELS(isa)                                                                                   \
-  namespace isa {                                                                                                   \
-  /* Groups [begin, end) of a pass, one after another. */                                                           \
-  void run_groups(const Work& work, std::int64_t begin, std::int64_t end, void* scratch);                           \
-  /* In place, re and im of length fft.inner each, without Bluestein; other_* is scratch of the same size. */       \
-  void fft_double(const Fft& fft, const double* table, double* re, double* im, double* other_re, double* other_im); \
+#define FREQRANK_DCT_KERNELS(isa)                                                                         \
+  namespace isa {                                                                                         \
+  /* Groups [begin, end) of a pass, one after another. */                                                 \
+  void run_groups(const Work& work, std::int64_t begin, std::int64_t end, void* scratch);                 \
+  /* An FFT in place, re and im of length stages.n each; other_* is scratch of the same size. */          \
+  void smooth_double(const Stages& stages, const double* table, double* re, double* im, double* other_re, \
+                     double* other_im);                                                                   \
   }
 FREQRANK_DCT_KERNELS(baseline)
 FREQRANK_DCT_KERNELS(avx2)

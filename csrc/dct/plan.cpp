@@ -13,8 +13,17 @@ namespace freqrank::dct {
 
 namespace {
 
-// Lengths with a larger prime factor go through Bluestein's convolution.
+// Lengths with a larger prime factor go through Rader's convolution.
 constexpr std::int64_t kLargestRadix = 13;
+// Time of a stage for each element, by radix.
+struct RadixCost {
+  int radix;
+  double cost;
+};
+constexpr RadixCost kRadixCosts[] = {{16, 2.6}, {8, 1.9}, {4, 1.5}, {2, 1.2}, {3, 1.6},
+                                     {5, 2.3},  {7, 3.2}, {11, 5},  {13, 6.2}};
+// Convolutions are padded to 2^a 3^b 5^c, a at least this where there is a choice.
+constexpr std::int64_t kPaddedPowerOfTwo = 8;
 // Rows go side by side in vector lanes as long as their scratch stays within one core's share of the caches ...
 constexpr std::int64_t kVectorScratchBytes = 2 * 1024 * 1024;
 // ... and at least this fraction of the lanes is used.
@@ -22,6 +31,9 @@ constexpr std::int64_t kMinLaneFraction = 4;
 // Work below this many elements is not worth another thread.
 constexpr std::int64_t kElementsPerSlot = 16384;
 constexpr std::size_t kAlign = 64;
+constexpr std::int64_t kLargestLength = std::int64_t{1} << 32;  // convolutions have tables of 32-bit indices
+
+std::int64_t padded(std::int64_t elements) { return (elements + kArrayElements - 1) / kArrayElements * kArrayElements; }
 
 std::size_t align(std::size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
@@ -36,41 +48,96 @@ std::int64_t largest_prime_factor(std::int64_t n) {
   return std::max(largest, n);
 }
 
-// The smallest 2^a 3^b 5^c that is at least n.
-std::int64_t smooth_at_least(std::int64_t n) {
-  std::int64_t best = std::numeric_limits<std::int64_t>::max();
-  for (std::int64_t five = 1; five < best; five *= 5) {
-    for (std::int64_t three = five; three < best; three *= 3) {
-      std::int64_t two = three;
-      while (two < n) two *= 2;
-      best = std::min(best, two);
-      if (three >= n) break;
+// Stages with their twiddles appended at `elements`. Powers of two go first, in stages of even size, large ones before
+// small ones, then the large radices: the more transforms are interleaved, the better the stages after fill vectors.
+Stages plan_stages(std::int64_t n, std::int64_t& elements) {
+  Stages stages;
+  stages.n = n;
+  std::int64_t rest = n;
+  const auto add = [&](std::int64_t radix) {
+    rest /= radix;
+    stages.radix[stages.count] = radix;
+    stages.twiddles[stages.count++] = elements;
+    elements += 2 * (radix - 1) * rest;
+  };
+  int twos = 0;
+  for (std::int64_t m = n; m % 2 == 0; m /= 2) ++twos;
+  for (int left = (twos + 3) / 4; left > 0; --left) {
+    const int bits = (twos + left - 1) / left;
+    add(std::int64_t{1} << bits);
+    twos -= bits;
+  }
+  for (const std::int64_t radix : {13, 11, 7, 5, 3}) {
+    while (rest % radix == 0) add(radix);
+  }
+  for (std::int64_t p = kLargestRadix + 2; p * p <= rest; p += 2) {
+    while (rest % p == 0) add(p);
+  }
+  if (rest > 1) add(rest);
+  return stages;
+}
+
+double cost(std::int64_t n) {
+  std::int64_t elements = 0;
+  const Stages stages = plan_stages(n, elements);
+  double sum = 1;  // for passing by
+  for (int i = 0; i < stages.count; ++i) {
+    for (const RadixCost& c : kRadixCosts) sum += c.radix == stages.radix[i] ? c.cost : 0;
+  }
+  return sum * static_cast<double>(n);
+}
+
+// The length for a convolution of `count` elements: count itself, or at least 2 count - 1, whichever is faster.
+std::int64_t convolution_length(std::int64_t count, std::int64_t divisor) {
+  const std::int64_t exact = count / divisor, padded = (2 * count - 1 + divisor - 1) / divisor;
+  std::int64_t best = 0;
+  double least = 0;
+  const auto consider = [&](std::int64_t n) {
+    const double c = cost(n);
+    if (best == 0 || c < least) {
+      best = n;
+      least = c;
     }
-    if (five >= n) break;
+  };
+  if (largest_prime_factor(exact) <= kLargestRadix) consider(exact);
+  for (std::int64_t odd : {1, 3, 5, 9, 15, 25, 27, 45, 75}) {
+    std::int64_t n = odd * kPaddedPowerOfTwo;
+    while (n < padded) n *= 2;
+    consider(n);
   }
   return best;
 }
 
-// Appends the FFT's tables at `elements`.
-Fft plan_fft(std::int64_t n, std::int64_t& elements) {
+Convolution plan_convolution(std::int64_t prime, bool real, std::int64_t element_bytes, std::int64_t& elements) {
+  Convolution c;
+  c.prime = prime;
+  c.real = real;
+  c.stages = plan_stages(convolution_length(prime - 1, real ? 2 : 1), elements);
+  const std::int64_t indices = (4 * (prime - 1) + element_bytes - 1) / element_bytes;
+  c.gather = elements;
+  c.scatter = c.gather + indices;
+  c.spectrum = c.scatter + indices;
+  elements = c.spectrum + (real ? 4 : 2) * c.stages.n;
+  return c;
+}
+
+// A complex FFT, or one of real elements (odd n). Appends its tables at `elements`.
+Fft plan_fft(std::int64_t n, bool real, std::int64_t element_bytes, std::int64_t& elements) {
   Fft fft;
-  fft.n = n;
-  fft.inner = largest_prime_factor(n) <= kLargestRadix ? n : smooth_at_least(2 * n - 1);
-  std::int64_t rest = fft.inner;
-  for (int radix : {4, 3, 5, 7, 11, 13, 2}) {
-    while (rest % radix == 0) {
-      rest /= radix;
-      const int stage = fft.stages++;
-      fft.radix[stage] = radix;
-      fft.twiddles[stage] = elements;
-      elements += 2 * (radix - 1) * rest;
+  fft.stages = plan_stages(n, elements);
+  const auto convolution = [&](std::int64_t prime, bool of_reals) {
+    for (std::size_t i = 0; i < fft.convolutions.size(); ++i) {
+      if (fft.convolutions[i].prime == prime && fft.convolutions[i].real == of_reals) return static_cast<int>(i);
     }
-  }
-  if (fft.bluestein()) {
-    fft.chirp = elements;
-    elements += 2 * n;
-    fft.spectrum = elements;
-    elements += 2 * fft.inner;
+    fft.convolutions.push_back(plan_convolution(prime, of_reals, element_bytes, elements));
+    return static_cast<int>(fft.convolutions.size() - 1);
+  };
+  for (int i = 0; i < fft.stages.count; ++i) {
+    const std::int64_t radix = fft.stages.radix[i];
+    fft.convolution[i] = fft.real_convolution[i] = -1;
+    if (radix <= kLargestRadix || radix == 16) continue;
+    if (!real || i > 0) fft.convolution[i] = convolution(radix, false);
+    if (real) fft.real_convolution[i] = convolution(radix, true);
   }
   return fft;
 }
@@ -100,9 +167,12 @@ Row plan_row(const Problem& problem, std::int64_t n) {
   } else if (row.type != 1) {
     row.post = reserve(row.even ? length + 1 : n / 2 + 1);
   }
-  row.fft = plan_fft(length, elements);
+  const bool real = !row.even && row.type != 1;
+  row.fft = plan_fft(length, real, row.wide ? 8 : 4, elements);
   row.table_elements = elements;
-  row.scratch = n + 4 * row.fft.inner;
+  row.scratch = padded(n) + 4 * padded(row.even ? length : n);
+  if (real) row.scratch += padded(3 * (n / 2) + 2 * (n / 3));
+  for (const Convolution& c : row.fft.convolutions) row.spare = std::max(row.spare, padded(4 * c.stages.n));
   return row;
 }
 
@@ -131,6 +201,7 @@ void check(const Problem& p) {
     require(!seen, "dims must be distinct");
     seen = 1;
     require(p.lengths[i] >= (p.type == 1 ? 2 : 1), "lengths must be at least 1, for type I at least 2");
+    require(p.lengths[i] <= kLargestLength, "lengths must be at most 2^32");
   }
   for (std::size_t d = 0; d < ndim; ++d) {
     require(p.in_sizes[d] >= 0 && p.out_sizes[d] >= 0, "sizes must not be negative");
@@ -234,14 +305,15 @@ Plan plan(const Problem& problem) {
     collapse(pass.batch);
 
     const std::int64_t lanes = vector_bytes() / element;
+    pass.fewest_lanes = static_cast<int>((lanes + kMinLaneFraction - 1) / kMinLaneFraction);
     const bool side_by_side =
-        pass.rows * kMinLaneFraction >= lanes && pass.rows > 1 && row.scratch * vector_bytes() <= kVectorScratchBytes;
+        pass.rows >= pass.fewest_lanes && (row.scratch + row.spare) * vector_bytes() <= kVectorScratchBytes;
     pass.lanes = side_by_side ? static_cast<int>(lanes) : 1;
     pass.groups = (pass.rows + pass.lanes - 1) / pass.lanes;
     const std::int64_t worth =
         std::max<std::int64_t>(1, pass.groups * pass.lanes / std::max<std::int64_t>(1, kElementsPerSlot / n));
     pass.slots = std::min<std::int64_t>({problem.threads, std::max<std::int64_t>(1, pass.groups), worth});
-    pass.scratch_bytes = align(static_cast<std::size_t>(row.scratch * element * pass.lanes));
+    pass.scratch_bytes = align(static_cast<std::size_t>((row.scratch * pass.lanes + row.spare * lanes) * element));
     plan.scratch_bytes = std::max(plan.scratch_bytes, pass.scratch_bytes * static_cast<std::size_t>(pass.slots));
     plan.passes.push_back(pass);
   }

@@ -1,0 +1,237 @@
+#pragma once
+// Vectors of the instruction set that the including file is compiled for: transposes, and loads and stores that
+// convert. Only for the files that are compiled once for each instruction set.
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "common/half.h"
+#include "dct/arithmetic.h"
+
+namespace freqrank::dct::FREQRANK_ISA {
+
+using Index = std::int64_t;
+
+#if FREQRANK_ISA_avx512
+#define FREQRANK_VECTOR_BYTES 64
+#elif FREQRANK_ISA_avx2
+#define FREQRANK_VECTOR_BYTES 32
+#else
+#define FREQRANK_VECTOR_BYTES 16
+#endif
+#define FREQRANK_HALF_VECTOR_BYTES (FREQRANK_VECTOR_BYTES < 32 ? FREQRANK_VECTOR_BYTES : 32)
+typedef float Floats __attribute__((vector_size(FREQRANK_VECTOR_BYTES), may_alias));
+typedef double Doubles __attribute__((vector_size(FREQRANK_VECTOR_BYTES), may_alias));
+// for one row: of at most 32 bytes, since its first stage stores by squares of that size
+typedef float ShortFloats __attribute__((vector_size(FREQRANK_HALF_VECTOR_BYTES), may_alias));
+typedef double ShortDoubles __attribute__((vector_size(FREQRANK_HALF_VECTOR_BYTES), may_alias));
+
+template <class V>
+constexpr int width = static_cast<int>(sizeof(V) / sizeof(Lane<V>));
+
+template <class V>
+struct IntegersOf {
+  using Integer = std::conditional_t<sizeof(Lane<V>) == 8, std::int64_t, std::int32_t>;
+  typedef Integer type __attribute__((vector_size(sizeof(V))));
+};
+
+// Lanes of a and b, those of b numbered from W on, in the order that `order` gives.
+template <class V, int... order>
+FREQRANK_INLINE V shuffle(V a, V b, std::integer_sequence<int, order...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, order...);
+#else
+  return __builtin_shuffle(a, b, typename IntegersOf<V>::type{order...});
+#endif
+}
+
+template <int W, int... l>
+constexpr auto reversed_order(std::integer_sequence<int, l...>) {
+  return std::integer_sequence<int, (W - 1 - l)...>{};
+}
+
+template <class V>
+FREQRANK_INLINE V reversed(V a) {
+  constexpr int W = width<V>;
+  return shuffle(a, a, decltype(reversed_order<W>(std::make_integer_sequence<int, W>{})){});
+}
+
+// The two halves of an exchange of off-diagonal blocks of D x D lanes.
+template <int W, int D, int... l>
+constexpr auto lower_order(std::integer_sequence<int, l...>) {
+  return std::integer_sequence<int, (l & D ? W + l - D : l)...>{};
+}
+template <int W, int D, int... l>
+constexpr auto upper_order(std::integer_sequence<int, l...>) {
+  return std::integer_sequence<int, (l & D ? W + l : l + D)...>{};
+}
+
+// The transpose of the square a[0 .. W), in place.
+template <class V, int D = width<V> / 2>
+FREQRANK_INLINE void transpose(V* a) {
+  if constexpr (D > 0) {
+    constexpr int W = width<V>;
+    using Lanes = std::make_integer_sequence<int, W>;
+    FREQRANK_UNROLL
+    for (int i = 0; i < W; ++i) {
+      if (i & D) continue;
+      const V b = a[i], c = a[i + D];
+      a[i] = shuffle(b, c, decltype(lower_order<W, D>(Lanes{})){});
+      a[i + D] = shuffle(b, c, decltype(upper_order<W, D>(Lanes{})){});
+    }
+    transpose<V, D / 2>(a);
+  }
+}
+
+// --- memory ---------------------------------------------------------------------------------------------------------
+
+template <class To, class From>
+FREQRANK_INLINE To bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "sizes differ");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class T, int W>
+struct Unsigned {
+  typedef T type __attribute__((vector_size(sizeof(T) * W)));
+};
+
+template <class To, class From>
+FREQRANK_INLINE To convert(From from) {
+  To to{};
+  for (unsigned l = 0; l < sizeof(To) / sizeof(to[0]); ++l) to[l] = static_cast<Lane<To>>(from[l]);
+  return to;
+}
+
+// W consecutive elements of storage type S, as V.
+template <class V, class S>
+FREQRANK_INLINE V load_as(const S* from) {
+  constexpr int W = width<V>;
+  if constexpr (std::is_same_v<S, Lane<V>>) {
+    V v;
+    std::memcpy(&v, from, sizeof(v));
+    return v;
+  } else if constexpr (W == 1) {
+#ifdef __F16C__
+    if constexpr (std::is_same_v<S, float16>) return _cvtsh_ss(from->bits);
+#endif
+    return to_float(*from);
+  } else if constexpr (std::is_same_v<S, bfloat16>) {
+    using Narrow = typename Unsigned<std::uint16_t, W>::type;
+    using Wide = typename Unsigned<std::uint32_t, W>::type;
+    Narrow narrow;
+    std::memcpy(&narrow, from, sizeof(narrow));
+    return bits<V>(convert<Wide>(narrow) << 16);
+  } else {
+#ifdef __F16C__
+    if constexpr (W == 8) return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
+#ifdef __AVX512F__
+    if constexpr (W == 16) return (V)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#endif
+    V v{};
+    for (int l = 0; l < W; ++l) v[l] = to_float(from[l]);
+    return v;
+  }
+}
+
+template <class S, class V>
+FREQRANK_INLINE void store_as(S* to, V v) {
+  constexpr int W = width<V>;
+  if constexpr (std::is_same_v<S, Lane<V>>) {
+    std::memcpy(to, &v, sizeof(v));
+  } else if constexpr (W == 1) {
+#ifdef __F16C__
+    if constexpr (std::is_same_v<S, float16>) {
+      to->bits = static_cast<std::uint16_t>(_cvtss_sh(v, 0));
+      return;
+    }
+#endif
+    *to = from_float<S>(v);
+  } else if constexpr (std::is_same_v<S, bfloat16>) {
+    using Narrow = typename Unsigned<std::uint16_t, W>::type;
+    using Wide = typename Unsigned<std::uint32_t, W>::type;
+    const Wide x = bits<Wide>(v);
+    const Wide upper = x >> 16;
+    const Wide rounded = (x + 0x7fffu + (upper & 1u)) >> 16;
+    const Narrow narrow = convert<Narrow>((x & 0x7fffffffu) > 0x7f800000u ? upper | 0x40u : rounded);
+    std::memcpy(to, &narrow, sizeof(narrow));
+  } else {
+#ifdef __F16C__
+    if constexpr (W == 8) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)v, 0));
+      return;
+    }
+#endif
+#ifdef __AVX512F__
+    if constexpr (W == 16) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0));
+      return;
+    }
+#endif
+    for (int l = 0; l < W; ++l) to[l] = from_float<S>(v[l]);
+  }
+}
+
+// --- how a vector lies in an array ----------------------------------------------------------------------------------
+// An array of n elements for W rows side by side takes n W numbers, element i of row l at [i W + l]; that of one row
+// alone n. The same loop body serves both: Side<V> makes vectors of one element of all rows, Along<V> of W consecutive
+// elements of one row, so that every element goes through the same operations.
+
+template <class V_>
+struct Side {
+  using V = V_;
+  using T = Lane<V>;
+  static constexpr int unit = width<V>, step = 1;
+  FREQRANK_INLINE V load(const T* a, Index i) { return *reinterpret_cast<const V*>(a + i * unit); }
+  FREQRANK_INLINE V load_mirrored(const T* a, Index i) { return load(a, i); }
+  FREQRANK_INLINE void store(T* a, Index i, V v) { *reinterpret_cast<V*>(a + i * unit) = v; }
+  FREQRANK_INLINE void store_mirrored(T* a, Index i, V v) { store(a, i, v); }
+  FREQRANK_INLINE V factor(const T* a, Index i) { return spread<V>(a[i]); }
+  FREQRANK_INLINE V factor_mirrored(const T* a, Index i) { return factor(a, i); }
+};
+
+template <class V_>
+struct Along {  // mirrored: elements i, i - 1, ..
+  using V = V_;
+  using T = Lane<V>;
+  static constexpr int unit = 1, step = width<V>;
+  FREQRANK_INLINE V load(const T* a, Index i) { return load_as<V>(a + i); }
+  FREQRANK_INLINE V load_mirrored(const T* a, Index i) { return reversed(load_as<V>(a + i - (step - 1))); }
+  FREQRANK_INLINE void store(T* a, Index i, V v) { store_as(a + i, v); }
+  FREQRANK_INLINE void store_mirrored(T* a, Index i, V v) { store_as(a + i - (step - 1), reversed(v)); }
+  FREQRANK_INLINE V factor(const T* a, Index i) { return load(a, i); }
+  FREQRANK_INLINE V factor_mirrored(const T* a, Index i) { return load_mirrored(a, i); }
+};
+
+template <class V>
+struct SideBySide {
+  using Body = Side<V>;
+  using Tail = Side<V>;
+  using T = Lane<V>;
+  static constexpr int unit = Body::unit;
+};
+
+template <class V>
+struct OneRow {
+  using Body = Along<V>;
+  using Tail = Side<Lane<V>>;
+  using T = Lane<V>;
+  static constexpr int unit = 1;
+};
+
+// body(Body or Tail, i) over begin <= i < end.
+template <class L, class F>
+FREQRANK_INLINE void each(Index begin, Index end, const F& body) {
+  Index i = begin;
+  for (; i + L::Body::step <= end; i += L::Body::step) body(typename L::Body{}, i);
+  if constexpr (L::Body::step > 1) {
+    for (; i < end; ++i) body(typename L::Tail{}, i);
+  }
+}
+
+}  // namespace freqrank::dct::FREQRANK_ISA

@@ -62,8 +62,9 @@ struct Fft {
   int convolution[Stages::max] = {}, real_convolution[Stages::max] = {};  // of each stage, -1 for small radices
 };
 
-// Arrays in a row's scratch take multiples of so many elements.
-constexpr std::int64_t kArrayElements = 16;
+// Arrays in a row's scratch take multiples of so many elements, and start so many bytes further apart than that:
+// lengths that are powers of two would put all of them into the same sets of the caches.
+constexpr std::int64_t kArrayElements = 16, kArraySkew = 832;
 
 // The transform of one row.
 struct Row {

@@ -143,8 +143,7 @@ void smooth_stage(int radix, Index m, Index s, const Split<T>& x, const Split<T>
     case 7: return stage<7, L>(m, s, x, y, table);
     case 8: return stage<8, L>(m, s, x, y, table);
     case 11: return stage<11, L>(m, s, x, y, table);
-    case 13: return stage<13, L>(m, s, x, y, table);
-    default: return stage<16, L>(m, s, x, y, table);
+    default: return stage<13, L>(m, s, x, y, table);
   }
 }
 

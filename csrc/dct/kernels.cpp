@@ -11,8 +11,9 @@ namespace freqrank::dct::FREQRANK_ISA {
 namespace {
 
 // --- cosine transforms ----------------------------------------------------------------------------------------------
-// Each type has three parts: place(i, v) puts element i of the input where compute() wants it, get(i) finds element i
-// of the result. `x` holds a row, `z` and `other` complex arrays.
+// Each type has three parts. place() puts the input where compute() wants it, get() finds the result: `Group` elements
+// from i on, a multiple of Group, or element i alone. Along a row, v[g] is a vector of elements i + g, i + g + Group,
+// .. `x` holds a row, `z` and `other` complex arrays.
 
 template <class L>
 struct Job {
@@ -32,23 +33,34 @@ FREQRANK_INLINE void scale_ends(T* x, Index n, bool both, T factor) {
   if (both) A::store(x, n - 1, A::load(x, n - 1) * spread<V>(factor));
 }
 
-// Type I: the symmetric extension of length 2L, L = n - 1, as L complex numbers z_j = s_2j + i s_2j+1; the real part of
-// its spectrum.
 template <class L>
-struct Type1 {
+struct Natural {  // both in order in x
   using T = typename L::T;
   using A = typename L::Tail;
   using V = typename A::V;
+  static constexpr int place_group = 1, get_group = 1;
   Job<L>& job;
 
-  FREQRANK_FORCED_INLINE void place(Index i, V v) const {
-    const Index length = job.row.n - 1;
-    if (i == 0 || i == length) v = v + v;
-    T* at = i % 2 ? job.z.im : job.z.re;
-    const Index mirrored = i % 2 ? length - 1 - i / 2 : length - i / 2;
-    A::store(at, i / 2, v);
-    if (i != 0) A::store(at, mirrored, v);
+  FREQRANK_FORCED_INLINE void place(Index i, V v) const { A::store(job.x, i, v); }
+  FREQRANK_FORCED_INLINE V get(Index i) const { return A::load(job.x, i); }
+  template <class B>
+  FREQRANK_FORCED_INLINE void place_all(Index i, const typename B::V* v) const {
+    B::store(job.x, i, v[0]);
   }
+  template <class B>
+  FREQRANK_FORCED_INLINE void get_all(Index i, typename B::V* v) const {
+    v[0] = B::load(job.x, i);
+  }
+};
+
+// Type I: the symmetric extension of length 2L, L = n - 1, as L complex numbers z_j = s_2j + i s_2j+1; the real part of
+// its spectrum.
+template <class L>
+struct Type1 : Natural<L> {
+  using typename Natural<L>::T;
+  using typename Natural<L>::A;
+  using typename Natural<L>::V;
+  using Natural<L>::job;
 
   void compute(T in_end, T out_end) const {
     const Index length = job.row.n - 1;
@@ -56,9 +68,11 @@ struct Type1 {
     const T half = static_cast<T>(0.5 * job.row.scale), scale = static_cast<T>(job.row.scale);
     Split<T>& z = job.z;
     T* x = job.x;
-    if (in_end != T(1)) {
-      place(0, A::load(z.re, 0) * spread<V>(in_end * T(0.5)));
-      place(length, A::load(length % 2 ? z.im : z.re, length / 2) * spread<V>(in_end * T(0.5)));
+    scale_ends<A>(x, job.row.n, true, in_end + in_end);
+    for (Index j = 0; j < length; ++j) {
+      const Index a = 2 * j, b = 2 * j + 1;
+      A::store(z.re, j, A::load(x, a <= length ? a : 2 * length - a));
+      A::store(z.im, j, A::load(x, b <= length ? b : 2 * length - b));
     }
     forward<L>(job.row.fft, job.table, z, job.other, job.spare);
     const Complex<V> first = load<A>(z, 0);
@@ -76,28 +90,31 @@ struct Type1 {
     });
     scale_ends<A>(x, job.row.n, true, out_end);
   }
-
-  FREQRANK_FORCED_INLINE V get(Index i) const { return A::load(job.x, i); }
 };
 
 // Types II and III permute v_i = x_2i, v_n-1-i = x_2i+1 so that a real DFT of v is what remains. An even length packs
 // v_2j + i v_2j+1.
-FREQRANK_INLINE Index permuted(Index i, Index n) { return i % 2 ? n - 1 - i / 2 : i / 2; }
+FREQRANK_INLINE Index permuted(Index i, Index n) { return i & 1 ? n - 1 - (i >> 1) : i >> 1; }
 
 template <class L>
-struct Type2 {
-  using T = typename L::T;
-  using A = typename L::Tail;
-  using V = typename A::V;
-  Job<L>& job;
+struct Type2Even : Natural<L> {
+  using typename Natural<L>::T;
+  using typename Natural<L>::A;
+  using typename Natural<L>::V;
+  using Natural<L>::job;
+  static constexpr int place_group = 4;
 
   FREQRANK_FORCED_INLINE void place(Index i, V v) const {
     const Index j = permuted(i, job.row.n);
-    if (job.row.even) {
-      A::store(j % 2 ? job.z.im : job.z.re, j / 2, v);
-    } else {
-      A::store(job.other.re, j, v);
-    }
+    A::store(j & 1 ? job.z.im : job.z.re, j >> 1, v);
+  }
+  template <class B>
+  FREQRANK_FORCED_INLINE void place_all(Index i, const typename B::V* v) const {
+    const Index front = i >> 2, back = (job.row.n >> 1) - 1 - front;
+    B::store(job.z.re, front, v[0]);
+    B::store(job.z.im, front, v[2]);
+    B::store_mirrored(job.z.im, back, v[1]);
+    B::store_mirrored(job.z.re, back, v[3]);
   }
 
   void compute(T, T out_end) const {
@@ -105,19 +122,6 @@ struct Type2 {
     const T *cosine = job.table + job.row.post, *sine = cosine + n / 2 + 1;
     Split<T>& z = job.z;
     T* x = job.x;
-    if (!job.row.even) {
-      real_forward<L>(job.row.fft, job.table, job.other.re, z, job.scratch, job.spare);
-      A::store(x, 0, A::load(z.re, 0) * A::factor(cosine, 0));
-      each<L>(1, n / 2 + 1, [&](auto side, Index k) __attribute__((always_inline)) {
-        using B = decltype(side);
-        const auto a = load<B>(z, k);
-        const auto c = B::factor(cosine, k), s = B::factor(sine, k);
-        B::store(x, k, multiply_add(a.im, s, a.re * c));
-        B::store_mirrored(x, n - k, multiply_subtract(a.im, c, a.re * s));
-      });
-      scale_ends<A>(x, n, false, out_end);
-      return;
-    }
     const Index length = n / 2;
     const T *turn_cos = job.table + job.row.rotation, *turn_sin = turn_cos + length / 2 + 1;
     forward<L>(job.row.fft, job.table, z, job.other, job.spare);
@@ -145,18 +149,48 @@ struct Type2 {
     });
     scale_ends<A>(x, n, false, out_end);
   }
-
-  FREQRANK_FORCED_INLINE V get(Index i) const { return A::load(job.x, i); }
 };
 
 template <class L>
-struct Type3 {
-  using T = typename L::T;
-  using A = typename L::Tail;
-  using V = typename A::V;
-  Job<L>& job;
+struct Type2Odd : Natural<L> {
+  using typename Natural<L>::T;
+  using typename Natural<L>::A;
+  using typename Natural<L>::V;
+  using Natural<L>::job;
+  static constexpr int place_group = 2;
 
-  FREQRANK_FORCED_INLINE void place(Index i, V v) const { A::store(job.x, i, v); }
+  FREQRANK_FORCED_INLINE void place(Index i, V v) const { A::store(job.other.re, permuted(i, job.row.n), v); }
+  template <class B>
+  FREQRANK_FORCED_INLINE void place_all(Index i, const typename B::V* v) const {
+    B::store(job.other.re, i >> 1, v[0]);
+    B::store_mirrored(job.other.re, job.row.n - 1 - (i >> 1), v[1]);
+  }
+
+  void compute(T, T out_end) const {
+    const Index n = job.row.n;
+    const T *cosine = job.table + job.row.post, *sine = cosine + n / 2 + 1;
+    Split<T>& z = job.z;
+    T* x = job.x;
+    real_forward<L>(job.row.fft, job.table, job.other.re, z, job.scratch, job.spare);
+    A::store(x, 0, A::load(z.re, 0) * A::factor(cosine, 0));
+    each<L>(1, n / 2 + 1, [&](auto side, Index k) __attribute__((always_inline)) {
+      using B = decltype(side);
+      const auto a = load<B>(z, k);
+      const auto c = B::factor(cosine, k), s = B::factor(sine, k);
+      B::store(x, k, multiply_add(a.im, s, a.re * c));
+      B::store_mirrored(x, n - k, multiply_subtract(a.im, c, a.re * s));
+    });
+    scale_ends<A>(x, n, false, out_end);
+  }
+};
+
+template <class L>
+struct Type3Even : Natural<L> {
+  using typename Natural<L>::T;
+  using typename Natural<L>::A;
+  using typename Natural<L>::V;
+  using Natural<L>::job;
+  static constexpr int get_group = 4;
 
   void compute(T in_end, T) const {
     const Index n = job.row.n;
@@ -166,28 +200,6 @@ struct Type3 {
     T* x = job.x;
     scale_ends<A>(x, n, false, in_end);
     // V_k = exp(i pi k / 2n) (x_k - i x_n-k) is the spectrum of v
-    if (!job.row.even) {
-      // v is the Hartley transform of h_k = re V_k - im V_k, that is re - im of h's own spectrum
-      T* h = job.other.re;
-      A::store(h, 0, A::load(x, 0) * spread<V>(twice));
-      each<L>(1, n / 2 + 1, [&](auto side, Index k) __attribute__((always_inline)) {
-        using B = decltype(side);
-        const auto a = B::load(x, k), b = B::load_mirrored(x, n - k);
-        const auto c = B::factor(cosine, k), s = B::factor(sine, k);
-        const auto re = multiply_add(b, s, a * c), im = multiply_subtract(b, c, a * s);
-        B::store(h, k, re - im);
-        B::store_mirrored(h, n - k, re + im);
-      });
-      real_forward<L>(job.row.fft, job.table, h, z, job.scratch, job.spare);
-      A::store(x, 0, A::load(z.re, 0));
-      each<L>(1, n / 2 + 1, [&](auto side, Index j) __attribute__((always_inline)) {
-        using B = decltype(side);
-        const auto a = load<B>(z, j);
-        B::store(x, j, a.re - a.im);
-        B::store_mirrored(x, n - j, a.re + a.im);
-      });
-      return;
-    }
     const Index length = n / 2;
     const T *turn_cos = job.table + job.row.rotation, *turn_sin = turn_cos + length / 2 + 1;
     const V first = A::load(x, 0) * spread<V>(twice), middle = A::load(x, length) * spread<V>(root);
@@ -216,7 +228,110 @@ struct Type3 {
 
   FREQRANK_FORCED_INLINE V get(Index i) const {
     const Index j = permuted(i, job.row.n);
-    return !job.row.even ? A::load(job.x, j) : A::load(j % 2 ? job.z.im : job.z.re, j / 2);
+    return A::load(j & 1 ? job.z.im : job.z.re, j >> 1);
+  }
+  template <class B>
+  FREQRANK_FORCED_INLINE void get_all(Index i, typename B::V* v) const {
+    const Index front = i >> 2, back = (job.row.n >> 1) - 1 - front;
+    v[0] = B::load(job.z.re, front);
+    v[2] = B::load(job.z.im, front);
+    v[1] = B::load_mirrored(job.z.im, back);
+    v[3] = B::load_mirrored(job.z.re, back);
+  }
+};
+
+template <class L>
+struct Type3Odd : Natural<L> {
+  using typename Natural<L>::T;
+  using typename Natural<L>::A;
+  using typename Natural<L>::V;
+  using Natural<L>::job;
+  static constexpr int get_group = 2;
+
+  void compute(T in_end, T) const {
+    const Index n = job.row.n;
+    const T *cosine = job.table + job.row.post, *sine = cosine + n / 2 + 1;
+    const T twice = static_cast<T>(2.0 * job.row.scale);
+    Split<T>& z = job.z;
+    T* x = job.x;
+    scale_ends<A>(x, n, false, in_end);
+    // V_k = exp(i pi k / 2n) (x_k - i x_n-k) is the spectrum of v
+    // v is the Hartley transform of h_k = re V_k - im V_k, that is re - im of h's own spectrum
+    T* h = job.other.re;
+    A::store(h, 0, A::load(x, 0) * spread<V>(twice));
+    each<L>(1, n / 2 + 1, [&](auto side, Index k) __attribute__((always_inline)) {
+      using B = decltype(side);
+      const auto a = B::load(x, k), b = B::load_mirrored(x, n - k);
+      const auto c = B::factor(cosine, k), s = B::factor(sine, k);
+      const auto re = multiply_add(b, s, a * c), im = multiply_subtract(b, c, a * s);
+      B::store(h, k, re - im);
+      B::store_mirrored(h, n - k, re + im);
+    });
+    real_forward<L>(job.row.fft, job.table, h, z, job.scratch, job.spare);
+    A::store(x, 0, A::load(z.re, 0));
+    each<L>(1, n / 2 + 1, [&](auto side, Index j) __attribute__((always_inline)) {
+      using B = decltype(side);
+      const auto a = load<B>(z, j);
+      B::store(x, j, a.re - a.im);
+      B::store_mirrored(x, n - j, a.re + a.im);
+    });
+  }
+
+  FREQRANK_FORCED_INLINE V get(Index i) const { return A::load(job.x, permuted(i, job.row.n)); }
+  template <class B>
+  FREQRANK_FORCED_INLINE void get_all(Index i, typename B::V* v) const {
+    v[0] = B::load(job.x, i >> 1);
+    v[1] = B::load_mirrored(job.x, job.row.n - 1 - (i >> 1));
+  }
+};
+
+template <class L>
+struct Type4Even : Natural<L> {
+  using typename Natural<L>::T;
+  using typename Natural<L>::A;
+  using typename Natural<L>::V;
+  using Natural<L>::job;
+  static constexpr int place_group = 2, get_group = 2;
+
+  FREQRANK_FORCED_INLINE void place(Index i, V v) const {
+    A::store(i & 1 ? job.z.im : job.z.re, (i & 1 ? job.row.n - 1 - i : i) >> 1, v);
+  }
+  template <class B>
+  FREQRANK_FORCED_INLINE void place_all(Index i, const typename B::V* v) const {
+    B::store(job.z.re, i >> 1, v[0]);
+    B::store_mirrored(job.z.im, (job.row.n >> 1) - 1 - (i >> 1), v[1]);
+  }
+
+  void compute(T, T) const {
+    const Index n = job.row.n;
+    Split<T>& z = job.z;
+    const Index length = n / 2;
+    const T *pre_cos = job.table + job.row.pre, *pre_sin = pre_cos + length;
+    const T *post_cos = job.table + job.row.post, *post_sin = post_cos + length;
+    each<L>(0, length, [&](auto side, Index j) __attribute__((always_inline)) {
+      using B = decltype(side);
+      const auto a = load<B>(z, j);
+      const auto c = B::factor(pre_cos, j), s = B::factor(pre_sin, j);
+      B::store(z.re, j, multiply_add(a.im, s, a.re * c));
+      B::store(z.im, j, multiply_subtract(a.re, s, a.im * c));
+    });
+    forward<L>(job.row.fft, job.table, z, job.other, job.spare);
+    each<L>(0, length, [&](auto side, Index k) __attribute__((always_inline)) {
+      using B = decltype(side);
+      const auto a = load<B>(z, k);
+      const auto c = B::factor(post_cos, k), s = B::factor(post_sin, k);
+      B::store(z.re, k, multiply_add(a.im, s, a.re * c));
+      B::store(z.im, k, multiply_subtract(a.im, c, a.re * s));
+    });
+  }
+
+  FREQRANK_FORCED_INLINE V get(Index i) const {
+    return A::load(i & 1 ? job.z.im : job.z.re, (i & 1 ? job.row.n - 1 - i : i) >> 1);
+  }
+  template <class B>
+  FREQRANK_FORCED_INLINE void get_all(Index i, typename B::V* v) const {
+    v[0] = B::load(job.z.re, i >> 1);
+    v[1] = B::load_mirrored(job.z.im, (job.row.n >> 1) - 1 - (i >> 1));
   }
 };
 
@@ -238,44 +353,15 @@ FREQRANK_INLINE Image image(Index i, Index n) {
 }
 
 template <class L>
-struct Type4 {
-  using T = typename L::T;
-  using A = typename L::Tail;
-  using V = typename A::V;
-  Job<L>& job;
-
-  FREQRANK_FORCED_INLINE void place(Index i, V v) const {
-    if (job.row.even) {
-      A::store(i % 2 ? job.z.im : job.z.re, i % 2 ? (job.row.n - 1 - i) / 2 : i / 2, v);
-    } else {
-      A::store(job.x, i, v);
-    }
-  }
+struct Type4Odd : Natural<L> {
+  using typename Natural<L>::T;
+  using typename Natural<L>::A;
+  using typename Natural<L>::V;
+  using Natural<L>::job;
 
   void compute(T, T) const {
     const Index n = job.row.n;
     Split<T>& z = job.z;
-    if (job.row.even) {
-      const Index length = n / 2;
-      const T *pre_cos = job.table + job.row.pre, *pre_sin = pre_cos + length;
-      const T *post_cos = job.table + job.row.post, *post_sin = post_cos + length;
-      each<L>(0, length, [&](auto side, Index j) __attribute__((always_inline)) {
-        using B = decltype(side);
-        const auto a = load<B>(z, j);
-        const auto c = B::factor(pre_cos, j), s = B::factor(pre_sin, j);
-        B::store(z.re, j, multiply_add(a.im, s, a.re * c));
-        B::store(z.im, j, multiply_subtract(a.re, s, a.im * c));
-      });
-      forward<L>(job.row.fft, job.table, z, job.other, job.spare);
-      each<L>(0, length, [&](auto side, Index k) __attribute__((always_inline)) {
-        using B = decltype(side);
-        const auto a = load<B>(z, k);
-        const auto c = B::factor(post_cos, k), s = B::factor(post_sin, k);
-        B::store(z.re, k, multiply_add(a.im, s, a.re * c));
-        B::store(z.im, k, multiply_subtract(a.im, c, a.re * s));
-      });
-      return;
-    }
     Index eighth = 1;  // becomes 1/8 modulo n
     while (eighth % 8 != 0) eighth += n;
     T *x = job.x, *v = job.other.re;
@@ -298,11 +384,6 @@ struct Type4 {
       position = (position + 8) % n;
     }
   }
-
-  FREQRANK_FORCED_INLINE V get(Index i) const {
-    if (!job.row.even) return A::load(job.x, i);
-    return A::load(i % 2 ? job.z.im : job.z.re, i % 2 ? (job.row.n - 1 - i) / 2 : i / 2);
-  }
 };
 
 // --- rows in memory ------------------------------------------------------------------------------------------------
@@ -313,63 +394,97 @@ struct Lanes {
   Index in[W] = {}, out[W] = {};
   int count = 0;
   bool in_adjacent = false, out_adjacent = false;  // all lanes there, element by element beside each other
+  Lanes(Index in_stride, Index out_stride, Index from, Index to, int rows) : count(rows) {
+    in_adjacent = rows == W && in_stride == 1;
+    out_adjacent = rows == W && out_stride == 1;
+    for (int l = 0; l < W; ++l) {
+      in[l] = l < rows ? from + l * in_stride : from;
+      out[l] = to + l * out_stride;
+    }
+  }
 };
 
-template <class S, class V, class Place>
-FREQRANK_INLINE void read(const Work& work, const Lanes<width<V>>& lanes, const Place& place) {
-  constexpr int W = width<V>;
+template <class S, class L, class Type>
+void read(const Work& work, const Lanes<L::unit>& lanes, const Type& type) {
+  using B = typename L::Body;
+  using V = typename L::Tail::V;
+  constexpr int W = width<typename B::V>, G = Type::place_group, block = B::step > 1 || W < G ? G : W / G * G;
   const S* base = static_cast<const S*>(work.in);
   const Index stride = work.pass->in_stride, filled = work.pass->filled, n = work.row->n;
+  const bool adjacent = L::unit > 1 && lanes.in_adjacent;
   Index i = 0;
-  if (W > 1 && lanes.in_adjacent) {
-    for (; i < filled; ++i) place(i, load_as<V>(base + lanes.in[0] + i * stride));
-  } else if (W > 1 && stride == 1) {
-    for (; i + W <= filled; i += W) {
-      V square[W];
+  if (adjacent || stride == 1) {
+    for (; i + block * B::step <= filled; i += block * B::step) {
+      typename B::V v[block];
+      if constexpr (B::step > 1) {
+        FREQRANK_UNROLL
+        for (int e = 0; e < block; ++e) v[e] = load_as<typename B::V>(base + lanes.in[0] + i + e * W);
+        deal<G>(v);
+      } else if (adjacent) {
+        FREQRANK_UNROLL
+        for (int e = 0; e < block; ++e) v[e] = load_as<V>(base + lanes.in[0] + (i + e) * stride);
+      } else {
+        FREQRANK_UNROLL
+        for (int e = 0; e < block; e += W) {
+          FREQRANK_UNROLL
+          for (int l = 0; l < W; ++l) v[e + l] = load_as<V>(base + lanes.in[l] + i + e);
+          transpose(v + e);
+        }
+      }
       FREQRANK_UNROLL
-      for (int l = 0; l < W; ++l) square[l] = load_as<V>(base + lanes.in[l] + i);
-      transpose(square);
-      FREQRANK_UNROLL
-      for (int e = 0; e < W; ++e) place(i + e, square[e]);
+      for (int e = 0; e < block; e += G) type.template place_all<B>(i + e, v + e);
     }
   }
   for (; i < filled; ++i) {
-    if constexpr (W == 1) {
-      place(i, load_as<V>(base + lanes.in[0] + i * stride));
+    if constexpr (L::unit == 1) {
+      type.place(i, load_as<V>(base + lanes.in[0] + i * stride));
     } else {
       V v;
       FREQRANK_UNROLL
       for (int l = 0; l < W; ++l) v[l] = load_as<Lane<V>>(base + lanes.in[l] + i * stride);
-      place(i, v);
+      type.place(i, v);
     }
   }
-  for (; i < n; ++i) place(i, V{});
+  for (; i < n; ++i) type.place(i, V{});
 }
 
-template <class S, class V, class Get>
-FREQRANK_INLINE void write(const Work& work, const Lanes<width<V>>& lanes, const Get& get) {
-  constexpr int W = width<V>;
+template <class S, class L, class Type>
+void write(const Work& work, const Lanes<L::unit>& lanes, const Type& type) {
+  using B = typename L::Body;
+  using V = typename L::Tail::V;
+  constexpr int W = width<typename B::V>, G = Type::get_group, block = B::step > 1 || W < G ? G : W / G * G;
   S* base = static_cast<S*>(work.out);
   const Index stride = work.pass->out_stride, size = work.pass->out_size, n = work.row->n;
   const Index filled = size < n ? size : n;
+  const bool adjacent = L::unit > 1 && lanes.out_adjacent;
   Index i = 0;
-  if (W > 1 && lanes.out_adjacent) {
-    for (; i < filled; ++i) store_as(base + lanes.out[0] + i * stride, get(i));
-  } else if (W > 1 && stride == 1) {
-    for (; i + W <= filled; i += W) {
-      V square[W];
+  if (adjacent || stride == 1) {
+    for (; i + block * B::step <= filled; i += block * B::step) {
+      typename B::V v[block];
       FREQRANK_UNROLL
-      for (int e = 0; e < W; ++e) square[e] = get(i + e);
-      transpose(square);
-      FREQRANK_UNROLL
-      for (int l = 0; l < W; ++l) {
-        if (l < lanes.count) store_as(base + lanes.out[l] + i, square[l]);
+      for (int e = 0; e < block; e += G) type.template get_all<B>(i + e, v + e);
+      if constexpr (B::step > 1) {
+        riffle<G>(v);
+        FREQRANK_UNROLL
+        for (int e = 0; e < block; ++e) store_as(base + lanes.out[0] + i + e * W, v[e]);
+      } else if (adjacent) {
+        FREQRANK_UNROLL
+        for (int e = 0; e < block; ++e) store_as(base + lanes.out[0] + (i + e) * stride, v[e]);
+      } else {
+        FREQRANK_UNROLL
+        for (int e = 0; e < block; e += W) {
+          transpose(v + e);
+          FREQRANK_UNROLL
+          for (int l = 0; l < W; ++l) {
+            if (l < lanes.count) store_as(base + lanes.out[l] + i + e, v[e + l]);
+          }
+        }
       }
     }
   }
   for (; i < filled; ++i) {
-    const V v = get(i);
-    if constexpr (W == 1) {
+    const V v = type.get(i);
+    if constexpr (L::unit == 1) {
       store_as(base + lanes.out[0] + i * stride, v);
     } else {
       FREQRANK_UNROLL
@@ -383,30 +498,27 @@ FREQRANK_INLINE void write(const Work& work, const Lanes<width<V>>& lanes, const
   }
 }
 
-template <class L, template <class> class Type>
+template <class Type, class L>
 void run_type(const Work& work, const Lanes<L::unit>& lanes, Job<L>& job) {
   using T = typename L::T;
-  using V = typename L::Tail::V;
-  const Type<L> type{job};
-  const auto place = [&](Index i, V v) __attribute__((always_inline)) { type.place(i, v); };
-  const auto get = [&](Index i) __attribute__((always_inline)) { return type.get(i); };
+  const Type type{{job}};
   if constexpr (sizeof(T) == 8) {
-    read<double, V>(work, lanes, place);
+    read<double, L>(work, lanes, type);
   } else {
     switch (work.pass->from_dtype) {
-      case Dtype::float16: read<float16, V>(work, lanes, place); break;
-      case Dtype::bfloat16: read<bfloat16, V>(work, lanes, place); break;
-      default: read<float, V>(work, lanes, place);
+      case Dtype::float16: read<float16, L>(work, lanes, type); break;
+      case Dtype::bfloat16: read<bfloat16, L>(work, lanes, type); break;
+      default: read<float, L>(work, lanes, type);
     }
   }
   type.compute(static_cast<T>(work.pass->in_end), static_cast<T>(work.pass->out_end));
   if constexpr (sizeof(T) == 8) {
-    write<double, V>(work, lanes, get);
+    write<double, L>(work, lanes, type);
   } else {
     switch (work.pass->to_dtype) {
-      case Dtype::float16: write<float16, V>(work, lanes, get); break;
-      case Dtype::bfloat16: write<bfloat16, V>(work, lanes, get); break;
-      default: write<float, V>(work, lanes, get);
+      case Dtype::float16: write<float16, L>(work, lanes, type); break;
+      case Dtype::bfloat16: write<bfloat16, L>(work, lanes, type); break;
+      default: write<float, L>(work, lanes, type);
     }
   }
 }
@@ -423,7 +535,7 @@ void run_group(const Work& work, const Lanes<L::unit>& lanes, void* scratch) {
   T* at = static_cast<T*>(scratch);
   const auto take = [&](Index count) {
     T* const taken = at;
-    at += count;
+    at += count + kArraySkew / static_cast<Index>(sizeof(T));
     return taken;
   };
   T* const x = take(n);
@@ -432,14 +544,14 @@ void run_group(const Work& work, const Lanes<L::unit>& lanes, void* scratch) {
   job.spare = take(row.spare * (L::unit == 1 ? L::Body::step : L::unit));
   job.scratch = at;
   switch (row.type) {
-    case 1: run_type<L, Type1>(work, lanes, job); break;
-    case 2: run_type<L, Type2>(work, lanes, job); break;
-    case 3: run_type<L, Type3>(work, lanes, job); break;
-    default: run_type<L, Type4>(work, lanes, job);
+    case 1: return run_type<Type1<L>>(work, lanes, job);
+    case 2: return row.even ? run_type<Type2Even<L>>(work, lanes, job) : run_type<Type2Odd<L>>(work, lanes, job);
+    case 3: return row.even ? run_type<Type3Even<L>>(work, lanes, job) : run_type<Type3Odd<L>>(work, lanes, job);
+    default: return row.even ? run_type<Type4Even<L>>(work, lanes, job) : run_type<Type4Odd<L>>(work, lanes, job);
   }
 }
 
-// Steps through the rows of a pass in order.
+// Steps through the rows of a pass in order, by runs of equal strides.
 class Odometer {
  public:
   Odometer(const Pass& pass, Index row) : batch_(pass.batch.data()), dims_(static_cast<int>(pass.batch.size())) {
@@ -451,18 +563,26 @@ class Odometer {
     }
   }
 
-  void next() {
-    for (int d = dims_ - 1; d >= 0; --d) {
-      in += batch_[d].in_stride;
-      out += batch_[d].out_stride;
-      if (++index_[d] < batch_[d].size) return;
+  Index in = 0, out = 0;
+  Index in_stride() const { return dims_ > 0 ? batch_[dims_ - 1].in_stride : 0; }
+  Index out_stride() const { return dims_ > 0 ? batch_[dims_ - 1].out_stride : 0; }
+  Index run() const { return dims_ > 0 ? batch_[dims_ - 1].size - index_[dims_ - 1] : 1; }
+
+  void advance(Index rows) {  // at most run()
+    if (dims_ == 0) return;
+    index_[dims_ - 1] += rows;
+    in += rows * in_stride();
+    out += rows * out_stride();
+    for (int d = dims_ - 1; d >= 0 && index_[d] == batch_[d].size; --d) {
       in -= batch_[d].size * batch_[d].in_stride;
       out -= batch_[d].size * batch_[d].out_stride;
       index_[d] = 0;
+      if (d == 0) return;
+      ++index_[d - 1];
+      in += batch_[d - 1].in_stride;
+      out += batch_[d - 1].out_stride;
     }
   }
-
-  Index in = 0, out = 0;
 
  private:
   const BatchDim* batch_;
@@ -486,25 +606,22 @@ void run_rows(const Work& work, Index begin, Index end, void* scratch) {
     const Index left = pass.rows - group * wanted;
     const int count = left < wanted ? static_cast<int>(left) : wanted;
     if (count < pass.fewest_lanes || wanted == 1) {
-      for (int l = 0; l < count; ++l, at.next()) {
-        Lanes<1> lane;
-        lane.in[0] = at.in;
-        lane.out[0] = at.out;
-        lane.count = 1;
-        run_group<OneRow<S>>(work, lane, scratch);
+      for (int l = 0; l < count; ++l) {
+        run_group<OneRow<S>>(work, Lanes<1>(0, 0, at.in, at.out, 1), scratch);
+        at.advance(1);
       }
       continue;
     }
-    Lanes<W> lanes;
-    lanes.count = count;
-    lanes.in_adjacent = lanes.out_adjacent = count == W;
-    for (int l = 0; l < W; ++l) {
-      const bool real = l < count;
-      lanes.in[l] = real ? at.in : lanes.in[0];
-      lanes.out[l] = real ? at.out : lanes.out[0];
-      lanes.in_adjacent &= at.in == lanes.in[0] + l;
-      lanes.out_adjacent &= at.out == lanes.out[0] + l;
-      if (real) at.next();
+    Lanes<W> lanes(at.in_stride(), at.out_stride(), at.in, at.out, count);
+    if (at.run() >= count) {
+      at.advance(count);
+    } else {
+      lanes.in_adjacent = lanes.out_adjacent = false;
+      for (int l = 0; l < W; ++l) {
+        lanes.in[l] = l < count ? at.in : lanes.in[0];
+        lanes.out[l] = at.out;
+        if (l < count) at.advance(1);
+      }
     }
     run_group<SideBySide<V>>(work, lanes, scratch);
   }

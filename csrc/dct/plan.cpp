@@ -20,8 +20,9 @@ struct RadixCost {
   int radix;
   double cost;
 };
-constexpr RadixCost kRadixCosts[] = {{16, 2.6}, {8, 1.9}, {4, 1.5}, {2, 1.2}, {3, 1.6},
-                                     {5, 2.3},  {7, 3.2}, {11, 5},  {13, 6.2}};
+constexpr RadixCost kRadixCosts[] = {{8, 1.9}, {4, 1.5}, {2, 1.2}, {3, 1.6}, {5, 2.3}, {7, 3.2}, {11, 5}, {13, 6.2}};
+// Powers of two are split into stages of at most 2^3: radix 16 takes more registers and cache ways than there are.
+constexpr int kLargestPower = 3;
 // Convolutions are padded to 2^a 3^b 5^c, a at least this where there is a choice.
 constexpr std::int64_t kPaddedPowerOfTwo = 8;
 // Rows go side by side in vector lanes as long as their scratch stays within one core's share of the caches ...
@@ -62,7 +63,7 @@ Stages plan_stages(std::int64_t n, std::int64_t& elements) {
   };
   int twos = 0;
   for (std::int64_t m = n; m % 2 == 0; m /= 2) ++twos;
-  for (int left = (twos + 3) / 4; left > 0; --left) {
+  for (int left = (twos + kLargestPower - 1) / kLargestPower; left > 0; --left) {
     const int bits = (twos + left - 1) / left;
     add(std::int64_t{1} << bits);
     twos -= bits;
@@ -135,7 +136,7 @@ Fft plan_fft(std::int64_t n, bool real, std::int64_t element_bytes, std::int64_t
   for (int i = 0; i < fft.stages.count; ++i) {
     const std::int64_t radix = fft.stages.radix[i];
     fft.convolution[i] = fft.real_convolution[i] = -1;
-    if (radix <= kLargestRadix || radix == 16) continue;
+    if (radix <= kLargestRadix) continue;
     if (!real || i > 0) fft.convolution[i] = convolution(radix, false);
     if (real) fft.real_convolution[i] = convolution(radix, true);
   }
@@ -313,7 +314,8 @@ Plan plan(const Problem& problem) {
     const std::int64_t worth =
         std::max<std::int64_t>(1, pass.groups * pass.lanes / std::max<std::int64_t>(1, kElementsPerSlot / n));
     pass.slots = std::min<std::int64_t>({problem.threads, std::max<std::int64_t>(1, pass.groups), worth});
-    pass.scratch_bytes = align(static_cast<std::size_t>((row.scratch * pass.lanes + row.spare * lanes) * element));
+    pass.scratch_bytes =
+        align(static_cast<std::size_t>((row.scratch * pass.lanes + row.spare * lanes) * element + 6 * kArraySkew));
     plan.scratch_bytes = std::max(plan.scratch_bytes, pass.scratch_bytes * static_cast<std::size_t>(pass.slots));
     plan.passes.push_back(pass);
   }

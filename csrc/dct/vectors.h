@@ -58,30 +58,110 @@ FREQRANK_INLINE V reversed(V a) {
   return shuffle(a, a, decltype(reversed_order<W>(std::make_integer_sequence<int, W>{})){});
 }
 
-// The two halves of an exchange of off-diagonal blocks of D x D lanes.
-template <int W, int D, int... l>
-constexpr auto lower_order(std::integer_sequence<int, l...>) {
-  return std::integer_sequence<int, (l & D ? W + l - D : l)...>{};
-}
-template <int W, int D, int... l>
-constexpr auto upper_order(std::integer_sequence<int, l...>) {
-  return std::integer_sequence<int, (l & D ? W + l : l + D)...>{};
+// Lanes from a and b in turn, within each block of 16 bytes: the block's lower or upper lanes.
+template <int W, int L, bool upper, int... l>
+constexpr auto zip_order(std::integer_sequence<int, l...>) {
+  return std::integer_sequence<int, (l / L * L + l % L / 2 + (upper ? L / 2 : 0) + (l % 2 ? W : 0))...>{};
 }
 
-// The transpose of the square a[0 .. W), in place.
-template <class V, int D = width<V> / 2>
-FREQRANK_INLINE void transpose(V* a) {
-  if constexpr (D > 0) {
-    constexpr int W = width<V>;
+// Exchange of off-diagonal blocks of D x D lanes: what a, and what b, becomes.
+template <int W, int D, bool upper, int... l>
+constexpr auto exchange_order(std::integer_sequence<int, l...>) {
+  return std::integer_sequence<int, (upper ? (l & D ? W + l : l + D) : (l & D ? W + l - D : l))...>{};
+}
+
+template <class V, int D>
+FREQRANK_INLINE void exchange_blocks(V* a) {
+  constexpr int W = width<V>;
+  if constexpr (D < W) {
     using Lanes = std::make_integer_sequence<int, W>;
     FREQRANK_UNROLL
     for (int i = 0; i < W; ++i) {
       if (i & D) continue;
       const V b = a[i], c = a[i + D];
-      a[i] = shuffle(b, c, decltype(lower_order<W, D>(Lanes{})){});
-      a[i + D] = shuffle(b, c, decltype(upper_order<W, D>(Lanes{})){});
+      a[i] = shuffle(b, c, decltype(exchange_order<W, D, false>(Lanes{})){});
+      a[i + D] = shuffle(b, c, decltype(exchange_order<W, D, true>(Lanes{})){});
     }
-    transpose<V, D / 2>(a);
+    exchange_blocks<V, 2 * D>(a);
+  }
+}
+
+// The transpose of the square a[0 .. W), in place.
+template <class V>
+FREQRANK_INLINE void transpose(V* a) {
+  constexpr int W = width<V>, L = static_cast<int>(16 / sizeof(Lane<V>));
+  using Lanes = std::make_integer_sequence<int, W>;
+  using Lower = decltype(zip_order<W, L, false>(Lanes{}));
+  using Upper = decltype(zip_order<W, L, true>(Lanes{}));
+  FREQRANK_UNROLL
+  for (int i = 0; i < W; i += L) {  // squares of L x L lanes
+    if constexpr (L == 2) {
+      const V b = a[i], c = a[i + 1];
+      a[i] = shuffle(b, c, Lower{});
+      a[i + 1] = shuffle(b, c, Upper{});
+    } else {
+      const V b = shuffle(a[i], a[i + 2], Lower{}), c = shuffle(a[i], a[i + 2], Upper{});
+      const V d = shuffle(a[i + 1], a[i + 3], Lower{}), e = shuffle(a[i + 1], a[i + 3], Upper{});
+      a[i] = shuffle(b, d, Lower{});
+      a[i + 1] = shuffle(b, d, Upper{});
+      a[i + 2] = shuffle(c, e, Lower{});
+      a[i + 3] = shuffle(c, e, Upper{});
+    }
+  }
+  exchange_blocks<V, L>(a);
+}
+
+// G vectors of consecutive elements to vectors of every G-th, and back; G = 1, 2, 4.
+template <int odd, int... l>
+constexpr auto alternate_order(std::integer_sequence<int, l...>) {
+  return std::integer_sequence<int, (2 * l + odd)...>{};
+}
+template <int W, bool upper, int... l>
+constexpr auto riffle_order(std::integer_sequence<int, l...>) {
+  return std::integer_sequence<int, ((l + (upper ? W : 0)) / 2 + (l % 2 ? W : 0))...>{};
+}
+
+template <int G, class V>
+FREQRANK_INLINE void deal(V* a) {
+  constexpr int W = width<V>;
+  if constexpr (G == 1 || W == 1) {
+  } else if constexpr (G == 2) {
+    using Lanes = std::make_integer_sequence<int, W>;
+    const V b = a[0], c = a[1];
+    a[0] = shuffle(b, c, decltype(alternate_order<0>(Lanes{})){});
+    a[1] = shuffle(b, c, decltype(alternate_order<1>(Lanes{})){});
+  } else {
+    deal<2>(a);
+    deal<2>(a + 2);
+    V even[2] = {a[0], a[2]}, odd[2] = {a[1], a[3]};
+    deal<2>(even);
+    deal<2>(odd);
+    a[0] = even[0];
+    a[1] = odd[0];
+    a[2] = even[1];
+    a[3] = odd[1];
+  }
+}
+
+template <int G, class V>
+FREQRANK_INLINE void riffle(V* a) {
+  constexpr int W = width<V>;
+  if constexpr (G == 1 || W == 1) {
+  } else if constexpr (G == 2) {
+    using Lanes = std::make_integer_sequence<int, W>;
+    const V b = a[0], c = a[1];
+    a[0] = shuffle(b, c, decltype(riffle_order<W, false>(Lanes{})){});
+    a[1] = shuffle(b, c, decltype(riffle_order<W, true>(Lanes{})){});
+  } else {
+    V even[2] = {a[0], a[2]}, odd[2] = {a[1], a[3]};
+    riffle<2>(even);
+    riffle<2>(odd);
+    a[0] = even[0];
+    a[1] = odd[0];
+    a[2] = even[1];
+    a[3] = odd[1];
+    riffle<2>(a);
+    riffle<2>(a + 2);
   }
 }
 
@@ -94,6 +174,11 @@ FREQRANK_INLINE To bits(const From& from) {
   std::memcpy(&to, &from, sizeof(to));
   return to;
 }
+
+template <class V>
+struct __attribute__((packed, may_alias)) Unaligned {
+  V v;
+};
 
 template <class T, int W>
 struct Unsigned {
@@ -112,9 +197,7 @@ template <class V, class S>
 FREQRANK_INLINE V load_as(const S* from) {
   constexpr int W = width<V>;
   if constexpr (std::is_same_v<S, Lane<V>>) {
-    V v;
-    std::memcpy(&v, from, sizeof(v));
-    return v;
+    return reinterpret_cast<const Unaligned<V>*>(from)->v;
   } else if constexpr (W == 1) {
 #ifdef __F16C__
     if constexpr (std::is_same_v<S, float16>) return _cvtsh_ss(from->bits);
@@ -131,7 +214,8 @@ FREQRANK_INLINE V load_as(const S* from) {
     if constexpr (W == 8) return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #endif
 #ifdef __AVX512F__
-    if constexpr (W == 16) return (V)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    if constexpr (W == 16)
+      return (V)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #endif
     V v{};
     for (int l = 0; l < W; ++l) v[l] = to_float(from[l]);
@@ -143,7 +227,7 @@ template <class S, class V>
 FREQRANK_INLINE void store_as(S* to, V v) {
   constexpr int W = width<V>;
   if constexpr (std::is_same_v<S, Lane<V>>) {
-    std::memcpy(to, &v, sizeof(v));
+    reinterpret_cast<Unaligned<V>*>(to)->v = v;
   } else if constexpr (W == 1) {
 #ifdef __F16C__
     if constexpr (std::is_same_v<S, float16>) {

@@ -11,13 +11,17 @@ std::string describe(const Plan& plan) {
   std::string text;
   for (const Pass& pass : plan.passes) {
     const Row& row = plan.rows[static_cast<std::size_t>(pass.row)];
-    const Fft& fft = row.fft;
-    text += fft.bluestein() ? "Bluestein (a large prime factor)" : "mixed radix (no large prime factor)";
+    const Stages& stages = row.fft.stages;
+    text += row.fft.convolutions.empty() ? "mixed radix (no large prime factor)" : "Rader (a large prime factor)";
     text += std::string(": type ") + roman[row.type - 1] + " of length " + std::to_string(row.n) + ", " +
-            std::to_string(pass.rows) + " rows\n  FFT of length " + std::to_string(fft.n);
-    if (fft.bluestein()) text += " by two of length " + std::to_string(fft.inner);
-    if (fft.stages > 0) text += ", radices";
-    for (int i = 0; i < fft.stages; ++i) text += " " + std::to_string(fft.radix[i]);
+            std::to_string(pass.rows) + " rows\n  " + (row.even || row.type == 1 ? "complex" : "real") +
+            " FFT of length " + std::to_string(stages.n);
+    if (stages.count > 0) text += ", radices";
+    for (int i = 0; i < stages.count; ++i) text += " " + std::to_string(stages.radix[i]);
+    for (const Convolution& c : row.fft.convolutions) {
+      text += "\n  " + std::to_string(c.prime) + (c.real ? " for real" : " for complex") +
+              " numbers by two complex FFTs of length " + std::to_string(c.stages.n);
+    }
     text += "\n  " + std::to_string(pass.lanes) + " rows side by side in a vector, in " + std::to_string(pass.slots) +
             " parts\n";
   }

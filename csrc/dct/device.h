@@ -27,7 +27,7 @@ struct DeviceLimits {
   int shared_bytes_per_sm = 233472;  // of all its blocks, 1024 bytes of them for the system in each block
   int threads_per_sm = 2048;
   std::int64_t largest_power_of_two = 8192;  // lengths up to this one go through registers and shuffles
-  int largest_tile = 0;                   // sides up to this one are transformed two dimensions at once
+  int largest_tile = 128;                    // sides up to this one are transformed two dimensions at once
 };
 
 enum class Algorithm {
@@ -45,6 +45,8 @@ constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype
 // What the block FFT is compiled for: complex numbers that a thread holds in a stage, threads of a block at most.
 constexpr int kBlockPerThread = 16;
 constexpr int block_threads_limit(bool wide) { return wide ? 512 : 1024; }
+constexpr int kBlockStages = 12;
+constexpr int kTile2dThreads = 256;  // of a block that transforms tiles
 constexpr int kBlockRadices[] = {16, 15, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2};
 // Its shared memory: rows of complex numbers, where `padded` one is left free after every 128 bytes; behind them, where
 // each row starts in global memory.
@@ -162,6 +164,11 @@ struct Step {
   Tiling load = Tiling::by_element, store = Tiling::by_element;
 
   MultiPass multi_pass;
+
+  // Of tile_2d: its rows, axis[1], and its columns, axis[0], each as a step of their own whose rows count through the
+  // tiles; where the tiles are in shared memory, and real numbers from one of their rows to the next.
+  std::vector<Step> sides;
+  int tile_at = 0, tile_pitch = 0;
 
   std::vector<TableRun> tables;                  // of the step `tables`
   std::size_t scratch_bytes = 0;                 // of multi_pass, in the workspace at DevicePlan::scratch_at

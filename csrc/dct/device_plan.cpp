@@ -132,8 +132,8 @@ std::int64_t block_threads(const Step& step, std::int64_t rows) {
 }
 
 bool fits_block(const Step& step, const DeviceLimits& limits) {
-  return step.axis[0].fft.inner < (1 << 20) && block_shared_bytes(step, 1) <= limits.shared_bytes &&
-         block_threads(step, 1) <= block_threads_limit(step.wide);
+  return step.axis[0].fft.stages <= kBlockStages && step.axis[0].fft.inner < (1 << 20) &&
+         block_shared_bytes(step, 1) <= limits.shared_bytes && block_threads(step, 1) <= block_threads_limit(step.wide);
 }
 
 // `count` elements of a row lie in memory, one after the other and nothing between rows if it is to be flat.
@@ -178,6 +178,78 @@ void plan_block(Step& step, const DeviceLimits& limits) {
   step.threads = static_cast<int>(block_threads(step, rows));
   step.shared_bytes = static_cast<int>(block_shared_bytes(step, rows));
   step.blocks = ceil_div(step.rows, rows);
+}
+
+// --- tiles of two dimensions --------------------------------------------------------------------------------------
+
+// A block's tiles have about this many elements; more would not help it to hide what it waits for.
+constexpr std::int64_t kTileElements = 8192;
+
+// One side of a tile: `axis`, and as the innermost batch dimension the other one.
+Step side_of(const Step& step, const Axis& axis, const BatchDim& other) {
+  Step side;
+  side.type = step.type;
+  side.wide = step.wide;
+  side.axis[0] = axis;
+  side.from = step.from;
+  side.to = step.to;
+  side.from_dtype = step.from_dtype;
+  side.to_dtype = step.to_dtype;
+  side.batch = step.batch;
+  side.batch.push_back(other);
+  side.rows = step.rows * other.size;
+  return side;
+}
+
+// As many rows or columns side by side as a block's threads hold, up to `count`; the shared memory that they take.
+std::int64_t set_side(Step& side, std::int64_t count, const Step& step, int threads) {
+  std::int64_t rows = 1;
+  while (rows < std::min<std::int64_t>(count, kBlockRows) && block_threads(side, rows + 1) <= threads) ++rows;
+  side.rows_per_block = static_cast<int>(rows);
+  side.threads = static_cast<int>(block_threads(side, rows));
+  side.shared_bytes = static_cast<int>(block_shared_bytes(side, rows));
+  side.blocks = step.blocks;
+  return side.shared_bytes;
+}
+
+// Whether a block can transform tiles of this step.
+bool plan_tile(Step& step, const DeviceLimits& limits) {
+  const Axis &outer = step.axis[0], &inner = step.axis[1];
+  Step rows = side_of(step, inner, {outer.filled, outer.in_stride, 0});
+  Step columns = side_of(step, outer, {inner.out_size, 0, inner.out_stride});
+  // Rows that follow each other in memory are one run.
+  for (std::size_t d = rows.batch.size(); d-- > 1;) {
+    const BatchDim& last = rows.batch[d];
+    if (rows.batch[d - 1].in_stride != last.in_stride * last.size) continue;
+    rows.batch[d - 1] = {rows.batch[d - 1].size * last.size, last.in_stride, 0};
+    rows.batch.erase(rows.batch.begin() + static_cast<std::ptrdiff_t>(d));
+  }
+  if (block_threads(rows, 1) > kTile2dThreads || block_threads(columns, 1) > kTile2dThreads) return false;
+  step.tile_pitch = static_cast<int>(std::min(inner.n, inner.out_size) | 1);  // odd: no bank conflicts along columns
+  const std::int64_t pitch_bytes = step.tile_pitch * (step.wide ? 8 : 4), entry = outer.n * inner.n;
+  std::int64_t tiles = std::max<std::int64_t>(1, std::min(kTileElements / entry, step.rows / (kWaves * limits.sms)));
+  step.blocks = ceil_div(step.rows, tiles);
+  std::int64_t at = 0, shared = 0;
+  for (int threads = kTile2dThreads;; threads /= 2) {
+    at = std::max(set_side(rows, tiles * outer.filled, step, threads),
+                  set_side(columns, tiles * inner.out_size, step, threads));
+    at = ceil_div(at, 16) * 16;
+    shared = at + tiles * outer.filled * pitch_bytes;
+    if (shared <= limits.shared_bytes) break;
+    if (threads == 32) return false;
+  }
+  step.algorithm = Algorithm::tile_2d;
+  step.why = "both dimensions in one block";
+  step.rows_per_block = static_cast<int>(tiles);
+  step.threads = std::max(rows.threads, columns.threads);
+  step.tile_at = static_cast<int>(at);
+  step.shared_bytes = static_cast<int>(shared);
+  rows.load = tiling(inner.in_stride, inner.filled, rows, &BatchDim::in_stride);
+  columns.store = tiling(outer.out_stride, outer.out_size, columns, &BatchDim::out_stride);
+  step.load = rows.load;
+  step.store = columns.store;
+  step.sides = {rows, columns};
+  return true;
 }
 
 // --- several passes -----------------------------------------------------------------------------------------------
@@ -335,6 +407,10 @@ class Tables {
   void add(Step& step, Axis& axis) {
     const DeviceFft& fft = axis.fft;
     const std::int64_t n = axis.n, h = fft.n;
+    if (step.algorithm == Algorithm::tile_2d) {
+      for (Step& side : step.sides) add(side, side.axis[0]);
+      return;
+    }
     if (step.algorithm == Algorithm::multi_pass) {
       MultiPass& plan = step.multi_pass;
       for (MultiPass::Roots* roots : {&plan.row, &plan.fft}) {
@@ -430,27 +506,25 @@ DevicePlan plan_device(const Problem& problem, const DeviceLimits& limits) {
   const Buffer middle = in_out ? Buffer::out : Buffer::work;
 
   Tables tables(compute == Dtype::float64);
-  std::vector<std::vector<std::size_t>> groups;  // the entries of problem.dims that go together in one step
-  for (std::size_t i = 0; i < count; ++i) groups.push_back({i});
-
-  for (std::size_t g = 0; g < groups.size(); ++g) {
+  const auto strides = [&](Buffer b) -> const std::vector<std::int64_t>& {
+    return b == Buffer::in ? problem.in_strides : b == Buffer::out ? problem.out_strides : work_strides;
+  };
+  // The step for `together` of problem.dims from the i-th on, two of them with the one that is contiguous second.
+  const auto begin_step = [&](std::size_t i, std::size_t together) {
     Step step;
     step.type = problem.type;
     step.wide = compute == Dtype::float64;
-    const bool first = g == 0, last = g + 1 == groups.size();
+    const bool first = i == 0, last = i + together == count;
     step.from = first ? Buffer::in : middle;
     step.to = last ? Buffer::out : middle;
     step.from_dtype = first ? problem.dtype : compute;
     step.to_dtype = last ? problem.dtype : compute;
-    const auto strides = [&](Buffer b) -> const std::vector<std::int64_t>& {
-      return b == Buffer::in ? problem.in_strides : b == Buffer::out ? problem.out_strides : work_strides;
-    };
     std::vector<char> mine(ndim, 0);
     std::int64_t read = bytes_of(step.from_dtype), written = bytes_of(step.to_dtype);
-    for (std::size_t a = 0; a < groups[g].size(); ++a) {
-      const auto d = static_cast<std::size_t>(problem.dims[groups[g][a]]);
+    for (std::size_t a = 0; a < together; ++a) {
+      const auto d = static_cast<std::size_t>(problem.dims[i + a]);
       Axis& axis = step.axis[a];
-      axis.n = problem.lengths[groups[g][a]];
+      axis.n = problem.lengths[i + a];
       axis.in_stride = strides(step.from)[d];
       axis.out_stride = strides(step.to)[d];
       axis.filled = now[d];
@@ -464,31 +538,43 @@ DevicePlan plan_device(const Problem& problem, const DeviceLimits& limits) {
       read *= axis.filled;
       written *= axis.out_size;
     }
+    if (together == 2 && step.axis[0].in_stride == 1) std::swap(step.axis[0], step.axis[1]);
     step.rows = 1;
     for (std::size_t e = 0; e < ndim; ++e) {
-      if (mine[e]) {
-        now[e] = problem.out_sizes[e];
-        continue;
-      }
+      if (mine[e]) continue;
       step.batch.push_back({now[e], strides(step.from)[e], strides(step.to)[e]});
       step.rows *= now[e];
     }
     collapse(step.batch);
-    if (step.batch.size() > 40) throw std::length_error("dct: more than 40 dimensions that do not lie in one run");
+    if (step.batch.size() + together > 40) {
+      throw std::length_error("dct: more than 40 dimensions that do not lie in one run");
+    }
     step.read_bytes = read * step.rows;
     step.write_bytes = written * step.rows;
-    if (plan_power_of_two(step, limits)) {
-      plan.steps.push_back(step);
-      continue;
+    return step;
+  };
+  for (std::size_t i = 0; i < count;) {
+    std::size_t together = 1;
+    Step step;
+    if (i + 1 < count && std::max(problem.lengths[i], problem.lengths[i + 1]) <= limits.largest_tile) {
+      step = begin_step(i, 2);
+      if (step.axis[1].in_stride == 1 && step.axis[1].out_stride == 1 && plan_tile(step, limits)) together = 2;
     }
-    if (fits_block(step, limits)) {
-      plan_block(step, limits);
-    } else {
-      plan_multi_pass(step, limits);
+    if (together == 1) {
+      step = begin_step(i, 1);
+      if (!plan_power_of_two(step, limits)) {
+        fits_block(step, limits) ? plan_block(step, limits) : plan_multi_pass(step, limits);
+      }
     }
-    tables.add(step, step.axis[0]);
+    if (step.algorithm != Algorithm::power_of_two) tables.add(step, step.axis[0]);
+    for (; together > 0; --together, ++i) {
+      const auto d = static_cast<std::size_t>(problem.dims[i]);
+      now[d] = problem.out_sizes[d];
+    }
     plan.steps.push_back(step);
   }
+
+  const bool several = plan.steps.size() > 1;
 
   plan.tables_bytes = align(tables.bytes());
   if (!tables.runs.empty()) {
@@ -502,7 +588,7 @@ DevicePlan plan_device(const Problem& problem, const DeviceLimits& limits) {
     plan.steps.insert(plan.steps.begin(), fill);
   }
   plan.work_at = plan.tables_bytes;
-  if (count > 1 && middle == Buffer::work) {
+  if (several && middle == Buffer::work) {
     plan.work_bytes = align(static_cast<std::size_t>(work_elements) * static_cast<std::size_t>(bytes_of(compute)));
   }
   plan.scratch_at = plan.work_at + plan.work_bytes;

@@ -1,13 +1,12 @@
 #pragma once
 // Runs a plan on a queue: a CUDA stream or the host executor. Allocates nothing, waits for nothing.
 
-#include <stdexcept>
-
 #include "dct/device/bluestein.h"
 #include "dct/device/mixed_radix.h"
 #include "dct/device/passes.h"
 #include "dct/device/power_of_two.h"
 #include "dct/device/tables.h"
+#include "dct/device/tile2d.h"
 
 namespace freqrank::dct::device {
 
@@ -26,7 +25,7 @@ void run_device(const DevicePlan& plan, const DevicePointers& pointers, void* wo
       case Algorithm::mixed_radix: enqueue_mixed_radix(step, at, queue); break;
       case Algorithm::bluestein: enqueue_bluestein(step, at, queue); break;
       case Algorithm::multi_pass: enqueue_multi_pass(step, at, queue); break;
-      default: throw std::logic_error(std::string("dct: no kernel for ") + name(step.algorithm));
+      case Algorithm::tile_2d: enqueue_tile_2d(step, at, queue); break;
     }
   }
 }

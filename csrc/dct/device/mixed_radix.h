@@ -25,7 +25,7 @@ struct BlockFft {
     // run along q, or, where that is short and odd, along p: either way over all banks.
     Divider by_count, by_run;  // run: span or, along p, inner / radix / span
     bool along_p;
-  } stage[DeviceFft::max_stages];
+  } stage[kBlockStages];
 };
 
 inline BlockFft block_fft_of(const DeviceFft& fft, int pitch) {
@@ -474,6 +474,34 @@ SIMT_DEVICE void after_fft(const RowParams<T>& p, const Rows<T>& z, int rows) {
   }
 }
 
+// Rows from global memory to where before_fft wants them, and from where after_fft leaves them.
+template <class T>
+SIMT_DEVICE void load_rows(const RowParams<T>& p, const Rows<T>& z, const RowOffsets& offsets, Index first, int rows) {
+  const Tile& t = p.tile;
+  load_tile<T>(
+      t, offsets, first, rows, [&](int row, int i, T x) { z.set_real(row, load_slot(p.type, p.even, i, t.n), x); },
+      [&](int row, int i, T x, T y) {
+        if (p.type == 2 || (p.type == 4 && p.even)) {
+          z.set_real(row, load_slot(p.type, p.even, i, t.n), x);
+          z.set_real(row, load_slot(p.type, p.even, i + 1, t.n), y);
+        } else {
+          z.store(row, i >> 1, {x, y});
+        }
+      });
+}
+
+template <class T>
+SIMT_DEVICE void store_rows(const RowParams<T>& p, const Rows<T>& z, const RowOffsets& offsets, Index first, int rows) {
+  const Tile& t = p.tile;
+  store_tile<T>(
+      t, offsets, first, rows, [&](int row, int i) { return z.real(row, store_slot(p.type, p.even, i, t.n)); },
+      [&](int row, int i) {
+        if (p.type <= 2 || (p.type == 4 && !p.even)) return z.load(row, i >> 1);
+        return Complex<T>{z.real(row, store_slot(p.type, p.even, i, t.n)),
+                          z.real(row, store_slot(p.type, p.even, i + 1, t.n))};
+      });
+}
+
 // All of a block's work; fft(z, rows) transforms the rows in place.
 template <class T, class Fft>
 SIMT_DEVICE void transform_rows(const RowParams<T>& p, const Fft& fft) {
@@ -487,27 +515,12 @@ SIMT_DEVICE void transform_rows(const RowParams<T>& p, const Fft& fft) {
     offsets.fill(t, first, rows);
     simt::barrier();
   }
-  load_tile<T>(
-      t, offsets, first, rows, [&](int row, int i, T x) { z.set_real(row, load_slot(p.type, p.even, i, t.n), x); },
-      [&](int row, int i, T x, T y) {
-        if (p.type == 2 || (p.type == 4 && p.even)) {
-          z.set_real(row, load_slot(p.type, p.even, i, t.n), x);
-          z.set_real(row, load_slot(p.type, p.even, i + 1, t.n), y);
-        } else {
-          z.store(row, i >> 1, {x, y});
-        }
-      });
+  load_rows(p, z, offsets, first, rows);
   simt::barrier();
   before_fft(p, z, rows);
   fft(z, rows);
   after_fft(p, z, rows);
-  store_tile<T>(
-      t, offsets, first, rows, [&](int row, int i) { return z.real(row, store_slot(p.type, p.even, i, t.n)); },
-      [&](int row, int i) {
-        if (p.type <= 2 || (p.type == 4 && !p.even)) return z.load(row, i >> 1);
-        return Complex<T>{z.real(row, store_slot(p.type, p.even, i, t.n)),
-                          z.real(row, store_slot(p.type, p.even, i + 1, t.n))};
-      });
+  store_rows(p, z, offsets, first, rows);
 }
 
 template <class T, class Queue>

@@ -258,6 +258,36 @@ void fail_misaligned(const char* memory, Index i, int bytes, Location at) {
                std::to_string(i));
 }
 
+void check_shared_array(int byte_offset, Index count, int element_bytes, Location at) {
+  const Index end = byte_offset + count * element_bytes;
+  if (byte_offset < 0 || count < 0 || end > current(at).shared_bytes)
+    fail(at, "shared_array: bytes " + std::to_string(byte_offset) + " to " + std::to_string(end) +
+                 " of a block that has " + std::to_string(current(at).shared_bytes));
+  if (byte_offset % element_bytes != 0)
+    fail(at, "shared_array: offset " + std::to_string(byte_offset) + " is misaligned for elements of " +
+                 std::to_string(element_bytes) + " bytes");
+}
+
+namespace {
+std::string name_of(Role role) {
+  return role == Role::a ? "fragment A" : role == Role::b ? "fragment B" : "accumulator";
+}
+std::string pair(int row, int col) { return "(" + std::to_string(row) + ", " + std::to_string(col) + ")"; }
+}  // namespace
+
+void fail_fragment(Role role, int i, int count, Location at) {
+  fail(at, name_of(role) + ": element " + std::to_string(i) + " of " + std::to_string(count));
+}
+
+void fail_fragment_place(Role role, int i, int row, int col, int said_row, int said_col, Location at) {
+  fail(at, name_of(role) + ": lane " + std::to_string(current(at).index % warp_size) + " holds (row, col) " +
+               pair(row, col) + " as its element " + std::to_string(i) + ", not " + pair(said_row, said_col));
+}
+
+void fail_fragment_not_given(Role role, int i, int row, int col, Location at) {
+  fail(at, name_of(role) + ": element " + std::to_string(i) + ", (row, col) " + pair(row, col) + ", was never given");
+}
+
 // --- Races ---
 
 void Machine::fail_race(const Record& r, bool other_is_write, const char* memory, std::uint64_t byte, const char* verb,

@@ -149,15 +149,10 @@ class shared {
   int offset_ = 0, begin_ = 0, end_ = 0;
 };
 
+void check_shared_array(int byte_offset, Index count, int element_bytes, Location at);
 template <class T>
 shared<T> shared_array(int byte_offset, int count, SIMT_AT) {
-  if (byte_offset < 0 || count < 0 ||
-      byte_offset + static_cast<Index>(count) * static_cast<Index>(sizeof(T)) > current(at).shared_bytes)
-    fail(at, "shared_array: bytes " + std::to_string(byte_offset) + " to " +
-                 std::to_string(byte_offset + static_cast<Index>(count) * static_cast<Index>(sizeof(T))) +
-                 " of a block that has " + std::to_string(current(at).shared_bytes));
-  if (byte_offset % sizeof(T) != 0)
-    fail(at, "shared_array: byte offset " + std::to_string(byte_offset) + " is misaligned");
+  check_shared_array(byte_offset, count, sizeof(T), at);
   return {byte_offset, 0, count};
 }
 
@@ -201,7 +196,7 @@ T exchange(T value, int from, Location at) {
 }
 inline void check_width(int width, Location at) {
   if (width < 1 || width > 32 || (width & (width - 1)))
-    fail(at, "shuffle: width " + std::to_string(width) + " is not a power of two from 1 to 32");
+    fail(at, "shuffle: the width must be a power of two from 1 to 32");
 }
 // The value that `lane` (within groups of `width` lanes) gave.
 template <class T>

@@ -11,6 +11,10 @@ inline tf32 to_tf32(float x) {
 }
 inline float to_float(tf32 x) { return std::bit_cast<float>(x.bits); }
 
+[[noreturn]] void fail_fragment(Role role, int i, int count, Location at);
+[[noreturn]] void fail_fragment_place(Role role, int i, int row, int col, int said_row, int said_col, Location at);
+[[noreturn]] void fail_fragment_not_given(Role role, int i, int row, int col, Location at);
+
 // A lane's part of a matrix, which knows what it has been given. set_at and get_at state the place that the caller
 // takes element i to have; here that is checked.
 template <class E, Role R>
@@ -45,7 +49,7 @@ class Fragment {
     return get(i, at);
   }
   void set_pack(int i, pack<Element, packed> values, Location at = Location::current()) {
-    if (i % packed != 0) fail(at, "set_pack: element " + std::to_string(i) + " does not begin a register");
+    if (i % packed != 0) fail(at, "set_pack: the element does not begin a register");
     for (int k = 0; k < packed; ++k) set(i + k, values[k], at);
   }
   void set_register(int j, unsigned bits, Location at = Location::current()) {
@@ -67,24 +71,15 @@ class Fragment {
   Element& for_mma(int i) { return elements_[i]; }
 
  private:
-  static const char* name() { return R == Role::a ? "A" : R == Role::b ? "B" : "accumulator"; }
-  static std::string place(int i, Location at) {
-    return "(" + std::to_string(row(i, at)) + ", " + std::to_string(col(i, at)) + ")";
-  }
   static void check(int i, Location at) {
-    if (i < 0 || i >= count)
-      fail(at, std::string("fragment ") + name() + ": element " + std::to_string(i) + " of " + std::to_string(count));
+    if (i < 0 || i >= count) fail_fragment(R, i, count, at);
   }
   static void check_place(int i, int r, int c, Location at) {
     check(i, at);
-    if (r != row(i, at) || c != col(i, at))
-      fail(at, std::string("fragment ") + name() + ": lane " + std::to_string(lane(at)) + " holds (row, col) " +
-                   place(i, at) + " as its element " + std::to_string(i) + ", not (" + std::to_string(r) + ", " +
-                   std::to_string(c) + ")");
+    if (r != row(i, at) || c != col(i, at)) fail_fragment_place(R, i, row(i, at), col(i, at), r, c, at);
   }
   [[noreturn]] static void fail_not_given(int i, Location at) {
-    fail(at, std::string("fragment ") + name() + ": element " + std::to_string(i) + ", (row, col) " + place(i, at) +
-                 ", was never given");
+    fail_fragment_not_given(R, i, row(i, at), col(i, at), at);
   }
 
   Element elements_[count] = {};

@@ -485,6 +485,8 @@ def test_meta_and_autocast():
         ("dct", torch.ones(3), {"n": -1}, ValueError, "n, the length .* got -1"),
         ("dct", torch.ones(3), {"n": "4"}, TypeError, "n must be an integer; got '4'"),
         ("dct", torch.ones(3, 0), {}, ValueError, "at least 1 for type 2; got 0 along dimension 1"),
+        ("dct", torch.ones(3), {"n": 2**30 + 1}, ValueError, "n, .* at most 1073741824; got 1073741825 along"),
+        ("dctn", torch.ones(3, 4), {"s": (3, 2**40)}, ValueError, "s, .* at most 1073741824; got 1099511627776"),
         ("dct", torch.ones(3, 1), {"type": 1}, ValueError, "at least 2 for type 1; got 1 along dimension 1"),
         ("dctn", torch.ones(3, 4), {"dim": (0, -2)}, ValueError, r"dim must name each dimension once; got \(0, -2\)"),
         (

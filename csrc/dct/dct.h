@@ -25,6 +25,9 @@ namespace freqrank::dct {
 
 enum class Dtype { float16, bfloat16, float32, float64 };
 
+// The longest transform of one row, on any device; tables have 32-bit indices.
+constexpr std::int64_t kLongestRow = std::int64_t{1} << 30;
+
 struct Problem {
   Dtype dtype = Dtype::float32;
   int type = 2;      // 1 to 4

@@ -97,9 +97,6 @@ struct Axis {
   bool even(int type) const { return type != 1 && n % 2 == 0; }  // an FFT of length n / 2 serves
 };
 
-// The longest row that a GPU transforms.
-constexpr std::int64_t kLongestRow = std::int64_t{1} << 30;
-
 constexpr int kLongThreads = 512;  // of a block
 
 // An FFT beyond one block's shared memory (device/passes.h): a pass over the workspace for each factor of its length.

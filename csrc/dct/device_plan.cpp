@@ -297,7 +297,6 @@ void plan_multi_pass(Step& step, const DeviceLimits& limits) {
   const auto refuse = [&](const std::string& why) {
     throw std::length_error("dct: a row of length " + std::to_string(n) + " on a GPU: " + why);
   };
-  if (n > kLongestRow) refuse("lengths up to " + std::to_string(kLongestRow) + " are supported");
   step.algorithm = Algorithm::multi_pass;
   step.why = bluestein ? "a prime factor above 13, beyond one block" : "smooth, beyond one block";
 

@@ -32,7 +32,6 @@ constexpr std::int64_t kMinLaneFraction = 4;
 // Work below this many elements is not worth another thread.
 constexpr std::int64_t kElementsPerSlot = 16384;
 constexpr std::size_t kAlign = 64;
-constexpr std::int64_t kLargestLength = std::int64_t{1} << 32;  // convolutions have tables of 32-bit indices
 
 std::int64_t padded(std::int64_t elements) { return (elements + kArrayElements - 1) / kArrayElements * kArrayElements; }
 
@@ -202,7 +201,10 @@ void check(const Problem& p) {
     require(!seen, "dims must be distinct");
     seen = 1;
     require(p.lengths[i] >= (p.type == 1 ? 2 : 1), "lengths must be at least 1, for type I at least 2");
-    require(p.lengths[i] <= kLargestLength, "lengths must be at most 2^32");
+    if (p.lengths[i] > kLongestRow) {
+      throw std::invalid_argument("dct: lengths must be at most " + std::to_string(kLongestRow) + "; got " +
+                                  std::to_string(p.lengths[i]));
+    }
   }
   for (std::size_t d = 0; d < ndim; ++d) {
     require(p.in_sizes[d] >= 0 && p.out_sizes[d] >= 0, "sizes must not be negative");

@@ -15,6 +15,8 @@ from freqrank.ops._checks import FLOATS, check_option, check_tensor
 
 __all__ = ["dct", "dctn", "describe_plan", "idct", "idctn"]
 
+MAX_LENGTH = 2**30  # kLongestRow in csrc/dct/dct.h
+
 _Call = tuple[Tensor, list[int], list[int], list[int], int, int, int, int]  # of torch.ops.freqrank.dct
 
 
@@ -55,8 +57,8 @@ def dct(
 
     Raises:
         TypeError: ``x`` is not a tensor or is complex, ``type``, ``n`` or ``dim`` is not an integer.
-        ValueError: ``type`` or ``norm`` is none of the above, ``dim`` is out of range, the length is below 1, below 2
-            for type I.
+        ValueError: ``type`` or ``norm`` is none of the above, ``dim`` is out of range, the length is below 1 (below 2
+            for type I) or above 2^30; also if ``x`` is on a device without kernels, or whose kernels are not built.
 
     Types I to IV: Wang and Hunt 1985. The algorithm for type II: Makhoul 1980, for lengths with large prime factors
     Rader 1968 on the CPU, Bluestein 1970 on CUDA.
@@ -300,6 +302,12 @@ def _arguments(
         if length < smallest:
             raise ValueError(
                 f"{length_name}, the length of the transform, must be at least {smallest} for type {type}; "
+                f"got {length} along dimension {d}"
+            )
+        # not while tracing, where it would bound every dynamic size; the native op has the same check
+        if not torch.compiler.is_compiling() and length > MAX_LENGTH:
+            raise ValueError(
+                f"{length_name}, the length of the transform, must be at most {MAX_LENGTH}; "
                 f"got {length} along dimension {d}"
             )
 

@@ -47,7 +47,7 @@ endif()
 string(REGEX REPLACE "[ ,;]+" ";" FREQRANK_CUDA_TARGETS "${FREQRANK_CUDA_TARGETS}")
 
 add_library(freqrank_cuda_options INTERFACE)
-set(options --expt-relaxed-constexpr -lineinfo -Xptxas=-v -Xcompiler=-Wall,-Wextra)
+set(options --expt-relaxed-constexpr -lineinfo --threads=0 -Xptxas=-v -Xcompiler=-Wall,-Wextra)
 foreach(target IN LISTS FREQRANK_CUDA_TARGETS)
   if(NOT target MATCHES "^([0-9]+[af]?)(-real|-virtual)?$")
     message(FATAL_ERROR "FREQRANK_CUDA_ARCHS: words such as 80, 90a-real or 90-virtual expected; got ${target}")

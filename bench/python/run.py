@@ -198,6 +198,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    machine.keep_freed_memory()
 
     chosen = [known[name] for name in arguments.family or known]
     refused = 0

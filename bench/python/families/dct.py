@@ -99,8 +99,8 @@ def _case(series: str, shape: tuple[int, ...], n: int, *, type: int = 2, dtype: 
 def cases(device: str) -> Iterator[Case]:
     elements = 1 << 22 if device == "cpu" else 1 << 26
 
-    def rows(n: int) -> tuple[int, int]:
-        return max(1, elements // n), n
+    def rows(n: int, dtype: str = "float32") -> tuple[int, int]:
+        return max(1, elements // (2 if dtype == "float64" else 1) // n), n  # float64: as many bytes
 
     families = {"powers of two": POWERS, "smooth lengths": SMOOTH, "primes": PRIMES, "odd lengths": ODD}
     if device == "cuda":
@@ -110,7 +110,7 @@ def cases(device: str) -> Iterator[Case]:
             yield _case(series, rows(n), n, quick=n in QUICK.get(series, ()))
     for dtype in ("bfloat16", "float64"):
         for n in (64, 256, 1000, 1009, 1024, 4096) if device == "cpu" else (*POWERS[2:], 1000, 1009):
-            yield _case(dtype, rows(n), n, dtype=dtype, quick=n == 256)
+            yield _case(dtype, rows(n, dtype), n, dtype=dtype, quick=n == 256)
     for type, name in ((1, "type I"), (3, "type III"), (4, "type IV")):
         for n in (65, 257, 1001, 1025, 4097) if type == 1 else (64, 256, 1000, 1009, 1024, 4096):
             yield _case(name, rows(n), n, type=type, quick=n in (256, 257))

@@ -780,6 +780,8 @@ void Machine::run_block(Index block, Executor::Body body, const void* params) {
                                   fail(f.copies.front().at, "the thread ends while this copy_async is in flight");
                               } catch (const Error& e) {
                                 if (!error) error = e;
+                              } catch (const std::exception& e) {
+                                if (!error) error.emplace(kernel, Location::current(), e.what());
                               }
                               f.state = State::done;
                               return std::move(f.scheduler);

@@ -120,15 +120,21 @@ std::int64_t block_shared_bytes(const Step& step, std::int64_t rows) {
   return rows * (row_pitch(step) * (step.wide ? 16 : 8) + kBlockRowBytes);
 }
 
-// Threads that hold all complex numbers of `rows` rows at once, in every stage and in the steps before and after.
-std::int64_t block_threads(const Step& step, std::int64_t rows) {
-  const DeviceFft& fft = step.axis[0].fft;
-  std::int64_t threads = ceil_div(rows * (fft.n / 2 + 1), kBlockPerThread / 2);
-  threads = std::max(threads, ceil_div(rows * fft.n, kBlockPerThread));
+// Threads that hold all complex numbers of `rows` rows at once, in every stage ...
+std::int64_t stage_threads(const DeviceFft& fft, std::int64_t rows) {
+  std::int64_t threads = 1;
   for (int i = 0; i < fft.stages; ++i) {
     threads = std::max(threads, ceil_div(rows * (fft.inner / fft.radix[i]), kBlockPerThread / fft.radix[i]));
   }
   return ceil_div(threads, 32) * 32;
+}
+
+// ... and in the steps before and after.
+std::int64_t block_threads(const Step& step, std::int64_t rows) {
+  const DeviceFft& fft = step.axis[0].fft;
+  const std::int64_t pairs = ceil_div(rows * (fft.n / 2 + 1), kBlockPerThread / 2);
+  const std::int64_t threads = std::max(pairs, ceil_div(rows * fft.n, kBlockPerThread));
+  return std::max(ceil_div(threads, 32) * 32, stage_threads(fft, rows));
 }
 
 bool fits_block(const Step& step, const DeviceLimits& limits) {
@@ -205,6 +211,8 @@ Step side_of(const Step& step, const Axis& axis, const BatchDim& other) {
 std::int64_t set_side(Step& side, std::int64_t count, const Step& step, int threads) {
   std::int64_t rows = 1;
   while (rows < std::min<std::int64_t>(count, kBlockRows) && block_threads(side, rows + 1) <= threads) ++rows;
+  const std::int64_t sector = kSectorBytes / std::min(bytes_of(step.from_dtype), bytes_of(step.to_dtype));
+  if (rows < count && rows >= sector) rows = rows / sector * sector;
   side.rows_per_block = static_cast<int>(rows);
   side.threads = static_cast<int>(block_threads(side, rows));
   side.shared_bytes = static_cast<int>(block_shared_bytes(side, rows));
@@ -266,7 +274,7 @@ bool set_columns(MultiPass::Pass& pass, int column_bits, bool wide, std::int64_t
   block.wide = wide;
   block.axis[0].fft = pass.fft;
   const std::int64_t columns = std::int64_t{1} << column_bits;
-  const std::int64_t shared = columns * row_pitch(block) * (wide ? 16 : 8), threads = block_threads(block, columns);
+  const std::int64_t shared = columns * row_pitch(block) * (wide ? 16 : 8), threads = stage_threads(pass.fft, columns);
   if (shared > largest_shared || threads > most_threads) return false;
   pass.column_bits = column_bits;
   pass.shared_bytes = static_cast<int>(shared);

@@ -76,9 +76,33 @@ py::list steps_of(const dct::DevicePlan& plan) {
   return steps;
 }
 
+// One table as the kernels make it.
+py::array table_of(simt::Executor& executor, const std::string& kind, std::int64_t count, std::int64_t first,
+                   std::int64_t step, std::int64_t period, bool wide) {
+  dct::TableRun run;
+  run.kind = kind == "chirp"      ? dct::TableRun::chirp
+             : kind == "spectrum" ? dct::TableRun::spectrum
+                                  : dct::TableRun::units;
+  run.count = count;
+  run.first = first;
+  run.step = step;
+  run.period = period;
+  dct::Step fill;
+  fill.wide = wide;
+  fill.tables = {run};
+  std::vector<double> scratch(static_cast<std::size_t>(run.scratch_bytes() / 8));
+  py::array table(py::dtype(wide ? "complex128" : "complex64"), count);
+  simt::Queue queue(executor);
+  dct::device::enqueue_tables(fill, {nullptr, nullptr, table.mutable_data(), scratch.data()}, queue);
+  return table;
+}
+
 }  // namespace
 
 void bind_dct(py::module_& m) {
+  m.def("dct_table", &table_of, "A table of roots of unity, a chirp or its spectrum", py::arg("executor"),
+        py::arg("kind"), py::arg("count"), py::arg("first") = 0, py::arg("step") = 1, py::arg("period"),
+        py::arg("wide"));
   m.def(
       "dct_plan",
       [](const py::array& x, const py::array& out, const std::string& dtype, std::vector<int> dims,

@@ -74,8 +74,8 @@ class Rows {
 
 // A table of complex numbers.
 template <class T>
-SIMT_DEVICE Complex<T> table_at(simt::global<const T> table, int i) {
-  const auto w = table.template load_vector<2>(2 * static_cast<Index>(i));
+SIMT_DEVICE Complex<T> table_at(simt::global<const T> table, Index i) {
+  const auto w = table.template load_vector<2>(2 * i);
   return {w[0], w[1]};
 }
 

@@ -36,7 +36,7 @@ struct Roots {
   Index period;
 
   SIMT_DEVICE Complex<T> operator()(Index k) const {
-    return conjugate(load_complex(low, k & ((Index{1} << bits) - 1)) * load_complex(high, k >> bits));
+    return conjugate(table_at(low, k & ((Index{1} << bits) - 1)) * table_at(high, k >> bits));
   }
 };
 

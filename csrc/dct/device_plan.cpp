@@ -315,13 +315,12 @@ void plan_multi_pass(Step& step, const DeviceLimits& limits) {
   };
   const int fewest = bits_of(kColumnBytes), most = bits_of(kWantedColumnBytes);
   MultiPass& plan = step.multi_pass;
-  std::int64_t largest = 1;
-  MultiPass::Pass trial;
-  for (std::int64_t factor = 2; factor <= 1024; ++factor) {
-    if (!is_smooth(factor)) continue;
-    trial.fft.n = trial.fft.inner = factor;
+  std::int64_t largest = 1024;
+  for (MultiPass::Pass trial; largest > 1; --largest) {
+    if (!is_smooth(largest)) continue;
+    trial.fft.n = trial.fft.inner = largest;
     set_radices(trial.fft);
-    if (set_columns(trial, fewest, step.wide, limits.shared_bytes, kLongThreads)) largest = factor;
+    if (set_columns(trial, fewest, step.wide, limits.shared_bytes, kLongThreads)) break;
   }
   for (plan.passes = 2; !split(inner, plan.passes, largest, plan, 0);) {
     if (++plan.passes > MultiPass::max_passes) refuse("its factors need more shared memory than a block has");

@@ -181,6 +181,33 @@ def test_tiles(shape, dtype):
     assert error(freqrank.dctn(x, dim=(1, 2)), exact("dctn", x, dim=(1, 2))) <= bound(dtype, *shape)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "shape", "dim"),
+    [
+        ("power of two", (700, 64), (1,)),
+        ("power of two", (50, 4096), (1,)),
+        ("power of two", (256, 40), (0,)),
+        ("mixed radix", (300, 60), (1,)),
+        ("mixed radix", (1000, 7), (0,)),
+        ("Bluestein", (30, 1009), (1,)),
+        ("several passes", (3, 10**5), (1,)),
+        ("several passes", (2, 10**5 + 3), (1,)),
+        ("2-D tile", (40, 64, 64), (1, 2)),
+        ("2-D tile", (10, 100, 60), (1, 2)),
+    ],
+)
+def test_every_branch_of_the_plan(algorithm, shape, dim):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x = rows(*shape, dtype=dtype)
+        if dtype != torch.float64:  # double has other limits
+            assert algorithm in freqrank.describe_plan(freqrank.dctn, x, dim=dim, device="cuda")
+        for name, type in itertools.product(MANY, TYPES):
+            got = getattr(freqrank, name)(x, type, dim=dim, norm="ortho")
+            want = exact(name, x, type, dim=dim, norm="ortho")
+            allowed = bound(dtype if dtype in BOUND else torch.float32, *(shape[d] for d in dim))
+            assert error(got, want) <= allowed + EPSILON.get(dtype, 0.0), (name, type, dtype)
+
+
 def test_large_images_and_volumes():
     for shape, dim in (((2, 512, 512), (1, 2)), ((1080, 1920), (0, 1)), ((48, 50, 52), None), ((5, 3000, 40), (1, 2))):
         x = rows(*shape, dtype=torch.float32)

@@ -9,6 +9,7 @@
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "common/half.h"
@@ -186,7 +187,8 @@ TEST(Dct, MatchesTheSum) {
 }
 
 TEST(Dct, LongPrimesAndSmoothLengths) {
-  for (std::int64_t n : {257, 997, 1009, 1024, 1331, 1890, 2018, 2197}) {
+  // 323 and 867: two large primes; 509 and 1018: a convolution with zeros between; 1459: one of length 1458 / 2
+  for (std::int64_t n : {257, 323, 509, 867, 997, 1009, 1018, 1024, 1331, 1459, 1890, 2018, 2048, 2197}) {
     for (int type = 1; type <= 4; ++type) {
       const Problem p = problem(Dtype::float64, type, {n}, {0}, {n}, {n});
       const std::vector<double> x = random_row(n);
@@ -207,8 +209,9 @@ TEST(Dct, CropsAndPadsTheInput) {
 }
 
 TEST(Dct, RowsHaveTheSameBitsAloneTogetherStridedAndThreaded) {
-  const std::int64_t count = 37;
-  for (std::int64_t n : {2, 5, 34, 64, 1009}) {
+  // 33 and 37: the last group has one row, which goes alone, or five
+  for (const auto& [n, count] : std::vector<std::pair<std::int64_t, std::int64_t>>{
+           {2, 37}, {5, 33}, {34, 37}, {51, 33}, {64, 33}, {105, 37}, {323, 37}, {360, 33}, {1009, 37}, {1024, 33}}) {
     for (int type = 1; type <= 4; ++type) {
       std::vector<float> x(static_cast<std::size_t>(count * n));
       for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(std::sin(0.37 * static_cast<double>(i)));
@@ -261,17 +264,37 @@ TEST(Dct, ManyDimensionsGrowAndShrinkThroughTheWorkspace) {
   }
 }
 
-TEST(Dct, SixteenBitsAreRoundedOnce) {
-  const Sizes sizes{18, 33};
-  std::vector<bfloat16> x(18 * 33), y(x.size());
+template <class S>
+void check_rounding(Dtype dtype, const Sizes& sizes, const std::vector<int>& dims) {
+  std::vector<S> x(static_cast<std::size_t>(product(sizes))), y(x.size());
   std::vector<float> wide(x.size()), want(x.size());
+  Sizes lengths;
+  for (const int d : dims) lengths.push_back(sizes[static_cast<std::size_t>(d)]);
   for (std::size_t i = 0; i < x.size(); ++i) {
-    x[i] = from_float<bfloat16>(std::sin(static_cast<float>(i)));
+    // from subnormal to beyond the largest number, and one not a number
+    const float scale = i % 5 == 0 ? 1e-7f : i % 7 == 0 ? 3e4f : 1.0f;
+    x[i] = from_float<S>(i == 3 ? std::numeric_limits<float>::quiet_NaN() : scale * std::sin(static_cast<float>(i)));
     wide[i] = to_float(x[i]);
   }
-  transform(problem(Dtype::bfloat16, 2, sizes, {0, 1}, sizes, sizes), x.data(), y.data());
-  transform(problem(Dtype::float32, 2, sizes, {0, 1}, sizes, sizes), wide.data(), want.data());
-  for (std::size_t i = 0; i < x.size(); ++i) EXPECT_EQ(y[i].bits, from_float<bfloat16>(want[i]).bits);
+  transform(problem(dtype, 2, sizes, dims, lengths, sizes), x.data(), y.data());
+  transform(problem(Dtype::float32, 2, sizes, dims, lengths, sizes), wide.data(), want.data());
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    if (std::isnan(want[i])) {
+      EXPECT_TRUE(std::isnan(to_float(y[i])));
+    } else {
+      EXPECT_EQ(y[i].bits, from_float<S>(want[i]).bits) << want[i];
+    }
+  }
+}
+
+TEST(Dct, SixteenBitsAreRoundedOnce) {
+  check_rounding<bfloat16>(Dtype::bfloat16, {18, 33}, {0, 1});
+  check_rounding<float16>(Dtype::float16, {18, 33}, {0, 1});
+  for (const Sizes& sizes : {Sizes{1, 130}, Sizes{19, 130}, Sizes{8, 64}}) {
+    check_rounding<bfloat16>(Dtype::bfloat16, sizes, {1});
+    check_rounding<float16>(Dtype::float16, sizes, {1});
+    check_rounding<float16>(Dtype::float16, sizes, {0});
+  }
 }
 
 TEST(Dct, ANotANumberStaysInItsRow) {
@@ -316,6 +339,8 @@ TEST(Dct, RefusesWhatItCannotDo) {
   EXPECT_THROW(plan(problem(Dtype::float32, 2, {8}, {1}, {8}, {8})), std::invalid_argument);
   EXPECT_THROW(plan(problem(Dtype::float32, 2, {8, 8}, {0, 0}, {8, 8}, {8, 8})), std::invalid_argument);
   EXPECT_THROW(plan(problem(Dtype::float32, 2, {8, 8}, {0}, {8}, {8, 9})), std::invalid_argument);
+  const std::int64_t far = (std::int64_t{1} << 32) + 1;
+  EXPECT_THROW(plan(problem(Dtype::float32, 2, {8}, {0}, {far}, {8})), std::invalid_argument);
   Problem ends = problem(Dtype::float32, 4, {8}, {0}, {8}, {8});
   ends.in_ends = 1;
   EXPECT_THROW(plan(ends), std::invalid_argument);

@@ -15,8 +15,8 @@ struct Counts {
   std::uint64_t global_reads = 0, global_read_bytes = 0, global_read_sectors = 0, global_read_unique_bytes = 0;
   std::uint64_t global_writes = 0, global_written_bytes = 0, global_written_sectors = 0,
                 global_written_unique_bytes = 0;
-  // Shared memory: instructions, and the passes over the 32 banks that they take beyond the least possible.
-  std::uint64_t shared_reads = 0, shared_writes = 0, bank_conflicts = 0;
+  // Shared memory: instructions, the passes over the 32 banks that they take, and those beyond the least possible.
+  std::uint64_t shared_reads = 0, shared_writes = 0, shared_passes = 0, bank_conflicts = 0;
   std::uint64_t barriers = 0;  // of blocks
   std::uint64_t warp_barriers = 0, shuffles = 0, votes = 0, copies = 0, atomics = 0, matrix_loads = 0, mma = 0;
 

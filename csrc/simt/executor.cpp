@@ -483,6 +483,7 @@ const std::vector<CountName>& count_names() {
                                                NAMED(global_written_unique_bytes),
                                                NAMED(shared_reads),
                                                NAMED(shared_writes),
+                                               NAMED(shared_passes),
                                                NAMED(bank_conflicts),
                                                NAMED(barriers),
                                                NAMED(warp_barriers),
@@ -567,7 +568,9 @@ void Machine::count(const Group& group) {
           if (group.lanes >> i & 1)
             for (int k = 0; k < std::max(bytes, 4); k += 4)
               words[n++] = static_cast<std::uint32_t>(group.addresses[i] / 4 + k / 4);
-        c.bank_conflicts += extra_passes(words, n);
+        const auto extra = extra_passes(words, n);
+        c.bank_conflicts += extra;
+        c.shared_passes += extra + (n > 0);
       }
     }
   }

@@ -282,18 +282,23 @@ bool set_columns(MultiPass::Pass& pass, int column_bits, bool wide, std::int64_t
   return true;
 }
 
-// Splits n into `passes` factors of which the largest is as small as can be, none above `largest`; the largest first.
-bool split(std::int64_t n, int passes, std::int64_t largest, MultiPass& plan, int at) {
-  if (passes == 1) {
-    if (n > largest) return false;
-    plan.pass[at].fft.n = plan.pass[at].fft.inner = n;
-    return true;
-  }
-  const double root = std::pow(static_cast<double>(n), 1.0 / passes);
-  for (auto factor = static_cast<std::int64_t>(root * (1 - 1e-9)); factor <= std::min(n, largest); ++factor) {
-    if (factor < 2 || n % factor || !split(n / factor, passes - 1, factor, plan, at + 1)) continue;
+// The longest column that is considered.
+constexpr int kLongestColumn = 1024;
+
+// Splits n into `passes` factors that `fits` allows, none above `largest` and the largest first, that one as small as
+// can be.
+template <class Fits>
+bool split(std::int64_t n, int passes, std::int64_t largest, const Fits& fits, MultiPass& plan, int at) {
+  const auto take = [&](std::int64_t factor) {
     plan.pass[at].fft.n = plan.pass[at].fft.inner = factor;
     return true;
+  };
+  if (passes == 1) return n <= largest && fits(n) && take(n);
+  const double root = std::pow(static_cast<double>(n), 1.0 / passes);
+  for (auto factor = std::max<std::int64_t>(2, static_cast<std::int64_t>(root)); factor <= largest; ++factor) {
+    if (n % factor == 0 && fits(factor) && split(n / factor, passes - 1, factor, fits, plan, at + 1)) {
+      return take(factor);
+    }
   }
   return false;
 }
@@ -302,9 +307,6 @@ void plan_multi_pass(Step& step, const DeviceLimits& limits) {
   const Axis& axis = step.axis[0];
   const bool bluestein = axis.fft.bluestein();
   const std::int64_t n = axis.n, length = axis.fft.n, inner = axis.fft.inner, entry = step.wide ? 16 : 8;
-  const auto refuse = [&](const std::string& why) {
-    throw std::length_error("dct: a row of length " + std::to_string(n) + " on a GPU: " + why);
-  };
   step.algorithm = Algorithm::multi_pass;
   step.why = bluestein ? "a prime factor above 13, beyond one block" : "smooth, beyond one block";
 
@@ -315,21 +317,24 @@ void plan_multi_pass(Step& step, const DeviceLimits& limits) {
   };
   const int fewest = bits_of(kColumnBytes), most = bits_of(kWantedColumnBytes);
   MultiPass& plan = step.multi_pass;
-  std::int64_t largest = 1024;
-  for (MultiPass::Pass trial; largest > 1; --largest) {
-    if (!is_smooth(largest)) continue;
-    trial.fft.n = trial.fft.inner = largest;
-    set_radices(trial.fft);
-    if (set_columns(trial, fewest, step.wide, limits.shared_bytes, kLongThreads)) break;
-  }
-  for (plan.passes = 2; !split(inner, plan.passes, largest, plan, 0);) {
-    if (++plan.passes > MultiPass::max_passes) refuse("its factors need more shared memory than a block has");
+  const auto fits = [&](std::int64_t factor) {
+    MultiPass::Pass pass;
+    pass.fft.n = pass.fft.inner = factor;
+    set_radices(pass.fft);
+    return set_columns(pass, fewest, step.wide, limits.shared_bytes, kLongThreads);
+  };
+  plan.passes = 2;
+  while (!split(inner, plan.passes, kLongestColumn, fits, plan, 0)) {
+    if (++plan.passes > MultiPass::max_passes) {
+      throw std::length_error("dct: a row of length " + std::to_string(n) + " needs more than the " +
+                              std::to_string(limits.shared_bytes) + " bytes of shared memory of a block");
+    }
   }
   const std::int64_t roomy = limits.shared_bytes_per_sm / kBlocksPerSm - 1024;
   for (int i = 0; i < plan.passes; ++i) {
     MultiPass::Pass& pass = plan.pass[i];
     set_radices(pass.fft);
-    if (!set_columns(pass, fewest, step.wide, limits.shared_bytes, kLongThreads)) refuse("no tile fits");
+    set_columns(pass, fewest, step.wide, limits.shared_bytes, kLongThreads);
     for (int bits = fewest + 1; bits <= most; ++bits) {
       if (!set_columns(pass, bits, step.wide, std::min<std::int64_t>(roomy, limits.shared_bytes), kPreferredThreads))
         break;

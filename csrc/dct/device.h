@@ -58,6 +58,8 @@ FREQRANK_INLINE constexpr int block_pad_shift(bool padded, bool wide) { return !
 struct DeviceFft {
   static constexpr int max_stages = 20;
   std::int64_t n = 1, inner = 1;
+  // Bluestein's convolution is long enough for this many inputs, the rest being zero, and this many outputs.
+  std::int64_t inputs = 1, outputs = 1;
   int stages = 0;
   int radix[max_stages] = {};
   bool padded = false;  // in shared memory, against bank conflicts
@@ -74,6 +76,7 @@ struct TableRun {
   Kind kind = units;
   std::int64_t at = 0, count = 0;  // complex numbers from the start of the workspace's tables
   std::int64_t first = 0, step = 1, period = 1;
+  std::int64_t inputs = 0, outputs = 0;  // of a spectrum's convolution (DeviceFft)
   // of the workspace's scratch, while the table is made
   std::int64_t scratch_bytes() const { return kind == spectrum ? 16 * (period + count) : 0; }
 };

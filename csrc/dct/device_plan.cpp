@@ -100,7 +100,7 @@ void set_radices(DeviceFft& fft) {
 
 DeviceFft plan_fft(std::int64_t n) {
   DeviceFft fft;
-  fft.n = n;
+  fft.n = fft.inputs = fft.outputs = n;
   fft.inner = is_smooth(n) ? n : smooth_at_least(2 * n - 1);
   set_radices(fft);
   return fft;
@@ -135,6 +135,18 @@ std::int64_t block_threads(const Step& step, std::int64_t rows) {
   const std::int64_t pairs = ceil_div(rows * (fft.n / 2 + 1), kBlockPerThread / 2);
   const std::int64_t threads = std::max(pairs, ceil_div(rows * fft.n, kBlockPerThread));
   return std::max(ceil_div(threads, 32) * 32, stage_threads(fft, rows));
+}
+
+// Half of the spectrum of a real row, which an odd length of types II to IV is, is enough: type III has it as input,
+// the others as output.
+Step with_half_spectrum(const Step& step) {
+  Step half = step;
+  DeviceFft& fft = half.axis[0].fft;
+  if (!fft.bluestein() || step.type == 1 || step.axis[0].n % 2 == 0) return half;
+  (step.type == 3 ? fft.inputs : fft.outputs) = fft.n / 2 + 1;
+  fft.inner = smooth_at_least(fft.inputs + fft.outputs - 1);
+  set_radices(fft);
+  return half;
 }
 
 bool fits_block(const Step& step, const DeviceLimits& limits) {
@@ -451,6 +463,8 @@ class Tables {
     spectrum.kind = TableRun::spectrum;
     spectrum.count = fft.inner;
     spectrum.period = fft.n;
+    spectrum.inputs = fft.inputs;
+    spectrum.outputs = fft.outputs;
     axis.spectrum = reserve(spectrum);
   }
 
@@ -471,7 +485,7 @@ class Tables {
   std::int64_t reserve(TableRun run) {
     for (const TableRun& r : runs) {
       if (r.kind == run.kind && r.count == run.count && r.first == run.first && r.step == run.step &&
-          r.period == run.period) {
+          r.period == run.period && r.inputs == run.inputs && r.outputs == run.outputs) {
         return r.at;
       }
     }
@@ -574,7 +588,13 @@ DevicePlan plan_device(const Problem& problem, const DeviceLimits& limits) {
     if (together == 1) {
       step = begin_step(i, 1);
       if (!plan_power_of_two(step, limits)) {
-        fits_block(step, limits) ? plan_block(step, limits) : plan_multi_pass(step, limits);
+        const Step half = with_half_spectrum(step);
+        if (fits_block(half, limits)) {
+          step = half;
+          plan_block(step, limits);
+        } else {
+          plan_multi_pass(step, limits);
+        }
       }
     }
     if (step.algorithm != Algorithm::power_of_two) tables.add(step, step.axis[0]);

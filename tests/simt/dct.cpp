@@ -86,7 +86,7 @@ py::array table_of(simt::Executor& executor, const std::string& kind, std::int64
   run.count = count;
   run.first = first;
   run.step = step;
-  run.period = period;
+  run.period = run.inputs = run.outputs = period;
   dct::Step fill;
   fill.wide = wide;
   fill.tables = {run};

@@ -13,7 +13,7 @@ SIMT_DEVICE void fft_of_any_length(const RowParams<T>& p, const Rows<T>& z, int 
   const bool bluestein = f.inner != f.n;
   if (bluestein) {
     each(z, rows, f.by_inner,
-         [&](int row, int k) { return k < f.n ? z.load(row, k) * table_at(p.chirp, k) : Complex<T>{T(0), T(0)}; });
+         [&](int row, int k) { return k < f.inputs ? z.load(row, k) * table_at(p.chirp, k) : Complex<T>{T(0), T(0)}; });
   }
   const int stages = bluestein ? 2 * f.stages : f.stages;
   for (int i = 0; i < stages; ++i) {

@@ -16,7 +16,7 @@ namespace freqrank::dct::device {
 
 // The block FFT and its rows in shared memory.
 struct BlockFft {
-  int n, inner, stages, pitch;  // pitch: complex numbers from a row to the next
+  int n, inner, inputs, outputs, stages, pitch;  // pitch: complex numbers from a row to the next
   bool padded;
   Divider by_n, by_inner;
   struct Stage {
@@ -32,6 +32,8 @@ inline BlockFft block_fft_of(const DeviceFft& fft, int pitch) {
   BlockFft f{};
   f.n = static_cast<int>(fft.n);
   f.inner = static_cast<int>(fft.inner);
+  f.inputs = static_cast<int>(fft.inputs);
+  f.outputs = static_cast<int>(fft.outputs);
   f.stages = fft.stages;
   f.pitch = pitch;
   f.padded = fft.padded;
@@ -366,8 +368,12 @@ SIMT_DEVICE void before_fft(const RowParams<T>& p, const Rows<T>& z, int rows) {
           const Complex<T> w = conjugate(table_at(p.twist, k));
           const Complex<T> a = w * Complex<T>{x.a, -x.b};
           if (!p.even) {
-            z.store(row, k, swapped(a));
-            if (k != 0) z.store(row, n - k, swapped(conjugate(a)));
+            if (k != 0 && p.fft.inputs < n) {  // in place of the other half: the real part of the result is the same
+              z.store(row, k, swapped(a + a));
+            } else {
+              z.store(row, k, swapped(a));
+              if (k != 0) z.store(row, n - k, swapped(conjugate(a)));
+            }
             return;
           }
           if (k == 0) {
@@ -423,7 +429,8 @@ SIMT_DEVICE void after_fft(const RowParams<T>& p, const Rows<T>& z, int rows) {
         rows, p.fft.by_n,
         [&](int row, int i) {
           const int at = 8 * i + 1;
-          const Complex<T> a = z.load(row, at - p.fft.by_n.quotient(at) * n);
+          const int k = at - p.fft.by_n.quotient(at) * n;
+          const Complex<T> a = k < p.fft.outputs ? z.load(row, k) : conjugate(z.load(row, n - k));
           const T x = a.re * p.turn_cos + a.im * p.turn_sin;
           return image(i, n).negative ? -x : x;
         },

@@ -51,7 +51,7 @@ struct FillSpectrum {
     simt::global_bytes to;
     bool wide;
     simt::global<const double> chirp, roots;  // exp(-pi i k^2 / n), k < n; exp(-2 pi i k / length), k < length
-    Index n, length;
+    Index n, length, inputs, outputs;         // the filter reaches from -inputs to outputs
     int part_length, stages;
     int radix[max_stages];
   };
@@ -63,8 +63,8 @@ struct FillSpectrum {
     for (int j = simt::thread(); j < m; j += simt::threads()) {
       double re = 0, im = 0;
       for (Index k = j; k < p.length; k += m) {
-        const Index mirrored = k < p.n ? k : p.length - k;
-        if (mirrored >= p.n) continue;
+        const Index mirrored = k < p.outputs ? k : p.length - k;
+        if (k >= p.outputs && mirrored >= p.inputs) continue;
         const auto c = p.chirp.load_vector<2>(2 * mirrored), w = p.roots.load_vector<2>(2 * (k * part % p.length));
         re += c[0] * w[0] + c[1] * w[1];
         im += c[0] * w[1] - c[1] * w[0];
@@ -147,6 +147,8 @@ void enqueue_tables(const Step& step, const StepPointers& pointers, Queue& queue
     p.to = target(run);
     p.wide = step.wide;
     p.n = run.period;
+    p.inputs = run.inputs;
+    p.outputs = run.outputs;
     p.length = run.count;
     p.chirp = queue.template view<const double>(free, 0, 2 * p.n);
     p.roots = queue.template view<const double>(free + 2 * p.n, 0, 2 * p.length);

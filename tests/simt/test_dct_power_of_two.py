@@ -135,6 +135,7 @@ def test_along_the_first_dimension(n, type, dtype):
     counts = executor.counters[KERNEL]
     for kind in "read", "written":
         assert counts[f"global_{kind}_bytes"] == 32 * counts[f"global_{kind}_sectors"] == x.nbytes
+    assert 3 * counts["bank_conflicts"] <= counts["shared_passes"]
 
 
 @pytest.mark.parametrize("type", [2, 3, 4])

@@ -86,6 +86,7 @@ struct PowerOfTwo {
   static constexpr int R = 2 * A, G = shape.lanes(), C = shape.columns(), D = shape.classes();
   static constexpr int group_lanes = shape.group_lanes(), group_rows = shape.group_rows();
   static constexpr int group_floats = shape.group_floats();
+  static constexpr int pitch_across = shape.pitch_across();
   static constexpr int exchange_step = shape.exchange_step(), exchange_pitch = shape.exchange_pitch();
   static constexpr int first_table = shape.first_table(), middle_table = shape.middle_table();
   static constexpr int last_table = shape.last_table(), table_floats = shape.table_floats();
@@ -111,6 +112,7 @@ struct PowerOfTwo {
     Index in_stride, out_stride;  // along the row
     int filled, out_size;
     bool in_by_row, out_by_row;  // in general paths neighbouring threads take neighbouring rows
+    int row_bits;                // a block has 2^row_bits rows
     double scale, in_end, out_end;
     Batch batch;  // one dimension at most, unless the paths are general
   };
@@ -303,13 +305,20 @@ struct PowerOfTwo {
     }
   }
 
-  // Any strides: element by element, all rows of the block together. Two numbers a row say where it starts.
+  // Any strides: element by element, all rows of the block together. `starts` says where they start, in the input and
+  // then in the output.
   struct Element {
     int row, index;
   };
-  SIMT_DEVICE static Element element_of(int i, int rows, bool by_row) {
-    if (by_row) return {i & (rows - 1), i / rows};
-    return {i / N, i % N};
+  // Across rows a warp takes a sector's worth of them, S, and 32 / S elements of each.
+  template <int S>
+  SIMT_DEVICE static Element element_of(int thread_index, int row_bits, bool by_row) {
+    constexpr int bits = S == 8 ? 3 : 4;
+    const unsigned i = static_cast<unsigned>(thread_index), in_warp = i % 32;
+    if (!by_row) return {static_cast<int>(i / N), static_cast<int>(i % N)};
+    const int part_bits = row_bits - bits;
+    const unsigned part = i / 32 & ((1u << part_bits) - 1);
+    return {static_cast<int>(S * part + in_warp % S), static_cast<int>((i / 32 >> part_bits) * (32 / S) + in_warp / S)};
   }
   SIMT_DEVICE static int staged_at(Element e, int pitch) {
     return e.row / group_rows * group_floats + e.row % group_rows * pitch + e.index;
@@ -326,12 +335,12 @@ struct PowerOfTwo {
       S raw[batch];
       SIMT_UNROLL
       for (int i = 0; i < batch; ++i) {
-        const Element e = element_of(begin + i * simt::threads(), rows, p.in_by_row);
-        raw[i] = e.row < left && e.index < p.filled ? from.load(starts.load(2 * e.row) + e.index * p.in_stride) : S{};
+        const Element e = element_of<32 / sizeof(S)>(begin + i * simt::threads(), p.row_bits, p.in_by_row);
+        raw[i] = e.row < left && e.index < p.filled ? from.load(starts.load(e.row) + e.index * p.in_stride) : S{};
       }
       SIMT_UNROLL
       for (int i = 0; i < batch; ++i) {
-        const Element e = element_of(begin + i * simt::threads(), rows, p.in_by_row);
+        const Element e = element_of<32 / sizeof(S)>(begin + i * simt::threads(), p.row_bits, p.in_by_row);
         groups.store(staged_at(e, pitch), simt::to_float(raw[i]));
       }
     }
@@ -344,9 +353,9 @@ struct PowerOfTwo {
     const auto to = p.out.template as<S>();
     SIMT_NO_UNROLL
     for (int i = simt::thread(); i < rows * N; i += simt::threads()) {
-      const Element e = element_of(i, rows, p.out_by_row);
+      const Element e = element_of<32 / sizeof(S)>(i, p.row_bits, p.out_by_row);
       if (e.row >= left || e.index >= p.out_size) continue;
-      to.store(starts.load(2 * e.row + 1) + e.index * p.out_stride,
+      to.store(starts.load(rows + e.row) + e.index * p.out_stride,
                simt::from_float<S>(groups.load(staged_at(e, pitch))));
     }
     const int beyond = p.out_size - N;
@@ -354,7 +363,7 @@ struct PowerOfTwo {
     for (Index i = simt::thread(); i < static_cast<Index>(rows) * beyond; i += simt::threads()) {
       const int row = static_cast<int>(p.out_by_row ? i % rows : i / beyond);
       const Index index = N + (p.out_by_row ? i / rows : i % beyond);
-      if (row < left) to.store(starts.load(2 * row + 1) + index * p.out_stride, simt::from_float<S>(0.0f));
+      if (row < left) to.store(starts.load(rows + row) + index * p.out_stride, simt::from_float<S>(0.0f));
     }
   }
 
@@ -536,7 +545,8 @@ struct PowerOfTwo {
     const auto starts = simt::shared_array<Index>(starts_at, 2 * rows);
     const Floats last = tables + last_table;
     const int in_unit = p.type == 2 ? 4 : p.type == 3 ? 1 : 2, out_unit = p.type == 2 ? 1 : p.type == 3 ? 4 : 2;
-    const int in_pitch = N + in_unit * G % 32, out_pitch = N + out_unit * G % 32;
+    const int in_pitch = p.in_by_row ? pitch_across : N + in_unit * G % 32;
+    const int out_pitch = p.out_by_row ? pitch_across : N + out_unit * G % 32;
     const bool general = p.load == Path::general || p.store == Path::general;
 
     fill_tables(p, tables);
@@ -560,8 +570,8 @@ struct PowerOfTwo {
       if (general) {
         if (thread < left) {
           const Offsets o = offsets_of(p.batch, tile + thread);
-          starts.store(2 * thread, o.in);
-          starts.store(2 * thread + 1, o.out);
+          starts.store(thread, o.in);
+          starts.store(rows + thread, o.out);
         }
         simt::barrier();
       }
@@ -665,6 +675,7 @@ void enqueue_power_of_two_length(const Step& step, const StepPointers& pointers,
   p.out_stride = axis.out_stride;
   p.filled = static_cast<int>(axis.filled);
   p.out_size = static_cast<int>(axis.out_size);
+  while ((1 << p.row_bits) < step.rows_per_block) ++p.row_bits;
   p.in_by_row = step.load == Tiling::by_row;
   p.out_by_row = step.store == Tiling::by_row;
   p.scale = axis.scale;

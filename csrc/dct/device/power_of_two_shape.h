@@ -28,10 +28,14 @@ struct PowerOfTwoShape {
   }
   // A row of real numbers that lanes reach in units of 1, 2 or 4: rows of a group `lanes` units apart.
   constexpr int stage_pitch(int unit) const { return n + unit * lanes() % 32; }
+  // Where neighbouring threads take neighbouring rows.
+  constexpr int pitch_across() const { return n + 4; }
   constexpr int group_floats() const {
     int floats = 2 * exchange_pitch();
     for (int unit = 1; unit <= 4; unit *= 2) floats = stage_pitch(unit) > floats ? stage_pitch(unit) : floats;
-    return (floats * group_rows() + 31) / 32 * 32;
+    floats = pitch_across() > floats ? pitch_across() : floats;
+    // Row r of a block, if each has pitch_across(), starts at bank 4 r, whatever its group.
+    return (floats * group_rows() + 31) / 32 * 32 + 4 * group_rows() % 32;
   }
 
   // Tables in shared memory, in floats: first [a][columns] complex, middle [q][b] complex, last [a][lanes] of two.

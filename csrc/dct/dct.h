@@ -105,6 +105,7 @@ struct Pass {
   std::int64_t groups = 0;
   std::int64_t slots = 1;         // parts, each with a scratch of its own
   std::size_t scratch_bytes = 0;  // of one slot
+  bool far = false;               // short rows beyond the caches: fetch the next group early, store past the caches
 };
 
 struct Plan {

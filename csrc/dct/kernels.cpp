@@ -394,6 +394,7 @@ struct Lanes {
   Index in[W] = {}, out[W] = {};
   int count = 0;
   bool in_adjacent = false, out_adjacent = false;  // all lanes there, element by element beside each other
+  Index ahead = 0;                                 // from here to the next group's rows
   Lanes(Index in_stride, Index out_stride, Index from, Index to, int rows) : count(rows) {
     in_adjacent = rows == W && in_stride == 1;
     out_adjacent = rows == W && out_stride == 1;
@@ -424,6 +425,10 @@ void read(const Work& work, const Lanes<L::unit>& lanes, const Type& type) {
         FREQRANK_UNROLL
         for (int e = 0; e < block; ++e) v[e] = load_as<V>(base + lanes.in[0] + (i + e) * stride);
       } else {
+        if (work.pass->far && i % (64 / static_cast<Index>(sizeof(S))) == 0) {
+          FREQRANK_UNROLL
+          for (int l = 0; l < W; ++l) __builtin_prefetch(base + lanes.in[l] + lanes.ahead + i);
+        }
         FREQRANK_UNROLL
         for (int e = 0; e < block; e += W) {
           FREQRANK_UNROLL
@@ -458,6 +463,24 @@ void write(const Work& work, const Lanes<L::unit>& lanes, const Type& type) {
   const Index filled = size < n ? size : n;
   const bool adjacent = L::unit > 1 && lanes.out_adjacent;
   Index i = 0;
+  if constexpr (W > 1 && B::step == 1 && std::is_same_v<S, Lane<V>>) {
+    // Whole cache lines past the caches: what is larger than they are need not be fetched before it is overwritten.
+    constexpr int line = 64 / static_cast<int>(sizeof(S)), wide = line > W ? line : W;
+    bool streaming = work.pass->far && stride == 1 && !adjacent && lanes.count == W;
+    for (int l = 0; l < W; ++l) streaming &= reinterpret_cast<std::uintptr_t>(base + lanes.out[l]) % 64 == 0;
+    for (; streaming && i + wide <= filled; i += wide) {
+      V v[wide];
+      FREQRANK_UNROLL
+      for (int e = 0; e < wide; e += G) type.template get_all<B>(i + e, v + e);
+      FREQRANK_UNROLL
+      for (int e = 0; e < wide; e += W) transpose(v + e);
+      FREQRANK_UNROLL
+      for (int l = 0; l < W; ++l) {
+        FREQRANK_UNROLL
+        for (int e = 0; e < wide; e += W) stream(base + lanes.out[l] + i + e, v[e + l]);
+      }
+    }
+  }
   if (adjacent || stride == 1) {
     for (; i + block * B::step <= filled; i += block * B::step) {
       typename B::V v[block];
@@ -623,6 +646,7 @@ void run_rows(const Work& work, Index begin, Index end, void* scratch) {
         if (l < count) at.advance(1);
       }
     }
+    lanes.ahead = group + 1 < end ? at.in - lanes.in[0] : 0;
     run_group<SideBySide<V>>(work, lanes, scratch);
   }
 }
@@ -636,6 +660,7 @@ void run_groups(const Work& work, std::int64_t begin, std::int64_t end, void* sc
   } else {
     run_rows<Floats, ShortFloats>(work, begin, end, scratch);
   }
+  if (work.pass->far) finish_streaming();
 }
 
 void smooth_double(const Stages& stages, const double* table, double* re, double* im, double* other_re,

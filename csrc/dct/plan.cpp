@@ -31,6 +31,8 @@ constexpr std::int64_t kVectorScratchBytes = 2 * 1024 * 1024;
 constexpr std::int64_t kMinLaneFraction = 4;
 // Work below this many elements is not worth another thread.
 constexpr std::int64_t kElementsPerSlot = 16384;
+// Rows up to the first size (longer ones are left to the prefetchers) in tensors from the second on, input and output.
+constexpr std::int64_t kShortRowBytes = 1024, kBeyondCachesBytes = 8 * 1024 * 1024;
 constexpr std::size_t kAlign = 64;
 
 std::int64_t padded(std::int64_t elements) { return (elements + kArrayElements - 1) / kArrayElements * kArrayElements; }
@@ -319,6 +321,9 @@ Plan plan(const Problem& problem) {
     pass.scratch_bytes =
         align(static_cast<std::size_t>((row.scratch * pass.lanes + row.spare * lanes) * element + 6 * kArraySkew));
     plan.scratch_bytes = std::max(plan.scratch_bytes, pass.scratch_bytes * static_cast<std::size_t>(pass.slots));
+    pass.far = pass.lanes > 1 && pass.in_stride == 1 && pass.out_stride == 1 &&
+               std::max(pass.filled, pass.out_size) * element <= kShortRowBytes &&
+               pass.rows * (pass.filled + pass.out_size) * element >= kBeyondCachesBytes;
     plan.passes.push_back(pass);
   }
   return plan;

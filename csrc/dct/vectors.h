@@ -261,6 +261,25 @@ FREQRANK_INLINE void store_as(S* to, V v) {
   }
 }
 
+// The same past the caches, where the instruction set can: `to` is a multiple of the vector's bytes.
+template <class V>
+FREQRANK_INLINE void stream(Lane<V>* to, V v) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(V) == 64) return _mm512_stream_ps(reinterpret_cast<float*>(to), (__m512)v);
+#endif
+#ifdef __AVX2__
+  if constexpr (sizeof(V) == 32) return _mm256_stream_ps(reinterpret_cast<float*>(to), (__m256)v);
+#endif
+  store_as(to, v);
+}
+
+// Other threads may read what was streamed after this.
+FREQRANK_INLINE void finish_streaming() {
+#ifdef __AVX2__
+  _mm_sfence();
+#endif
+}
+
 // --- how a vector lies in an array ----------------------------------------------------------------------------------
 // An array of n elements for W rows side by side takes n W numbers, element i of row l at [i W + l]; that of one row
 // alone n. The same loop body serves both: Side<V> makes vectors of one element of all rows, Along<V> of W consecutive

@@ -24,6 +24,7 @@
 namespace freqrank::dct {
 
 enum class Dtype { float16, bfloat16, float32, float64 };
+constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 // The longest transform of one row, on any device; tables have 32-bit indices.
 constexpr std::int64_t kLongestRow = std::int64_t{1} << 30;
@@ -89,6 +90,8 @@ struct BatchDim {
   std::int64_t size, in_stride, out_stride;
 };
 
+constexpr int kStreamedLines = 4;
+
 // One pass over the tensor: the rows along one dimension.
 struct Pass {
   int row = 0;  // index into Plan::rows
@@ -105,7 +108,9 @@ struct Pass {
   std::int64_t groups = 0;
   std::int64_t slots = 1;         // parts, each with a scratch of its own
   std::size_t scratch_bytes = 0;  // of one slot
-  bool far = false;               // short rows beyond the caches: fetch the next group early, store past the caches
+  // For tensors beyond the caches, 0 for others:
+  std::int64_t lines_ahead = 0;  // cache lines of the next group to fetch for each column of the FFT
+  int streamed_lines = 0;        // of a row, 1 or kStreamedLines, to store past the caches at once
 };
 
 struct Plan {

@@ -40,7 +40,6 @@ enum class Algorithm {
 };
 
 const char* name(Algorithm algorithm);
-constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 // What the block FFT is compiled for: complex numbers that a thread holds in a stage, threads of a block at most.
 constexpr int kBlockPerThread = 16;

@@ -42,6 +42,28 @@ FREQRANK_INLINE Complex<typename A::V> twiddle(const T* table, Index m, Index j,
 
 // --- stages -------------------------------------------------------------------------------------------------------
 
+// The rows that the next group reads, fetched a few cache lines at a time while this one computes: the memory has
+// something to do throughout, and never more at once than it can take. A line of each row in turn: rows lie in different
+// pages, which memory serves faster than one page after the other.
+struct Ahead {
+  const char* next = nullptr;
+  Index lines = 0, at_once = 0;
+  Index rows = 0, row_bytes = 0, row = 0;
+};
+
+FREQRANK_INLINE void fetch(Ahead& ahead) {
+  if (__builtin_expect(ahead.lines <= 0, 1)) return;
+  for (Index count = ahead.at_once; count > 0; --count) {
+    __builtin_prefetch(ahead.next, 0, 2);  // into the second-level cache
+    ahead.next += ahead.row_bytes;
+    if (++ahead.row == ahead.rows) {
+      ahead.row = 0;
+      ahead.next += 64 - ahead.rows * ahead.row_bytes;
+    }
+  }
+  ahead.lines -= ahead.at_once;
+}
+
 // Elements i + j gap of x, their DFT times factor(j), to elements o + j pitch of y.
 template <int R, class A, class F>
 FREQRANK_INLINE void step(const Split<typename A::T>& x, Index i, Index gap, const Split<typename A::T>& y, Index o,
@@ -77,12 +99,13 @@ FREQRANK_INLINE void store_interleaved(Lane<V>* to, V* v) {
 
 // A stage of radix R on `s` interleaved transforms of length R m.
 template <int R, class L, class T = typename L::T>
-void stage(Index m, Index s, Split<T> x, Split<T> y, const T* table) {
+void stage(Index m, Index s, Split<T> x, Split<T> y, const T* table, Ahead& ahead) {
   using Body = typename L::Body;
   using Tail = typename L::Tail;
   const auto as_it_is = [](const auto& a, int) __attribute__((always_inline)) { return a; };
   if (m == 1) {
     each<L>(0, s, [&](auto side, Index q) __attribute__((always_inline)) {
+      if constexpr (L::unit > 1) fetch(ahead);
       step<R, decltype(side)>(x, q, s, y, q, s, as_it_is);
     });
     return;
@@ -94,6 +117,7 @@ void stage(Index m, Index s, Split<T> x, Split<T> y, const T* table) {
       for (int j = 1; j < R; ++j) factors[j] = twiddle<Side<T>>(table, m, j, p);
       each<L>(0, s, [&](auto side, Index q) __attribute__((always_inline)) {
         using V = typename decltype(side)::V;
+        if constexpr (L::unit > 1) fetch(ahead);
         step<R, decltype(side)>(x, s * p + q, s * m, y, s * R * p + q, s,
                                 [&](const Complex<V>& a, int j) __attribute__((always_inline)) {
                                   return a * Complex<V>{spread<V>(factors[j].re), spread<V>(factors[j].im)};
@@ -126,6 +150,7 @@ void stage(Index m, Index s, Split<T> x, Split<T> y, const T* table) {
   for (; p < m; ++p) {
     for (Index q = 0; q < s; ++q) {
       using V = typename Tail::V;
+      if constexpr (L::unit > 1) fetch(ahead);
       step<R, Tail>(x, s * p + q, s * m, y, s * R * p + q, s,
                     [&](const Complex<V>& a, int j)
                         __attribute__((always_inline)) { return a * twiddle<Tail>(table, m, j, p); });
@@ -134,27 +159,27 @@ void stage(Index m, Index s, Split<T> x, Split<T> y, const T* table) {
 }
 
 template <class L, class T>
-void smooth_stage(int radix, Index m, Index s, const Split<T>& x, const Split<T>& y, const T* table) {
+void smooth_stage(int radix, Index m, Index s, const Split<T>& x, const Split<T>& y, const T* table, Ahead& ahead) {
   switch (radix) {
-    case 2: return stage<2, L>(m, s, x, y, table);
-    case 3: return stage<3, L>(m, s, x, y, table);
-    case 4: return stage<4, L>(m, s, x, y, table);
-    case 5: return stage<5, L>(m, s, x, y, table);
-    case 7: return stage<7, L>(m, s, x, y, table);
-    case 8: return stage<8, L>(m, s, x, y, table);
-    case 11: return stage<11, L>(m, s, x, y, table);
-    default: return stage<13, L>(m, s, x, y, table);
+    case 2: return stage<2, L>(m, s, x, y, table, ahead);
+    case 3: return stage<3, L>(m, s, x, y, table, ahead);
+    case 4: return stage<4, L>(m, s, x, y, table, ahead);
+    case 5: return stage<5, L>(m, s, x, y, table, ahead);
+    case 7: return stage<7, L>(m, s, x, y, table, ahead);
+    case 8: return stage<8, L>(m, s, x, y, table, ahead);
+    case 11: return stage<11, L>(m, s, x, y, table, ahead);
+    default: return stage<13, L>(m, s, x, y, table, ahead);
   }
 }
 
 // The DFT of a length without large primes. The result is in x; x and y may change places.
 template <class L, class T>
-void smooth(const Stages& stages, const T* table, Split<T>& x, Split<T>& y) {
+void smooth(const Stages& stages, const T* table, Split<T>& x, Split<T>& y, Ahead& ahead) {
   Index n = stages.n, s = 1;
   for (int i = 0; i < stages.count; ++i) {
     const int radix = static_cast<int>(stages.radix[i]);
     n /= radix;
-    smooth_stage<L>(radix, n, s, x, y, table + stages.twiddles[i]);
+    smooth_stage<L>(radix, n, s, x, y, table + stages.twiddles[i], ahead);
     exchange(x, y);
     s *= radix;
   }
@@ -172,7 +197,8 @@ FREQRANK_INLINE void exchange_parts(Split<T>& x, Split<T>& y) {
 // Rader: with g a generator of the multiplicative group, output g^b less element 0 is the convolution of the elements
 // g^-a with exp(-2 pi i g^d / prime). Elements come from get(i), results go to put(i, v); `spare` holds 4 arrays.
 template <class L, class T, class Get, class Put>
-FREQRANK_INLINE void rader(const Convolution& c, const T* table, T* spare, const Get& get, const Put& put) {
+FREQRANK_INLINE void rader(const Convolution& c, const T* table, T* spare, Ahead& ahead, const Get& get,
+                           const Put& put) {
   using A = typename L::Tail;
   const Index count = c.prime - 1, size = c.stages.n * L::unit;
   const std::uint32_t* from = reinterpret_cast<const std::uint32_t*>(table + c.gather);
@@ -181,7 +207,7 @@ FREQRANK_INLINE void rader(const Convolution& c, const T* table, T* spare, const
   Split<T> x{spare, spare + size}, y{spare + 2 * size, spare + 3 * size};
   for (Index a = 0; a < count; ++a) store<A>(x, a, get(from[a]));
   for (Index i = count * L::unit; i < size; ++i) x.re[i] = x.im[i] = T(0);
-  smooth<L>(c.stages, table, x, y);
+  smooth<L>(c.stages, table, x, y, ahead);
   const auto first = get(0);
   put(0, first + load<A>(x, 0));
   each<L>(0, c.stages.n, [&](auto side, Index k) __attribute__((always_inline)) {
@@ -190,7 +216,7 @@ FREQRANK_INLINE void rader(const Convolution& c, const T* table, T* spare, const
   });
   store<A>(x, 0, load<A>(x, 0) + first);  // element 0 reaches every output
   exchange_parts(x, y);
-  smooth<L>(c.stages, table, x, y);
+  smooth<L>(c.stages, table, x, y, ahead);
   exchange_parts(x, y);
   for (Index b = 0; b < count; ++b) put(to[b], load<A>(x, b));
 }
@@ -198,7 +224,8 @@ FREQRANK_INLINE void rader(const Convolution& c, const T* table, T* spare, const
 // The same for real elements, as a convolution of real numbers with cos + sin, Hartley's transform: half the length.
 // Results 0 .. prime / 2 go to put.
 template <class L, class T, class Get, class Put>
-FREQRANK_INLINE void real_rader(const Convolution& c, const T* table, T* spare, const Get& get, const Put& put) {
+FREQRANK_INLINE void real_rader(const Convolution& c, const T* table, T* spare, Ahead& ahead, const Get& get,
+                                const Put& put) {
   using A = typename L::Tail;
   using V = typename A::V;
   const Index half = (c.prime - 1) / 2, n = c.stages.n, size = n * L::unit;
@@ -208,7 +235,7 @@ FREQRANK_INLINE void real_rader(const Convolution& c, const T* table, T* spare, 
   Split<T> x{spare, spare + size}, y{spare + 2 * size, spare + 3 * size};
   for (Index a = 0; a < half; ++a) store<A>(x, a, Complex<V>{get(from[2 * a]), get(from[2 * a + 1])});
   for (Index i = half * L::unit; i < size; ++i) x.re[i] = x.im[i] = T(0);
-  smooth<L>(c.stages, table, x, y);
+  smooth<L>(c.stages, table, x, y, ahead);
   const V first = get(0), half_first = first * spread<V>(T(0.5));
   const Complex<V> z = load<A>(x, 0);
   put(0, Complex<V>{first + (z.re + z.im), V{}});
@@ -235,7 +262,7 @@ FREQRANK_INLINE void real_rader(const Convolution& c, const T* table, T* spare, 
   each<L>(1, (n + 1) / 2, pair);
   if (n % 2 == 0) pair(A{}, n / 2);
   exchange_parts(x, y);
-  smooth<L>(c.stages, table, x, y);
+  smooth<L>(c.stages, table, x, y, ahead);
   exchange_parts(x, y);
   const auto hartley = [&](Index b) { return A::load(b % 2 ? x.im : x.re, b / 2); };
   for (Index b = 0; b < half; ++b) {
@@ -251,14 +278,14 @@ FREQRANK_INLINE void real_rader(const Convolution& c, const T* table, T* spare, 
 
 template <class L, class T>
 void rader_stage(const Convolution& c, Index m, Index s, const Split<T>& x, const Split<T>& y, const T* twiddles,
-                 const T* table, T* spare) {
+                 const T* table, T* spare, Ahead& ahead) {
   for (Index p = 0; p < m; ++p) {
     each<L>(0, s, [&](auto side, Index q) {
       using A = decltype(side);
       using V = typename A::V;
       using Inner = std::conditional_t<A::step == 1 && L::Body::step != 1, L, SideBySide<V>>;
       rader<Inner>(
-          c, table, spare, [&](Index t) { return load<A>(x, s * p + q + t * s * m); },
+          c, table, spare, ahead, [&](Index t) { return load<A>(x, s * p + q + t * s * m); },
           [&](Index j, const Complex<V>& v) {
             const Index o = s * c.prime * p + q + j * s;
             if (j == 0 || m == 1) {
@@ -276,17 +303,17 @@ void rader_stage(const Convolution& c, Index m, Index s, const Split<T>& x, cons
 
 // The DFT of length n that the stages from `first` on make. The result is in x; x and y may change places.
 template <class L, class T>
-void transform(const Fft& fft, int first, Index n, const T* table, Split<T>& x, Split<T>& y, T* spare) {
+void transform(const Fft& fft, int first, Index n, const T* table, Split<T>& x, Split<T>& y, T* spare, Ahead& ahead) {
   Index s = 1;
   for (int i = first; i < fft.stages.count; ++i) {
     const Index radix = fft.stages.radix[i];
     const T* twiddles = table + fft.stages.twiddles[i];
     n /= radix;
     if (fft.convolution[i] < 0) {
-      smooth_stage<L>(static_cast<int>(radix), n, s, x, y, twiddles);
+      smooth_stage<L>(static_cast<int>(radix), n, s, x, y, twiddles, ahead);
     } else {
       const Convolution& c = fft.convolutions[static_cast<std::size_t>(fft.convolution[i])];
-      rader_stage<L>(c, n, s, x, y, twiddles, table, spare);
+      rader_stage<L>(c, n, s, x, y, twiddles, table, spare, ahead);
     }
     exchange(x, y);
     s *= radix;
@@ -294,14 +321,14 @@ void transform(const Fft& fft, int first, Index n, const T* table, Split<T>& x, 
 }
 
 template <class L, class T>
-void forward(const Fft& fft, const T* table, Split<T>& x, Split<T>& y, T* spare) {
-  transform<L>(fft, 0, fft.stages.n, table, x, y, spare);
+void forward(const Fft& fft, const T* table, Split<T>& x, Split<T>& y, T* spare, Ahead& ahead) {
+  transform<L>(fft, 0, fft.stages.n, table, x, y, spare, ahead);
 }
 
 template <class L, class T>
-void backward(const Fft& fft, const T* table, Split<T>& x, Split<T>& y, T* spare) {
+void backward(const Fft& fft, const T* table, Split<T>& x, Split<T>& y, T* spare, Ahead& ahead) {
   exchange_parts(x, y);
-  forward<L>(fft, table, x, y, spare);
+  forward<L>(fft, table, x, y, spare, ahead);
   exchange_parts(x, y);
 }
 
@@ -340,7 +367,7 @@ void real_stage(Index m, const T* x, T* sums, const Split<T>& y, const T* table)
 // The DFT's elements 0 .. n / 2 of n real ones, n odd, to `spectrum`. x is overwritten; `scratch` holds
 // real_scratch(n) elements.
 template <class L, class T>
-void real_forward(const Fft& fft, const T* table, T* x, const Split<T>& spectrum, T* scratch, T* spare) {
+void real_forward(const Fft& fft, const T* table, T* x, const Split<T>& spectrum, T* scratch, T* spare, Ahead& ahead) {
   constexpr int unit = L::unit;
   using A = typename L::Tail;
   using V = typename A::V;
@@ -364,19 +391,21 @@ void real_forward(const Fft& fft, const T* table, T* x, const Split<T>& spectrum
       const Convolution& c = fft.convolutions[static_cast<std::size_t>(fft.real_convolution[i])];
       for (Index p = 0; p < m; ++p) {
         real_rader<L>(
-            c, table, spare, [&](Index t) { return A::load(x, p + t * m); },
+            c, table, spare, ahead, [&](Index t) { return A::load(x, p + t * m); },
             [&](Index j, const Complex<V>& v) {
               if (j == 0) {
                 A::store(sums, p, v.re);
+              } else if (m == 1) {
+                store<A>(spectrum, product * j, v);
               } else {
-                store<A>(parts, (j - 1) * m + p, m == 1 ? v : v * twiddle<A>(twiddles, m, j, p));
+                store<A>(parts, (j - 1) * m + p, v * twiddle<A>(twiddles, m, j, p));
               }
             });
       }
     }
-    for (Index j = 1; j <= radix / 2; ++j) {
+    for (Index j = 1; j <= radix / 2 && (m > 1 || fft.real_convolution[i] < 0); ++j) {
       Split<T> a{parts.re + unit * (j - 1) * m, parts.im + unit * (j - 1) * m}, b{more, more + unit * m};
-      transform<L>(fft, i + 1, m, table, a, b, spare);
+      if (m > 1) transform<L>(fft, i + 1, m, table, a, b, spare, ahead);
       // element k of it is element radix k + j of length n, product times that of the whole
       for (Index k = 0; k < m; ++k) {
         const Index f = product * (radix * k + j);

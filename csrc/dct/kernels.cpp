@@ -23,6 +23,7 @@ struct Job {
   T* x;
   Split<T> z, other;
   T *scratch, *spare;
+  Ahead& ahead;
 };
 
 template <class A, class T>
@@ -74,7 +75,7 @@ struct Type1 : Natural<L> {
       A::store(z.re, j, A::load(x, a <= length ? a : 2 * length - a));
       A::store(z.im, j, A::load(x, b <= length ? b : 2 * length - b));
     }
-    forward<L>(job.row.fft, job.table, z, job.other, job.spare);
+    forward<L>(job.row.fft, job.table, z, job.other, job.spare, job.ahead);
     const Complex<V> first = load<A>(z, 0);
     A::store(x, 0, (first.re + first.im) * spread<V>(scale));
     A::store(x, length, (first.re - first.im) * spread<V>(scale));
@@ -124,7 +125,7 @@ struct Type2Even : Natural<L> {
     T* x = job.x;
     const Index length = n / 2;
     const T *turn_cos = job.table + job.row.rotation, *turn_sin = turn_cos + length / 2 + 1;
-    forward<L>(job.row.fft, job.table, z, job.other, job.spare);
+    forward<L>(job.row.fft, job.table, z, job.other, job.spare, job.ahead);
     const T twice = static_cast<T>(2.0 * job.row.scale), root = static_cast<T>(1.41421356237309504880 * job.row.scale);
     const Complex<V> first = load<A>(z, 0);
     A::store(x, 0, (first.re + first.im) * spread<V>(twice));
@@ -171,7 +172,7 @@ struct Type2Odd : Natural<L> {
     const T *cosine = job.table + job.row.post, *sine = cosine + n / 2 + 1;
     Split<T>& z = job.z;
     T* x = job.x;
-    real_forward<L>(job.row.fft, job.table, job.other.re, z, job.scratch, job.spare);
+    real_forward<L>(job.row.fft, job.table, job.other.re, z, job.scratch, job.spare, job.ahead);
     A::store(x, 0, A::load(z.re, 0) * A::factor(cosine, 0));
     each<L>(1, n / 2 + 1, [&](auto side, Index k) __attribute__((always_inline)) {
       using B = decltype(side);
@@ -223,7 +224,7 @@ struct Type3Even : Natural<L> {
       B::store_mirrored(z.im, l, odd.im - even.im);
       store<B>(z, k, Complex<W>{even.re - odd.re, even.im + odd.im});
     });
-    backward<L>(job.row.fft, job.table, z, job.other, job.spare);
+    backward<L>(job.row.fft, job.table, z, job.other, job.spare, job.ahead);
   }
 
   FREQRANK_FORCED_INLINE V get(Index i) const {
@@ -267,7 +268,7 @@ struct Type3Odd : Natural<L> {
       B::store(h, k, re - im);
       B::store_mirrored(h, n - k, re + im);
     });
-    real_forward<L>(job.row.fft, job.table, h, z, job.scratch, job.spare);
+    real_forward<L>(job.row.fft, job.table, h, z, job.scratch, job.spare, job.ahead);
     A::store(x, 0, A::load(z.re, 0));
     each<L>(1, n / 2 + 1, [&](auto side, Index j) __attribute__((always_inline)) {
       using B = decltype(side);
@@ -315,7 +316,7 @@ struct Type4Even : Natural<L> {
       B::store(z.re, j, multiply_add(a.im, s, a.re * c));
       B::store(z.im, j, multiply_subtract(a.re, s, a.im * c));
     });
-    forward<L>(job.row.fft, job.table, z, job.other, job.spare);
+    forward<L>(job.row.fft, job.table, z, job.other, job.spare, job.ahead);
     each<L>(0, length, [&](auto side, Index k) __attribute__((always_inline)) {
       using B = decltype(side);
       const auto a = load<B>(z, k);
@@ -372,7 +373,7 @@ struct Type4Odd : Natural<L> {
       A::store(v, position, from.negative ? -value : value);
       if (++position == n) position = 0;
     }
-    real_forward<L>(job.row.fft, job.table, v, z, job.scratch, job.spare);
+    real_forward<L>(job.row.fft, job.table, v, z, job.scratch, job.spare, job.ahead);
     const V c = A::factor(job.table + job.row.post, 0), s = A::factor(job.table + job.row.post, 1);
     position = 1 % n;
     for (Index i = 0; i < n; ++i) {
@@ -394,7 +395,6 @@ struct Lanes {
   Index in[W] = {}, out[W] = {};
   int count = 0;
   bool in_adjacent = false, out_adjacent = false;  // all lanes there, element by element beside each other
-  Index ahead = 0;                                 // from here to the next group's rows
   Lanes(Index in_stride, Index out_stride, Index from, Index to, int rows) : count(rows) {
     in_adjacent = rows == W && in_stride == 1;
     out_adjacent = rows == W && out_stride == 1;
@@ -425,10 +425,6 @@ void read(const Work& work, const Lanes<L::unit>& lanes, const Type& type) {
         FREQRANK_UNROLL
         for (int e = 0; e < block; ++e) v[e] = load_as<V>(base + lanes.in[0] + (i + e) * stride);
       } else {
-        if (work.pass->far && i % (64 / static_cast<Index>(sizeof(S))) == 0) {
-          FREQRANK_UNROLL
-          for (int l = 0; l < W; ++l) __builtin_prefetch(base + lanes.in[l] + lanes.ahead + i);
-        }
         FREQRANK_UNROLL
         for (int e = 0; e < block; e += W) {
           FREQRANK_UNROLL
@@ -438,6 +434,17 @@ void read(const Work& work, const Lanes<L::unit>& lanes, const Type& type) {
       }
       FREQRANK_UNROLL
       for (int e = 0; e < block; e += G) type.template place_all<B>(i + e, v + e);
+    }
+  }
+  if constexpr (L::unit > 1) {
+    if (adjacent) {
+      for (; i < filled; ++i) type.place(i, load_as<V>(base + lanes.in[0] + i * stride));
+    } else if (stride == 1 && filled >= W && 4 * (filled - i) > W) {  // the last square overlaps the one before
+      V v[W];
+      FREQRANK_UNROLL
+      for (int l = 0; l < W; ++l) v[l] = load_as<V>(base + lanes.in[l] + filled - W);
+      transpose(v);
+      for (; i < filled; ++i) type.place(i, v[i - (filled - W)]);
     }
   }
   for (; i < filled; ++i) {
@@ -465,19 +472,40 @@ void write(const Work& work, const Lanes<L::unit>& lanes, const Type& type) {
   Index i = 0;
   if constexpr (W > 1 && B::step == 1 && std::is_same_v<S, Lane<V>>) {
     // Whole cache lines past the caches: what is larger than they are need not be fetched before it is overwritten.
-    constexpr int line = 64 / static_cast<int>(sizeof(S)), wide = line > W ? line : W;
-    bool streaming = work.pass->far && stride == 1 && !adjacent && lanes.count == W;
-    for (int l = 0; l < W; ++l) streaming &= reinterpret_cast<std::uintptr_t>(base + lanes.out[l]) % 64 == 0;
-    for (; streaming && i + wide <= filled; i += wide) {
-      V v[wide];
+    constexpr int line = 64 / static_cast<int>(sizeof(S)), wide = line > W ? line : W, run = kStreamedLines * line;
+    int streamed = adjacent || lanes.count < W ? 0 : work.pass->streamed_lines;
+    for (int l = 0; l < W; ++l) {
+      if (reinterpret_cast<std::uintptr_t>(base + lanes.out[l]) % 64 != 0) streamed = 0;
+    }
+    const auto squares = [&](Index at, V* v) __attribute__((always_inline)) {
       FREQRANK_UNROLL
-      for (int e = 0; e < wide; e += G) type.template get_all<B>(i + e, v + e);
+      for (int e = 0; e < wide; e += G) type.template get_all<B>(at + e, v + e);
       FREQRANK_UNROLL
       for (int e = 0; e < wide; e += W) transpose(v + e);
+    };
+    for (; streamed == 1 && i + wide <= filled; i += wide) {
+      V v[wide];
+      squares(i, v);
       FREQRANK_UNROLL
       for (int l = 0; l < W; ++l) {
         FREQRANK_UNROLL
         for (int e = 0; e < wide; e += W) stream(base + lanes.out[l] + i + e, v[e + l]);
+      }
+    }
+    for (; streamed > 1 && i + run <= filled; i += run) {
+      alignas(64) S runs[W * run];
+      for (int r = 0; r < run; r += wide) {
+        V v[wide];
+        squares(i + r, v);
+        FREQRANK_UNROLL
+        for (int l = 0; l < W; ++l) {
+          FREQRANK_UNROLL
+          for (int e = 0; e < wide; e += W) store_as(runs + l * run + r + e, v[e + l]);
+        }
+      }
+      for (int l = 0; l < W; ++l) {
+        FREQRANK_UNROLL
+        for (int e = 0; e < run; e += W) stream(base + lanes.out[l] + i + e, load_as<V>(runs + l * run + e));
       }
     }
   }
@@ -503,6 +531,17 @@ void write(const Work& work, const Lanes<L::unit>& lanes, const Type& type) {
           }
         }
       }
+    }
+  }
+  if constexpr (L::unit > 1) {
+    if (adjacent) {
+      for (; i < filled; ++i) store_as(base + lanes.out[0] + i * stride, type.get(i));
+    } else if (stride == 1 && filled >= W && 4 * (filled - i) > W) {
+      V v[W];
+      for (int e = 0; e < W; ++e) v[e] = type.get(filled - W + e);
+      transpose(v);
+      for (int l = 0; l < lanes.count; ++l) store_as(base + lanes.out[l] + filled - W, v[l]);
+      i = filled;
     }
   }
   for (; i < filled; ++i) {
@@ -547,7 +586,7 @@ void run_type(const Work& work, const Lanes<L::unit>& lanes, Job<L>& job) {
 }
 
 template <class L>
-void run_group(const Work& work, const Lanes<L::unit>& lanes, void* scratch) {
+void run_group(const Work& work, const Lanes<L::unit>& lanes, Ahead ahead, void* scratch) {
   using T = typename L::T;
   const Row& row = *work.row;
   // Arrays start at multiples of kArrayElements.
@@ -563,7 +602,7 @@ void run_group(const Work& work, const Lanes<L::unit>& lanes, void* scratch) {
   };
   T* const x = take(n);
   const Split<T> z{take(complex), take(complex)}, other{take(complex), take(complex)};
-  Job<L> job{row, static_cast<const T*>(work.table), x, z, other, nullptr, nullptr};
+  Job<L> job{row, static_cast<const T*>(work.table), x, z, other, nullptr, nullptr, ahead};
   job.spare = take(row.spare * (L::unit == 1 ? L::Body::step : L::unit));
   job.scratch = at;
   switch (row.type) {
@@ -615,7 +654,8 @@ class Odometer {
 
 template <class V, class T>
 void one_row(const Stages& stages, const T* table, Split<T>& x, Split<T>& y) {
-  smooth<OneRow<V>>(stages, table, x, y);
+  Ahead nothing;
+  smooth<OneRow<V>>(stages, table, x, y, nothing);
 }
 
 // V: for rows side by side; S: for one row.
@@ -630,7 +670,7 @@ void run_rows(const Work& work, Index begin, Index end, void* scratch) {
     const int count = left < wanted ? static_cast<int>(left) : wanted;
     if (count < pass.fewest_lanes || wanted == 1) {
       for (int l = 0; l < count; ++l) {
-        run_group<OneRow<S>>(work, Lanes<1>(0, 0, at.in, at.out, 1), scratch);
+        run_group<OneRow<S>>(work, Lanes<1>(0, 0, at.in, at.out, 1), Ahead{}, scratch);
         at.advance(1);
       }
       continue;
@@ -646,8 +686,16 @@ void run_rows(const Work& work, Index begin, Index end, void* scratch) {
         if (l < count) at.advance(1);
       }
     }
-    lanes.ahead = group + 1 < end ? at.in - lanes.in[0] : 0;
-    run_group<SideBySide<V>>(work, lanes, scratch);
+    Ahead ahead;
+    if (pass.lines_ahead > 0 && group + 1 < end && at.run() >= wanted) {
+      const Index element = bytes_of(pass.from_dtype);
+      ahead.next = static_cast<const char*>(work.in) + at.in * element;
+      ahead.rows = wanted;
+      ahead.row_bytes = at.in_stride() * element;
+      ahead.lines = (pass.filled * element + 63) / 64 * wanted;
+      ahead.at_once = pass.lines_ahead;
+    }
+    run_group<SideBySide<V>>(work, lanes, ahead, scratch);
   }
 }
 
@@ -660,7 +708,7 @@ void run_groups(const Work& work, std::int64_t begin, std::int64_t end, void* sc
   } else {
     run_rows<Floats, ShortFloats>(work, begin, end, scratch);
   }
-  if (work.pass->far) finish_streaming();
+  if (work.pass->streamed_lines > 0) finish_streaming();
 }
 
 void smooth_double(const Stages& stages, const double* table, double* re, double* im, double* other_re,

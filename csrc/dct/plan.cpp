@@ -31,8 +31,14 @@ constexpr std::int64_t kVectorScratchBytes = 2 * 1024 * 1024;
 constexpr std::int64_t kMinLaneFraction = 4;
 // Work below this many elements is not worth another thread.
 constexpr std::int64_t kElementsPerSlot = 16384;
-// Rows up to the first size (longer ones are left to the prefetchers) in tensors from the second on, input and output.
-constexpr std::int64_t kShortRowBytes = 1024, kBeyondCachesBytes = 8 * 1024 * 1024;
+// Tensors from this size on, input and output, do not stay in the caches.
+constexpr std::int64_t kBeyondCachesBytes = 8 * 1024 * 1024;
+// Their rows up to this size are fetched a group early; longer ones are left to the prefetchers.
+constexpr std::int64_t kFetchedRowBytes = 8192;
+// Rows from this size on are stored several lines of one at a time: one line of each of them would fall into few sets
+// of the caches and few banks of the memory.
+constexpr std::int64_t kScatteredRowBytes = 2048;
+constexpr std::int64_t kLineBytes = 64;
 constexpr std::size_t kAlign = 64;
 
 std::int64_t padded(std::int64_t elements) { return (elements + kArrayElements - 1) / kArrayElements * kArrayElements; }
@@ -178,6 +184,22 @@ Row plan_row(const Problem& problem, std::int64_t n) {
   return row;
 }
 
+// How many times the FFT of a row takes a column, where cache lines can be fetched.
+std::int64_t columns_of(const Row& row) {
+  const auto smooth = [](const Stages& stages) {
+    std::int64_t columns = 0;
+    for (int i = 0; i < stages.count; ++i) columns += stages.n / stages.radix[i];
+    return columns;
+  };
+  std::int64_t columns = 0;
+  for (int i = 0; i < row.fft.stages.count; ++i) {
+    const std::int64_t count = row.fft.stages.n / row.fft.stages.radix[i];
+    const int own = row.fft.convolution[i] >= 0 ? row.fft.convolution[i] : row.fft.real_convolution[i];
+    columns += own < 0 ? count : count * 2 * smooth(row.fft.convolutions[static_cast<std::size_t>(own)].stages);
+  }
+  return std::max<std::int64_t>(1, columns);
+}
+
 }  // namespace
 
 void check(const Problem& p) {
@@ -321,9 +343,15 @@ Plan plan(const Problem& problem) {
     pass.scratch_bytes =
         align(static_cast<std::size_t>((row.scratch * pass.lanes + row.spare * lanes) * element + 6 * kArraySkew));
     plan.scratch_bytes = std::max(plan.scratch_bytes, pass.scratch_bytes * static_cast<std::size_t>(pass.slots));
-    pass.far = pass.lanes > 1 && pass.in_stride == 1 && pass.out_stride == 1 &&
-               std::max(pass.filled, pass.out_size) * element <= kShortRowBytes &&
-               pass.rows * (pass.filled + pass.out_size) * element >= kBeyondCachesBytes;
+    const std::int64_t read_bytes = pass.filled * bytes_of(pass.from_dtype);
+    const std::int64_t written_bytes = pass.out_size * bytes_of(pass.to_dtype);
+    if (side_by_side && pass.rows * (read_bytes + written_bytes) >= kBeyondCachesBytes) {
+      if (pass.in_stride == 1 && read_bytes <= kFetchedRowBytes) {
+        const std::int64_t columns = columns_of(row), lines = pass.lanes * ((read_bytes + kLineBytes - 1) / kLineBytes);
+        pass.lines_ahead = (lines + columns - 1) / columns;
+      }
+      if (pass.out_stride == 1) pass.streamed_lines = written_bytes < kScatteredRowBytes ? 1 : kStreamedLines;
+    }
     plan.passes.push_back(pass);
   }
   return plan;

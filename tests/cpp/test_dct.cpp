@@ -239,7 +239,7 @@ TEST(Dct, RowsHaveTheSameBitsAloneTogetherStridedAndThreaded) {
 }
 
 TEST(Dct, RowsBeyondTheCachesHaveTheBitsOfRowsWithin) {
-  for (std::int64_t n : {48, 64, 100, 256}) {
+  for (std::int64_t n : {48, 64, 100, 256, 576, 1024}) {
     for (std::int64_t shift : {0, 5}) {  // 5: not a multiple of a cache line
       const std::int64_t count = (std::int64_t{9} << 20) / (8 * n) + 3;
       std::vector<float> x(static_cast<std::size_t>(count * n + shift)), y(x.size() + 16, 9.0f), want(x.size());
@@ -247,14 +247,15 @@ TEST(Dct, RowsBeyondTheCachesHaveTheBitsOfRowsWithin) {
       const auto address = reinterpret_cast<std::uintptr_t>(y.data());
       float* const out = reinterpret_cast<float*>((address + 63) / 64 * 64) + (shift ? 1 : 0);
       Problem p = problem(Dtype::float32, 2, {count, n}, {1}, {n}, {count, n});
-      EXPECT_TRUE(plan(p).passes[0].far);
+      EXPECT_GT(plan(p).passes[0].lines_ahead, 0);
+      EXPECT_GT(plan(p).passes[0].streamed_lines, 0);
       p.threads = 2;
       transform(p, x.data() + shift, out, thread_pool(2));
       const std::int64_t part = count / 16;
       for (std::int64_t row = 0; row < count; row += part) {
         const std::int64_t rows = std::min(part, count - row);
         const Problem few = problem(Dtype::float32, 2, {rows, n}, {1}, {n}, {rows, n});
-        EXPECT_FALSE(plan(few).passes[0].far);
+        EXPECT_EQ(plan(few).passes[0].streamed_lines, 0);
         transform(few, x.data() + shift + row * n, want.data() + row * n);
       }
       EXPECT_TRUE(std::equal(want.begin(), want.begin() + count * n, out)) << n << ", " << shift;

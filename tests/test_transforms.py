@@ -14,6 +14,7 @@ import torch
 from freqrank.ops import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 TYPES = (1, 2, 3, 4)
 NORMS = (None, "backward", "ortho", "forward")
@@ -378,6 +379,75 @@ def test_16_bit_gradients(dtype):
     assert torch.equal(x.grad, wide.grad.to(dtype))
 
 
+def cube(x: torch.Tensor) -> torch.Tensor:
+    return freqrank.dct(x, 3, n=6, norm="ortho").pow(3).sum(-1)
+
+
+def dense_cube(x: torch.Tensor) -> torch.Tensor:
+    matrix = reference.dct(torch.eye(5, dtype=torch.float64), 3, n=6, norm="ortho")
+    return (x @ matrix).pow(3).sum(-1)
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_forward_mode(type):
+    for name, options in (("dct", {"n": 7}), ("idct", {"dim": 0, "n": 3}), ("dctn", {"norm": "ortho"}), ("idctn", {})):
+        f = lambda x, name=name, options=options: getattr(freqrank, name)(x, type, **options)  # noqa: E731
+        x, tangent = rows(4, 5), rows(4, 5, seed=1)
+        with forward_ad.dual_level():
+            got = forward_ad.unpack_dual(f(forward_ad.make_dual(x, tangent)))
+            assert torch.equal(got.primal, f(x))
+            assert torch.equal(got.tangent, f(tangent))
+            with torch.no_grad():
+                assert torch.equal(forward_ad.unpack_dual(f(forward_ad.make_dual(x, tangent))).tangent, f(tangent))
+            half = forward_ad.unpack_dual(f(forward_ad.make_dual(x.half(), tangent.half())))
+            assert torch.equal(half.tangent, f(tangent.half()))
+            assert forward_ad.unpack_dual(f(x)).tangent is None
+        leaf = x.clone().requires_grad_()
+        batched = {"check_batched_grad": True}
+        assert torch.autograd.gradcheck(f, leaf, check_forward_ad=True, check_batched_forward_grad=True, **batched)
+        assert torch.autograd.gradgradcheck(f, leaf, check_fwd_over_rev=True, **batched)
+
+
+def test_forward_mode_reaches_the_op_itself():
+    x, tangent, arguments = rows(3, 5), rows(3, 5, seed=1), ([1], [5], [5], 2, 0, 0, 0)
+    with forward_ad.dual_level(), torch.no_grad():
+        got = forward_ad.unpack_dual(torch.ops.freqrank.dct(forward_ad.make_dual(x, tangent), *arguments))
+    assert torch.equal(got.tangent, freqrank.dct(tangent))
+
+
+@pytest.mark.parametrize("orthogonalize", ORTHOGONALIZE)
+@pytest.mark.parametrize("type", TYPES)
+def test_jacobians_are_the_matrix(type, orthogonalize):
+    for name, n in itertools.product(ONE, (None, 3, 8)):
+        f = lambda x, name=name, n=n: getattr(freqrank, name)(x, type, n, orthogonalize=orthogonalize)  # noqa: E731
+        matrix = f(torch.eye(5, dtype=torch.float64)).T
+        for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+            torch.testing.assert_close(jacobian(f)(rows(5)), matrix, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # torch's own, in linearize
+def test_function_transforms():
+    func, close = torch.func, torch.testing.assert_close
+    x, many, tangents = rows(5), rows(4, 5, seed=1), rows(4, 5, seed=2)
+    gradient, hessian = func.grad(dense_cube), func.hessian(dense_cube)
+    curvature = hessian(x) @ tangents[0]
+    close(func.grad(cube)(x), gradient(x))
+    close(func.vjp(cube, many)[1](torch.ones(4, dtype=torch.float64))[0], torch.stack([gradient(row) for row in many]))
+    close(func.jvp(cube, (many,), (tangents,))[1], func.jvp(dense_cube, (many,), (tangents,))[1])
+    close(func.linearize(cube, many)[1](tangents), func.jvp(dense_cube, (many,), (tangents,))[1])
+    for outer, inner in itertools.product((func.jacrev, func.jacfwd), repeat=2):
+        close(outer(inner(cube))(x), hessian(x))
+        close(func.jacfwd(outer(inner(cube)))(x), func.jacrev(hessian)(x))
+    close(torch.vmap(func.grad(cube))(many), torch.stack([gradient(row) for row in many]))
+    close(torch.vmap(func.hessian(cube))(many), torch.stack([hessian(row) for row in many]))
+    close(func.grad(lambda x: torch.vmap(cube)(x).sum())(many), torch.stack([gradient(row) for row in many]))
+    leaf = x.clone().requires_grad_()  # the two systems of derivatives in one another
+    close(torch.autograd.grad(func.jvp(cube, (leaf,), (tangents[0],))[1], leaf)[0], curvature)
+    with forward_ad.dual_level():
+        (first,) = torch.autograd.grad(cube(dual := forward_ad.make_dual(leaf, tangents[0])), dual, create_graph=True)
+        close(forward_ad.unpack_dual(first).tangent, curvature)
+
+
 def test_vmap():
     x = rows(3, 4, 5)
     want = freqrank.dct(x, 2, dim=1)
@@ -441,6 +511,31 @@ def test_compile_with_gradients():
         f(x).sum().backward()
         g(y).sum().backward()
         assert torch.equal(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", ["grad", "hessian", "jacrev", "jacfwd"])
+def test_compile_function_transforms(name, backend):
+    torch._dynamo.reset()
+    transform = getattr(torch.func, name)
+    got = torch.compile(transform(cube), fullgraph=True, backend=backend, dynamic=True)(rows(5))
+    torch.testing.assert_close(got, transform(dense_cube)(rows(5)))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile_forward_mode(backend):
+    torch._dynamo.reset()
+
+    def by_function(x, tangent):
+        return torch.func.jvp(freqrank.dct, (x,), (tangent,))[1]
+
+    def by_dual(x, tangent):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(freqrank.dct(forward_ad.make_dual(x, tangent))).tangent
+
+    for f in (by_function, by_dual):
+        got = torch.compile(f, fullgraph=True, backend=backend)(rows(3, 5), rows(3, 5, seed=1))
+        assert torch.equal(got, freqrank.dct(rows(3, 5, seed=1)))
 
 
 def test_export():

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from freqrank import _native
 from freqrank.ops._checks import FLOATS, check_option, check_tensor
+from freqrank.ops._derivatives import below_autograd, functorch_level, register_derivatives
 
 __all__ = ["dct", "dctn", "describe_plan", "idct", "idctn"]
 
@@ -53,7 +55,8 @@ def dct(
     Returns:
         A new contiguous tensor of the dtype of ``x``, of size ``n`` along ``dim``. 16-bit tensors are computed in
         float32 and rounded once. O(N log N) for every N. Each row has the same bits whatever the other rows, their
-        number and that of threads. Differentiable any number of times, works under :func:`torch.vmap`.
+        number and that of threads. Differentiable any number of times, in
+        reverse and forward mode, also by :mod:`torch.func`; works under :func:`torch.vmap`.
 
     Raises:
         TypeError: ``x`` is not a tensor or is complex, ``type``, ``n`` or ``dim`` is not an integer.
@@ -237,8 +240,6 @@ def _integers(name: str, value: Any) -> list[int] | None:
 
 
 _dct = torch.ops.freqrank.dct.default
-_functorch_level = torch._C._functorch.maybe_current_level
-_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 
 def _transform(
@@ -251,11 +252,12 @@ def _transform(
         torch.compiler.is_compiling()
         or (x.requires_grad and torch.is_grad_enabled())
         or call[0].__class__ is not Tensor
-        or _functorch_level() is not None
+        or forward_ad._current_level >= 0
+        or functorch_level() is not None
     ):
         return torch.ops.freqrank.dct(*call)
-    # Nobody can ask for a gradient: past autograd, whose Python costs more than a short transform.
-    with _BelowAutograd():
+    # Nobody can ask for a derivative: past autograd, whose Python costs more than a short transform.
+    with below_autograd():
         return _dct(*call)
 
 
@@ -340,18 +342,22 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.dims, ctx.lengths, _, ctx.type, ctx.norm, ctx.in_ends, ctx.out_ends = inputs
-    ctx.sizes = [x.shape[d] for d in ctx.dims]
+    x, *ctx.arguments = inputs
+    ctx.sizes = [x.shape[d] for d in ctx.arguments[0]]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # The transposed matrix: the type's own transpose, ends exchanged; cropping and padding exchanged too.
-    type = {1: 1, 2: 3, 3: 2, 4: 4}[ctx.type]
-    grad_x = torch.ops.freqrank.dct(grad, ctx.dims, ctx.lengths, ctx.sizes, type, ctx.norm, ctx.out_ends, ctx.in_ends)
-    return grad_x, None, None, None, None, None, None, None
+    dims, lengths, _, type, norm, in_ends, out_ends = ctx.arguments
+    type = {1: 1, 2: 3, 3: 2, 4: 4}[type]
+    return _dct(grad, dims, lengths, ctx.sizes, type, norm, out_ends, in_ends), *[None] * 7
 
 
-torch.library.register_autograd("freqrank::dct", _backward, setup_context=_setup_context)
+def _jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    return _dct(tangent, *ctx.arguments)
+
+
+register_derivatives("dct", _backward, setup_context=_setup_context, jvp=_jvp)
 
 
 @torch.library.register_vmap("freqrank::dct")

@@ -1,0 +1,95 @@
+"""Derivatives of the native ops, for every way that torch has of asking for them.
+
+:func:`torch.library.register_autograd` knows reverse mode alone: :mod:`torch.func` refuses its ops, and a tangent of
+:mod:`torch.autograd.forward_ad` is lost without a word. What is registered here has both modes, in any nesting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
+from torch.library import Library
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+functorch_level = torch._C._functorch.maybe_current_level
+
+_AFTER_AUTOGRAD = torch._C._after_autograd_keyset
+_PLAIN = (Tensor, torch.nn.Parameter)
+_LIBRARY = Library("freqrank", "IMPL")
+
+
+def register_derivatives(
+    name: str,
+    backward: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None],
+    jvp: Callable[..., Any] | None = None,
+) -> None:
+    """Gives ``torch.ops.freqrank.<name>`` its derivatives, with the methods of a :class:`torch.autograd.Function`.
+
+    ``setup_context(ctx, inputs, output)``, ``backward(ctx, *grads)``, ``jvp(ctx, *tangents)``. All of them may use
+    whatever is differentiable itself. Without ``jvp``, forward mode is an error.
+    """
+    op = getattr(torch.ops.freqrank, name).default
+
+    def forward(*arguments_and_keyset: Any) -> Any:
+        *arguments, keyset = arguments_and_keyset
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), below_autograd():  # enabled for outer transforms
+            return op.redispatch(keyset & _AFTER_AUTOGRAD, *arguments)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, inputs[:-1], output)
+
+    def reverse(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        result = backward(ctx, *grads)
+        return (*(result if isinstance(result, tuple) else (result,)), None)
+
+    def tangents(ctx: Any, *tangents: Tensor | None) -> Any:
+        return refuse() if jvp is None else jvp(ctx, *tangents[:-1])
+
+    def refuse() -> NoReturn:
+        raise NotImplementedError(
+            f"freqrank.{name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
+            "torch.autograd.forward_ad); use reverse mode: torch.func.vjp, jacrev, torch.autograd.grad"
+        )
+
+    # One level of torch.func's transforms; those outside it find the op again when forward() redispatches.
+    function = type(
+        name,
+        (_SingleLevelFunction,),
+        {
+            "forward": staticmethod(forward),
+            "setup_context": staticmethod(setup),
+            "backward": staticmethod(reverse),
+            "jvp": staticmethod(tangents),
+        },
+    )
+
+    def autograd(keyset: Any, *arguments: Any) -> Any:
+        if not _may_be_differentiated([x for x in arguments if isinstance(x, Tensor)]):
+            with below_autograd():
+                return op.redispatch(keyset & _AFTER_AUTOGRAD, *arguments)
+        with enable_single_level_autograd_function():
+            return function.apply(*arguments, keyset)  # type: ignore[attr-defined]
+
+    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def _may_be_differentiated(tensors: list[Tensor]) -> bool:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
+    # Only plain tensors can be asked for a tangent unseen by whoever is tracing.
+    if (
+        functorch_level() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(x.__class__ not in _PLAIN for x in tensors)
+    ):
+        return True
+    with below_autograd():
+        return any(torch._VF._unpack_dual(x, level=0)[1] is not None for x in tensors)

@@ -474,12 +474,28 @@ def test_vmap():
         ((3, 5), ([0, 1], [4, 2], [4, 2], 1, 1, 1, 1)),
         ((3, 5), ([1], [7], [5], 3, 2, 2, 0)),
         ((0, 5), ([1], [5], [5], 4, 0, 0, 0)),
+        ((3, 5), ([1, 0], None, None, 2, 0, 0, 1)),
+        ((3, 5), ([1], None, [4], 2, 0, 0, 0)),
+        ((3, 5), ([1], [8], None, 4, 1, 0, 0)),
     ],
 )
 def test_opcheck(shape, arguments):
     for dtype in (torch.float64, torch.bfloat16):
         x = rows(*shape, dtype=dtype).requires_grad_()
         torch.library.opcheck(torch.ops.freqrank.dct.default, (x, *arguments))
+
+
+def test_lengths_and_sizes_of_the_op_have_defaults():
+    x = rows(3, 5)
+    op = torch.ops.freqrank.dct
+    for lengths, sizes in itertools.product((None, [5], [8]), (None, [4], [9])):
+        known = lengths or [5]
+        want = op(x, [1], known, sizes or known, 3, 0, 2, 0)
+        assert torch.equal(op(x, [1], lengths, sizes, 3, 0, 2, 0), want)
+        f = lambda x, lengths=lengths, sizes=sizes: op(x, [1], lengths, sizes, 3, 0, 2, 0)  # noqa: E731
+        assert torch.autograd.gradcheck(f, x.clone().requires_grad_(), check_forward_ad=True)
+    with pytest.raises(RuntimeError, match="one length a transformed dimension"):
+        op(x, [0, 1], [5], None, 2, 0, 0, 0)
 
 
 def test_compile_once_for_many_sizes():

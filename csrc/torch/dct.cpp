@@ -62,11 +62,20 @@ TableCache& table_cache() {
   return cache;
 }
 
-Tensor dct_cpu(const Tensor& x, std::vector<std::int64_t> dims, std::vector<std::int64_t> lengths,
-               std::vector<std::int64_t> sizes, std::int64_t type, std::int64_t norm, std::int64_t in_ends,
-               std::int64_t out_ends) {
+// torch::stable::new_empty goes through the dispatcher, which costs more than a short transform.
+Tensor empty_cpu(const Sizes& sizes, const Sizes& strides, const Tensor& like) {
+  std::int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle out = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  dtype, aoti_torch_device_type_cpu(), 0, &out));
+  return Tensor(out);
+}
+
+Tensor dct_cpu(const Tensor& x, Sizes dims, std::optional<Sizes> lengths, std::optional<Sizes> sizes, std::int64_t type,
+               std::int64_t norm, std::int64_t in_ends, std::int64_t out_ends) {
   const dct::Problem problem = dct_problem(x, dims, lengths, sizes, type, norm, in_ends, out_ends);
-  Tensor out = torch::stable::new_empty(x, problem.out_sizes);
+  Tensor out = empty_cpu(problem.out_sizes, problem.out_strides, x);
   const dct::Plan plan = dct::plan(problem);
   std::vector<TableCache::Table> tables;
   std::vector<const void*> pointers;
@@ -79,10 +88,9 @@ Tensor dct_cpu(const Tensor& x, std::vector<std::int64_t> dims, std::vector<std:
   return out;
 }
 
-std::string dct_plan(std::vector<std::int64_t> in_sizes, std::vector<std::int64_t> in_strides, ScalarType dtype,
-                     std::vector<std::int64_t> dims, std::vector<std::int64_t> lengths, std::vector<std::int64_t> sizes,
-                     std::int64_t type, std::int64_t norm, std::int64_t in_ends, std::int64_t out_ends,
-                     std::string device, std::vector<std::int64_t> limits) {
+std::string dct_plan(Sizes in_sizes, Sizes in_strides, ScalarType dtype, Sizes dims, std::optional<Sizes> lengths,
+                     std::optional<Sizes> sizes, std::int64_t type, std::int64_t norm, std::int64_t in_ends,
+                     std::int64_t out_ends, std::string device, std::vector<std::int64_t> limits) {
   const dct::Problem problem =
       dct_problem(in_sizes, in_strides, dtype, dims, lengths, sizes, type, norm, in_ends, out_ends);
   if (device == "cpu") return dct::describe(dct::plan(problem));

@@ -15,9 +15,8 @@ CUstream_st* current_stream(std::int32_t device) {
   return static_cast<CUstream_st*>(stream);
 }
 
-Tensor dct_cuda(const Tensor& x, std::vector<std::int64_t> dims, std::vector<std::int64_t> lengths,
-                std::vector<std::int64_t> sizes, std::int64_t type, std::int64_t norm, std::int64_t in_ends,
-                std::int64_t out_ends) {
+Tensor dct_cuda(const Tensor& x, Sizes dims, std::optional<Sizes> lengths, std::optional<Sizes> sizes,
+                std::int64_t type, std::int64_t norm, std::int64_t in_ends, std::int64_t out_ends) {
   const std::int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const dct::Problem problem = dct_problem(x, dims, lengths, sizes, type, norm, in_ends, out_ends);

@@ -8,16 +8,16 @@ STABLE_TORCH_LIBRARY(freqrank, m) {
   m.def("cuda_targets() -> str");
 
   // dct
-  // Along each of `dims` (not negative, distinct): crop or zero-pad to `lengths`, transform, crop or zero-pad to
-  // `sizes`. norm, in_ends, out_ends as in dct/dct.h. The result is contiguous.
+  // Along each of `dims` (not negative, distinct): crop or zero-pad to `lengths` (None: the sizes of x), transform,
+  // crop or zero-pad to `sizes` (None: the lengths). norm, in_ends, out_ends as in dct/dct.h. The result is contiguous.
   m.def(
-      "dct(Tensor x, int[] dims, SymInt[] lengths, SymInt[] sizes, int type, int norm, int in_ends, int out_ends) "
+      "dct(Tensor x, int[] dims, SymInt[]? lengths, SymInt[]? sizes, int type, int norm, int in_ends, int out_ends) "
       "-> Tensor");
   // The plan of that call in words, for a tensor of these sizes and strides on "cpu" or "cuda"; `limits` are the GPU's,
   // from dct_cuda_limits, or none: those of an H100.
   m.def(
-      "dct_plan(SymInt[] in_sizes, SymInt[] in_strides, ScalarType dtype, int[] dims, SymInt[] lengths, "
-      "SymInt[] sizes, int type, int norm, int in_ends, int out_ends, str device, int[] limits) -> str");
+      "dct_plan(SymInt[] in_sizes, SymInt[] in_strides, ScalarType dtype, int[] dims, SymInt[]? lengths, "
+      "SymInt[]? sizes, int type, int norm, int in_ends, int out_ends, str device, int[] limits) -> str");
   m.def("dct_cuda_limits(int device) -> int[]");
 
   // linear_attention

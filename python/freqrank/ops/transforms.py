@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,8 @@ __all__ = ["dct", "dctn", "describe_plan", "idct", "idctn"]
 
 MAX_LENGTH = 2**30  # kLongestRow in csrc/dct/dct.h
 
-_Call = tuple[Tensor, list[int], list[int], list[int], int, int, int, int]  # of torch.ops.freqrank.dct
+# the arguments of torch.ops.freqrank.dct
+_Call = tuple[Tensor, list[int], list[int] | None, None, int, int, int, int]
 
 
 def dct(
@@ -240,92 +242,122 @@ def _integers(name: str, value: Any) -> list[int] | None:
 
 
 _dct = torch.ops.freqrank.dct.default
+_invoke = _dct._op  # what calling _dct comes to
+_is_compiling = torch.compiler.is_compiling
+
+_TYPES, _NORMS = (1, 2, 3, 4), (None, "backward", "ortho", "forward")
+_HALVES = dict(zip(_NORMS, (0, 0, 1, 2), strict=True))
+_TRANSPOSED = {1: 1, 2: 3, 3: 2, 4: 4}  # and inverse, but for the direction of the norm
+
+
+def _matrices() -> dict[tuple[int, bool, bool], tuple[int, int, int]]:
+    """(type, inverse, orthogonalize) -> type, in_ends and out_ends of the op."""
+    table = {}
+    for type, inverse, orthogonalize in itertools.product(_TYPES, (False, True), (False, True)):
+        kind = _TRANSPOSED[type] if inverse else type
+        in_ends = 0 if kind in (2, 4) else 1 if orthogonalize else 2
+        out_ends = 1 if orthogonalize and kind in (1, 2) else 0
+        table[type, inverse, orthogonalize] = kind, in_ends, out_ends
+    return table
+
+
+_MATRICES = _matrices()
 
 
 def _transform(
     x: Tensor, type: int, n: Any, dim: Any, norm: str | None, orthogonalize: bool | None, *, inverse: bool, many: bool
 ) -> Tensor:
     call = _arguments(x, type, n, dim, norm, orthogonalize, inverse=inverse, many=many)
-    if isinstance(call, Tensor):
+    if not isinstance(call, tuple):
         return call
+    x = call[0]
     if (
-        torch.compiler.is_compiling()
+        _is_compiling()
+        or x.__class__ is not Tensor
         or (x.requires_grad and torch.is_grad_enabled())
-        or call[0].__class__ is not Tensor
         or forward_ad._current_level >= 0
         or functorch_level() is not None
     ):
-        return torch.ops.freqrank.dct(*call)
+        return _dct(*call)
     # Nobody can ask for a derivative: past autograd, whose Python costs more than a short transform.
     with below_autograd():
-        return _dct(*call)
+        return _invoke(*call)
 
 
 def _arguments(
     x: Tensor, type: int, n: Any, dim: Any, norm: str | None, orthogonalize: bool | None, *, inverse: bool, many: bool
 ) -> _Call | Tensor:
-    """The checked arguments of the native op, or the result itself where no dimension is transformed."""
-    check_tensor("x", x)
-    if x.is_complex():
-        raise TypeError(f"x must be real; got {x.dtype}. Transform real and imaginary part each on its own")
-    type = _integer("type", type)
-    check_option("type", type, (1, 2, 3, 4))
-    check_option("norm", norm, (None, "backward", "ortho", "forward"))
-    if orthogonalize is None:
-        orthogonalize = norm == "ortho"
+    """The checked arguments of the native op, or the result itself where no dimension is transformed.
 
-    length_name = "s" if many else "n"
+    Short transforms take no longer than this: what is checked is cheap where it holds, and says why elsewhere.
+    """
+    if not isinstance(x, Tensor):
+        check_tensor("x", x)
+    dtype = x.dtype
+    if dtype not in FLOATS and x.is_complex():
+        raise TypeError(f"x must be real; got {dtype}. Transform real and imaginary part each on its own")
+    if type.__class__ is not int:
+        type = _integer("type", type)
+    if type not in _TYPES:
+        check_option("type", type, _TYPES)
+    if norm not in _NORMS:
+        check_option("norm", norm, _NORMS)
+    shape = x.shape
+    lengths: list[int] | None
     if many:
         lengths, dims = _integers("s", n), _integers("dim", dim)
-        if lengths is not None and len(lengths) > x.dim():
-            raise ValueError(f"s must have at most one entry for each of x's {x.dim()} dimensions; got {len(lengths)}")
+        ndim = len(shape)
+        if lengths is not None and len(lengths) > ndim:
+            raise ValueError(f"s must have at most one entry for each of x's {ndim} dimensions; got {len(lengths)}")
         if dims is None:
-            dims = list(range(x.dim() if lengths is None else len(lengths)))
-            dims = [d - len(dims) for d in dims]
+            dims = list(range(-(ndim if lengths is None else len(lengths)), 0))
         if lengths is not None and len(lengths) != len(dims):
             raise ValueError(f"s and dim must have the same length; got {len(lengths)} and {len(dims)}")
+        dims = [_dimension(d, ndim) for d in dims]
+        if len(set(dims)) != len(dims):
+            raise ValueError(f"dim must name each dimension once; got {dim!r}")
+        if lengths is not None:
+            lengths = [shape[d] if length == -1 else length for length, d in zip(lengths, dims, strict=True)]
+        for length, d in zip([shape[d] for d in dims] if lengths is None else lengths, dims, strict=True):
+            _check_length("s", length, type, d)
     else:
-        lengths, dims = None if n is None else [_integer("n", n)], [_integer("dim", dim)]
+        lengths = None if n is None else [_integer("n", n)]
+        d = _dimension(dim if dim.__class__ is int else _integer("dim", dim), len(shape))
+        dims = [d]
+        _check_length("n", shape[d] if lengths is None else lengths[0], type, d)
 
-    for d in dims:
-        if not -x.dim() <= d < x.dim():
-            allowed = f"from {-x.dim()} to {x.dim() - 1}" if x.dim() else "none, for x has no dimensions"
-            raise ValueError(f"dim out of range: allowed is {allowed}; got {d}")
-    dims = [d % x.dim() for d in dims]
-    if len(set(dims)) != len(dims):
-        raise ValueError(f"dim must name each dimension once; got {dim!r}")
-    sizes = [x.shape[d] for d in dims]
-    if lengths is None:
-        lengths = sizes
-    elif many:
-        lengths = [size if length == -1 else length for length, size in zip(lengths, sizes, strict=True)]
-    smallest = 2 if type == 1 else 1
-    for length, d in zip(lengths, dims, strict=True):
-        if length < smallest:
-            raise ValueError(
-                f"{length_name}, the length of the transform, must be at least {smallest} for type {type}; "
-                f"got {length} along dimension {d}"
-            )
-        # not while tracing, where it would bound every dynamic size; the native op has the same check
-        if not torch.compiler.is_compiling() and length > MAX_LENGTH:
-            raise ValueError(
-                f"{length_name}, the length of the transform, must be at most {MAX_LENGTH}; "
-                f"got {length} along dimension {d}"
-            )
-
-    if x.dtype not in FLOATS:
+    if dtype not in FLOATS:
         if x.is_floating_point():  # the 8-bit ones and their kin
-            raise TypeError(f"x must have dtype float16, bfloat16, float32, float64 or an integer one; got {x.dtype}")
+            raise TypeError(f"x must have dtype float16, bfloat16, float32, float64 or an integer one; got {dtype}")
         x = x.to(torch.get_default_dtype())
     if not dims:
         return x.clone(memory_format=torch.contiguous_format)
 
-    # The inverse of a type is a type too; only the direction of the norm changes.
-    kind = {1: 1, 2: 3, 3: 2, 4: 4}[type] if inverse else type
-    halves = {None: 0, "backward": 0, "ortho": 1, "forward": 2}[norm]
-    in_ends = 0 if kind in (2, 4) else 1 if orthogonalize else 2
-    out_ends = 1 if orthogonalize and kind in (1, 2) else 0
-    return x, dims, lengths, lengths, kind, 2 - halves if inverse else halves, in_ends, out_ends
+    halves = _HALVES[norm]
+    orthogonalize = norm == "ortho" if orthogonalize is None else bool(orthogonalize)
+    kind, in_ends, out_ends = _MATRICES[type, inverse, orthogonalize]
+    return x, dims, lengths, None, kind, 2 - halves if inverse else halves, in_ends, out_ends
+
+
+def _dimension(d: int, ndim: int) -> int:
+    if not -ndim <= d < ndim:
+        allowed = f"from {-ndim} to {ndim - 1}" if ndim else "none, for x has no dimensions"
+        raise ValueError(f"dim out of range: allowed is {allowed}; got {d}")
+    return d + ndim if d < 0 else d
+
+
+def _check_length(name: str, length: int, type: int, d: int) -> None:
+    smallest = 2 if type == 1 else 1
+    if length < smallest:
+        raise ValueError(
+            f"{name}, the length of the transform, must be at least {smallest} for type {type}; "
+            f"got {length} along dimension {d}"
+        )
+    # not while tracing, where it would bound every dynamic size; the native op has the same check
+    if not _is_compiling() and length > MAX_LENGTH:
+        raise ValueError(
+            f"{name}, the length of the transform, must be at most {MAX_LENGTH}; got {length} along dimension {d}"
+        )
 
 
 # --- fake, autograd, vmap -----------------------------------------------------------------------------------------
@@ -333,11 +365,20 @@ def _arguments(
 
 @torch.library.register_fake("freqrank::dct")
 def _fake(
-    x: Tensor, dims: list[int], lengths: list[int], sizes: list[int], type: int, norm: int, in_ends: int, out_ends: int
+    x: Tensor,
+    dims: list[int],
+    lengths: list[int] | None,
+    sizes: list[int] | None,
+    type: int,
+    norm: int,
+    in_ends: int,
+    out_ends: int,
 ) -> Tensor:
     shape = list(x.shape)
-    for d, size in zip(dims, sizes, strict=True):
-        shape[d] = size
+    written = lengths if sizes is None else sizes
+    if written is not None:
+        for d, size in zip(dims, written, strict=True):
+            shape[d] = size
     return x.new_empty(shape)
 
 
@@ -348,9 +389,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # The transposed matrix: the type's own transpose, ends exchanged; cropping and padding exchanged too.
-    dims, lengths, _, type, norm, in_ends, out_ends = ctx.arguments
-    type = {1: 1, 2: 3, 3: 2, 4: 4}[type]
-    return _dct(grad, dims, lengths, ctx.sizes, type, norm, out_ends, in_ends), *[None] * 7
+    dims, lengths, sizes, type, norm, in_ends, out_ends = ctx.arguments
+    resized = None
+    if lengths is not None or sizes is not None:
+        lengths, resized = lengths or ctx.sizes, ctx.sizes
+    return _dct(grad, dims, lengths, resized, _TRANSPOSED[type], norm, out_ends, in_ends), *[None] * 7
 
 
 def _jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
@@ -362,5 +405,4 @@ register_derivatives("dct", _backward, setup_context=_setup_context, jvp=_jvp)
 
 @torch.library.register_vmap("freqrank::dct")
 def _vmap(info: Any, in_dims: tuple[int, ...], x: Tensor, dims: list[int], *args: Any) -> tuple[Tensor, int]:
-    moved = x.movedim(in_dims[0], 0)
-    return torch.ops.freqrank.dct(moved, [d + 1 for d in dims], *args), 0
+    return _dct(x.movedim(in_dims[0], 0), [d + 1 for d in dims], *args), 0

@@ -680,6 +680,17 @@ def test_opcheck():
     )
 
 
+def test_function_transforms_and_forward_mode():
+    q, k, v, log_decay = make(torch.float64, 1, 3, 2, 1, 2, 2, decay="BTH")
+    run = lambda q, g: linear_attention(q, k, v, log_decay=g, normalize=True)[0].square().sum()  # noqa: E731
+    leaves = [x.clone().requires_grad_() for x in (q, log_decay)]
+    want = torch.autograd.grad(run(*leaves), leaves)
+    for got, expected in zip(torch.func.grad(run, argnums=(0, 1))(q, log_decay), want, strict=True):
+        assert torch.equal(got, expected)
+    with pytest.raises(NotImplementedError, match=r"linear_attention has no forward-mode derivative"):
+        torch.func.jvp(run, (q, log_decay), (q, log_decay))
+
+
 def test_compiles_to_one_graph_for_every_length():
     torch._dynamo.reset()
 

@@ -9,7 +9,7 @@ from freqrank.ops import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SOLVER_FLOATS = (torch.float32, torch.float64)
@@ -720,6 +720,26 @@ def samples():
 def test_opcheck(index):
     op, arguments = list(samples())[index]
     torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("name", ["gram", "cholesky_ex", "solve_triangular"])
+def test_function_transforms_and_forward_mode(name):
+    run = {
+        "gram": lambda a: freqrank.gram(a).square().sum(),
+        "cholesky_ex": lambda a: freqrank.cholesky_ex(a).L.square().sum(dim=(-1, -2)).log().sum(),
+        "solve_triangular": lambda a: freqrank.solve_triangular(a.tril(), a, upper=False).square().sum(),
+    }[name]
+    a = positive_definite(4)
+    leaf = a.clone().requires_grad_()
+    (want,) = torch.autograd.grad(run(leaf), leaf)
+    assert torch.equal(torch.func.grad(run)(a), want)
+    (want,) = torch.autograd.grad(torch.autograd.grad(run(leaf), leaf, create_graph=True)[0].square().sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda a: torch.func.grad(run)(a).square().sum())(a), want)
+    for jvp in (lambda: torch.func.jvp(run, (a,), (a,)), lambda: torch.func.jacfwd(run)(a)):
+        with pytest.raises(NotImplementedError, match=f"freqrank.{name} has no forward-mode derivative"):
+            jvp()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="use reverse mode"):
+        run(forward_ad.make_dual(a, a))
 
 
 def test_meta_tensors():

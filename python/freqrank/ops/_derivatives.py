@@ -26,7 +26,7 @@ _LIBRARY = Library("freqrank", "IMPL")
 
 def register_derivatives(
     name: str,
-    backward: Callable[..., Any],
+    backward: Callable[..., tuple[Tensor | None, ...]],
     *,
     setup_context: Callable[..., None],
     jvp: Callable[..., Any] | None = None,
@@ -47,8 +47,12 @@ def register_derivatives(
         setup_context(ctx, inputs[:-1], output)
 
     def reverse(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        result = backward(ctx, *grads)
-        return (*(result if isinstance(result, tuple) else (result,)), None)
+        needs = ctx.needs_input_grad
+        ctx.needs_input_grad = needs[:-1]
+        try:
+            return *backward(ctx, *grads), None
+        finally:
+            ctx.needs_input_grad = needs
 
     def tangents(ctx: Any, *tangents: Tensor | None) -> Any:
         return refuse() if jvp is None else jvp(ctx, *tangents[:-1])
@@ -72,7 +76,7 @@ def register_derivatives(
     )
 
     def autograd(keyset: Any, *arguments: Any) -> Any:
-        if not _may_be_differentiated([x for x in arguments if isinstance(x, Tensor)]):
+        if not _may_be_differentiated([x for x in arguments if isinstance(x, Tensor) and x.is_floating_point()]):
             with below_autograd():
                 return op.redispatch(keyset & _AFTER_AUTOGRAD, *arguments)
         with enable_single_level_autograd_function():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from freqrank.ops._checks import check_device, check_dtype, check_option, check_tensor, check_values
+from freqrank.ops._derivatives import register_derivatives
 
 MAX_DIM = 256
 MAX_FEATURES = 512
@@ -586,7 +587,7 @@ def _backward(ctx, grad_o, grad_kv, grad_z):
     )  # fmt: skip
 
 
-torch.library.register_autograd("freqrank::linear_attention", _backward, setup_context=_setup)
+register_derivatives("linear_attention", _backward, setup_context=_setup)
 
 
 def _chunked(q, k, v, log_decay, mask, cu_seqlens, kv, z, scale, normalize, eps):
@@ -694,4 +695,4 @@ def _second_backward(ctx, *directions):
     return tuple(out)
 
 
-torch.library.register_autograd("freqrank::linear_attention_backward", _second_backward, setup_context=_setup_second)
+register_derivatives("linear_attention_backward", _second_backward, setup_context=_setup_second)

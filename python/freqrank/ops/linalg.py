@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from freqrank.ops._checks import check_device, check_dtype, check_tensor, check_values
+from freqrank.ops._derivatives import register_derivatives
 
 _SOLVER_FLOATS = (torch.float32, torch.float64)
 
@@ -203,7 +204,7 @@ def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None
     return grad_x, grad_y, grad_weight
 
 
-torch.library.register_autograd("freqrank::gram", _gram_backward, setup_context=_gram_setup)
+register_derivatives("gram", _gram_backward, setup_context=_gram_setup)
 
 
 # --- factorisations ---------------------------------------------------------------------------------------------------
@@ -391,8 +392,8 @@ def _solve_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | Non
     return grad_A, grad_B, None, None, None
 
 
-torch.library.register_autograd("freqrank::cholesky_ex", _cholesky_backward, setup_context=_cholesky_setup)
-torch.library.register_autograd("freqrank::solve_triangular", _solve_backward, setup_context=_solve_setup)
+register_derivatives("cholesky_ex", _cholesky_backward, setup_context=_cholesky_setup)
+register_derivatives("solve_triangular", _solve_backward, setup_context=_solve_setup)
 
 
 # --- whitening --------------------------------------------------------------------------------------------------------

@@ -585,6 +585,7 @@ def test_meta_and_autocast():
         ("dct", [1.0], {}, TypeError, "x must be a torch.Tensor; got list"),
         ("dct", torch.ones(3, dtype=torch.complex64), {}, TypeError, "x must be real; got torch.complex64"),
         ("dct", torch.ones(3).to(torch.float8_e5m2), {}, TypeError, "x must have dtype .*float8_e5m2"),
+        ("dct", torch.ones(3, 2).to_sparse(), {}, ValueError, "x must be dense, .* got torch.sparse_coo"),
         ("dct", torch.ones(3), {"type": 5}, ValueError, "type must be one of 1, 2, 3, 4; got 5"),
         ("dct", torch.ones(3), {"type": 2.0}, TypeError, "type must be an integer; got 2.0"),
         ("dct", torch.ones(3), {"type": "2"}, TypeError, "type must be an integer; got '2'"),

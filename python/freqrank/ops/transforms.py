@@ -63,7 +63,8 @@ def dct(
     Raises:
         TypeError: ``x`` is not a tensor or is complex, ``type``, ``n`` or ``dim`` is not an integer.
         ValueError: ``type`` or ``norm`` is none of the above, ``dim`` is out of range, the length is below 1 (below 2
-            for type I) or above 2^30; also if ``x`` is on a device without kernels, or whose kernels are not built.
+            for type I) or above 2^30; also if ``x`` is sparse or nested, or is on a device without kernels, or whose
+            kernels are not built.
 
     Types I to IV: Wang and Hunt 1985. The algorithm for type II: Makhoul 1980, for lengths with large prime factors
     Rader 1968 on the CPU, Bluestein 1970 on CUDA.
@@ -296,6 +297,9 @@ def _arguments(
     dtype = x.dtype
     if dtype not in FLOATS and x.is_complex():
         raise TypeError(f"x must be real; got {dtype}. Transform real and imaginary part each on its own")
+    if x.layout is not torch.strided or x.is_nested:
+        layout = "a nested tensor" if x.is_nested else str(x.layout)
+        raise ValueError(f"x must be dense, of layout torch.strided; got {layout}")
     if type.__class__ is not int:
         type = _integer("type", type)
     if type not in _TYPES:

@@ -1,14 +1,23 @@
 #pragma once
 // Runs a plan on a queue: a CUDA stream or the host executor. Allocates nothing, waits for nothing.
 
-#include "dct/device/bluestein.h"
-#include "dct/device/mixed_radix.h"
-#include "dct/device/passes.h"
-#include "dct/device/power_of_two.h"
-#include "dct/device/tables.h"
-#include "dct/device/tile2d.h"
+#include "dct/device/params.h"
 
 namespace freqrank::dct::device {
+
+// Each is defined in its algorithm's header and compiled in a file of its own (dct/launch/), all of them at a time.
+template <class Queue>
+void enqueue_tables(const Step& step, const StepPointers& pointers, Queue& queue);
+template <class Queue>
+void enqueue_power_of_two(const Step& step, const StepPointers& pointers, Queue& queue);
+template <class Queue>
+void enqueue_mixed_radix(const Step& step, const StepPointers& pointers, Queue& queue);
+template <class Queue>
+void enqueue_bluestein(const Step& step, const StepPointers& pointers, Queue& queue);
+template <class Queue>
+void enqueue_multi_pass(const Step& step, const StepPointers& pointers, Queue& queue);
+template <class Queue>
+void enqueue_tile_2d(const Step& step, const StepPointers& pointers, Queue& queue);
 
 template <class Queue>
 void run_device(const DevicePlan& plan, const DevicePointers& pointers, void* workspace, Queue& queue) {

@@ -1,4 +1,4 @@
-// Compiles the DCT's kernels for CUDA. The host executor compiles the same ones in tests/simt.
+// The DCT on CUDA but for its kernels, which the other files of this folder compile, here and in tests/simt.
 #include "dct/launch.h"
 
 #include <stdexcept>

@@ -52,8 +52,13 @@ constexpr int kBlockRadices[] = {16, 15, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2}
 constexpr int kBlockRowBytes = 16, kBlockRows = 256;
 FREQRANK_INLINE constexpr int block_pad_shift(bool padded, bool wide) { return !padded ? 31 : wide ? 3 : 4; }
 
+// Bluestein's convolution in a block: radices of the first stage of its FFT, which is the last one of the FFT back, and
+// of the last one, which is the first one back; and of the stages between.
+constexpr int kConvolutionEnds[] = {16, 8, 4}, kConvolutionRadices[] = {16, 12, 10, 8, 5};
+
 // The complex FFT of length n of one row: `inner` == n, or Bluestein's convolution of length `inner` >= 2n - 1.
-// Stage i splits what is left by radix[i]: Stockham's order, decimation in frequency.
+// Stage i splits what is left by radix[i]: Stockham's order, decimation in frequency. In a block, the FFT back from the
+// convolution has the radices in reverse.
 struct DeviceFft {
   static constexpr int max_stages = 20;
   std::int64_t n = 1, inner = 1;
@@ -68,13 +73,12 @@ struct DeviceFft {
 // A run of complex numbers (real and imaginary part beside each other), float or double as the plan computes.
 struct TableRun {
   enum Kind {
-    units,     // exp(-2 pi i (first + step k) / period), k < count, nothing negative
-    chirp,     // exp(-pi i k^2 / period), k < count = period
+    units,     // exp(-2 pi i (first + step k + square k^2) / period), k < count, nothing negative
     spectrum,  // FFT of length count of the wrapped conjugate chirp of length period, over count
   };
   Kind kind = units;
   std::int64_t at = 0, count = 0;  // complex numbers from the start of the workspace's tables
-  std::int64_t first = 0, step = 1, period = 1;
+  std::int64_t first = 0, step = 1, square = 0, period = 1;
   std::int64_t inputs = 0, outputs = 0;  // of a spectrum's convolution (DeviceFft)
   // of the workspace's scratch, while the table is made
   std::int64_t scratch_bytes() const { return kind == spectrum ? 16 * (period + count) : 0; }
@@ -94,9 +98,13 @@ struct Axis {
   //   twist  types II and III exp(-i pi k / 2n), k <= n / 2 (n odd) or H / 2 (n even)
   //          type I exp(-i pi k / H), k <= H / 2
   //          type IV, n even, exp(-i pi (8k + 1) / 8n), k < H
-  //   chirp, spectrum  Bluestein's
-  std::int64_t roots = -1, twist = -1, chirp = -1, spectrum = -1;
+  //   chirp_in, chirp_out  by which Bluestein's convolution multiplies what comes and goes: exp(-i pi k^2 / H), k < H;
+  //          on the side of the spectrum of an odd row of types II and III times its twist, k <= n / 2
+  //   spectrum  of the convolution's filter
+  std::int64_t roots = -1, twist = -1, chirp_in = -1, chirp_out = -1, spectrum = -1;
   bool even(int type) const { return type != 1 && n % 2 == 0; }  // an FFT of length n / 2 serves
+  // Bluestein's convolution takes the row itself and gives the result.
+  bool fused(int type) const { return fft.bluestein() && n % 2 == 1 && (type == 2 || type == 3); }
 };
 
 constexpr int kLongThreads = 512;  // of a block

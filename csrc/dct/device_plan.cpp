@@ -137,16 +137,49 @@ std::int64_t block_threads(const Step& step, std::int64_t rows) {
   return std::max(ceil_div(threads, 32) * 32, stage_threads(fft, rows));
 }
 
-// Half of the spectrum of a real row, which an odd length of types II to IV is, is enough: type III has it as input,
-// the others as output.
-Step with_half_spectrum(const Step& step) {
-  Step half = step;
-  DeviceFft& fft = half.axis[0].fft;
-  if (!fft.bluestein() || step.type == 1 || step.axis[0].n % 2 == 0) return half;
-  (step.type == 3 ? fft.inputs : fft.outputs) = fft.n / 2 + 1;
-  fft.inner = smooth_at_least(fft.inputs + fft.outputs - 1);
-  set_radices(fft);
-  return half;
+// The cheapest radices, first stage, those between and last stage, for a convolution of length `least` or more: the
+// stages between go through shared memory once for each FFT, so does the first one, the last one once for both.
+void set_convolution(DeviceFft& fft) {
+  const std::int64_t least = fft.inputs + fft.outputs - 1;
+  double best = std::numeric_limits<double>::max();
+  std::vector<int> now;
+  const auto extend = [&](auto& self, std::int64_t length, double cost, int largest) -> void {
+    if (length < least) {
+      if (2 * now.size() > kBlockStages - 4) return;
+      for (const int radix : kConvolutionRadices) {
+        if (radix > largest) continue;
+        now.push_back(radix);
+        self(self, length * radix, cost + 2 * stage_cost(radix), radix);
+        now.pop_back();
+      }
+    } else if (cost * static_cast<double>(length) < best) {
+      best = cost * static_cast<double>(length);
+      fft.inner = length;
+      fft.stages = static_cast<int>(now.size());
+      std::copy(now.begin(), now.end(), fft.radix);
+    }
+  };
+  for (const int first : kConvolutionEnds) {
+    for (const int last : kConvolutionEnds) {
+      now = {first, last};
+      extend(extend, first * last, 2 * stage_cost(first) + stage_cost(last), kConvolutionRadices[0]);
+    }
+  }
+  std::rotate(fft.radix + 1, fft.radix + 2, fft.radix + fft.stages);
+  // Powers of two at both ends, where neighbouring threads write their radix apart: padding spreads these over all
+  // banks.
+  fft.padded = true;
+}
+
+// A step whose Bluestein's convolution, if it has one, takes place in a block. Half of the spectrum of a real row,
+// which an odd length of types II to IV is, is enough: type III has it as input, the others as output.
+Step in_a_block(const Step& step) {
+  Step block = step;
+  DeviceFft& fft = block.axis[0].fft;
+  if (!fft.bluestein()) return block;
+  if (step.type != 1 && step.axis[0].n % 2 == 1) (step.type == 3 ? fft.inputs : fft.outputs) = fft.n / 2 + 1;
+  set_convolution(fft);
+  return block;
 }
 
 bool fits_block(const Step& step, const DeviceLimits& limits) {
@@ -216,7 +249,7 @@ Step side_of(const Step& step, const Axis& axis, const BatchDim& other) {
   side.batch = step.batch;
   side.batch.push_back(other);
   side.rows = step.rows * other.size;
-  return side;
+  return in_a_block(side);
 }
 
 // As many rows or columns side by side as a block's threads hold, up to `count`; the shared memory that they take.
@@ -452,13 +485,11 @@ class Tables {
       case 4:
         if (axis.even(4)) axis.twist = units(h, 1, 8, 16 * n);
         break;
-      default: axis.twist = units((axis.even(step.type) ? h / 2 : n / 2) + 1, 0, 1, 4 * n);
+      default: if (!axis.fused(step.type)) axis.twist = units((axis.even(step.type) ? h / 2 : n / 2) + 1, 0, 1, 4 * n);
     }
     if (!fft.bluestein()) return;
-    TableRun chirp;
-    chirp.kind = TableRun::chirp;
-    chirp.count = chirp.period = fft.n;
-    axis.chirp = reserve(chirp);
+    axis.chirp_in = axis.chirp_out = units(h, 0, 0, 2 * h, 1);
+    if (axis.fused(step.type)) (step.type == 3 ? axis.chirp_in : axis.chirp_out) = units(n / 2 + 1, 0, 1, 4 * n, 2);
     TableRun spectrum;
     spectrum.kind = TableRun::spectrum;
     spectrum.count = fft.inner;
@@ -472,11 +503,13 @@ class Tables {
   std::size_t bytes() const { return static_cast<std::size_t>(count_) * (wide_ ? 16 : 8); }
 
  private:
-  std::int64_t units(std::int64_t count, std::int64_t first, std::int64_t step, std::int64_t period) {
+  std::int64_t units(std::int64_t count, std::int64_t first, std::int64_t step, std::int64_t period,
+                     std::int64_t square = 0) {
     TableRun run;
     run.count = count;
     run.first = first;
     run.step = step;
+    run.square = square;
     run.period = period;
     return reserve(run);
   }
@@ -485,7 +518,7 @@ class Tables {
   std::int64_t reserve(TableRun run) {
     for (const TableRun& r : runs) {
       if (r.kind == run.kind && r.count == run.count && r.first == run.first && r.step == run.step &&
-          r.period == run.period && r.inputs == run.inputs && r.outputs == run.outputs) {
+          r.square == run.square && r.period == run.period && r.inputs == run.inputs && r.outputs == run.outputs) {
         return r.at;
       }
     }
@@ -588,9 +621,9 @@ DevicePlan plan_device(const Problem& problem, const DeviceLimits& limits) {
     if (together == 1) {
       step = begin_step(i, 1);
       if (!plan_power_of_two(step, limits)) {
-        const Step half = with_half_spectrum(step);
-        if (fits_block(half, limits)) {
-          step = half;
+        const Step block = in_a_block(step);
+        if (fits_block(block, limits)) {
+          step = block;
           plan_block(step, limits);
         } else {
           plan_multi_pass(step, limits);

@@ -80,13 +80,14 @@ py::list steps_of(const dct::DevicePlan& plan) {
 py::array table_of(simt::Executor& executor, const std::string& kind, std::int64_t count, std::int64_t first,
                    std::int64_t step, std::int64_t period, bool wide) {
   dct::TableRun run;
-  run.kind = kind == "chirp"      ? dct::TableRun::chirp
-             : kind == "spectrum" ? dct::TableRun::spectrum
-                                  : dct::TableRun::units;
+  const bool chirp = kind == "chirp";
+  run.kind = kind == "spectrum" ? dct::TableRun::spectrum : dct::TableRun::units;
   run.count = count;
   run.first = first;
-  run.step = step;
-  run.period = run.inputs = run.outputs = period;
+  run.step = chirp ? 0 : step;
+  run.square = chirp ? 1 : 0;
+  run.inputs = run.outputs = period;
+  run.period = chirp ? 2 * period : period;
   dct::Step fill;
   fill.wide = wide;
   fill.tables = {run};

@@ -1,5 +1,6 @@
 """The DCT's CUDA kernels under the host executor, against SciPy in float64: every branch of the plan."""
 
+import math
 import re
 
 import freqrank_simt as simt
@@ -105,6 +106,36 @@ def test_every_radix():
     assert seen == {2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 16}
 
 
+def test_every_stage_of_the_convolution():
+    # the first radix, the radices between, and the last one, where the FFT and the one back meet
+    outer, between = set(), set()
+    for n in (17, 23, 37, 47, 59, 83, 101, 149, 202, 307, 359, 401, 509, 1019, 1531, 2729, 4099):
+        for type in (2, 3):
+            for dtype in ("float32", "float64"):
+                x = rng().standard_normal((3, n)).astype(dtype)
+                factors = ends(type, None, None)
+                results = [run(x, dtype, [1], [n], type, 0, *factors, seed=seed) for seed in (0, 1, 2)]
+                assert results[0][1][-1]["algorithm"] == "Bluestein"
+                assert_accurate(results[0][0], scipy.fft.dct(x.astype(np.float64), type), dtype, [n])
+                for other, _, _ in results[1:]:
+                    np.testing.assert_array_equal(results[0][0], other)
+                first, *middle, last = results[0][1][-1]["radices"]
+                outer |= {("first", first), ("last", last)}
+                between |= set(middle)
+    assert outer == {(place, radix) for place in ("first", "last") for radix in (4, 8, 16)}
+    assert between == {5, 8, 10, 12, 16}
+
+
+@pytest.mark.parametrize("n", [1018, 1019, 4099])
+def test_only_the_stages_of_a_convolution_pass_through_shared_memory(n):
+    for type in (2, 3):
+        _, executor = check((4, n), 1, type)
+        counts, (step,) = executor.counters["dct_bluestein"], plan((4, n), "float32", [1], [n])["steps"][1:]
+        halves = 4 * len(step["radices"]) - 4  # reads and writes of all numbers of the convolution, in two passes a warp
+        length = math.prod(step["radices"]) * (halves + 2) / 16  # the row itself comes and goes
+        assert counts["shared_passes"] / 4 <= 1.3 * length, type
+
+
 @pytest.mark.parametrize("type", [1, 2, 3, 4])
 def test_little_shared_memory_makes_several_passes(type):
     for n in (360, 386, 405):
@@ -116,7 +147,7 @@ def test_little_shared_memory_makes_several_passes(type):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("orthogonalize", [None, True, False])
 def test_norms(type, norm, orthogonalize):
-    for n in (2, 3, 12, 15, 17):
+    for n in (2, 3, 12, 15, 17, 34):
         check((4, n), 1, type, "float64", norm, orthogonalize)
 
 

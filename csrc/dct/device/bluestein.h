@@ -1,29 +1,116 @@
 #pragma once
-// Lengths with large prime factors: Bluestein's convolution with a chirp, by two FFTs of a smooth length in the same
-// block's shared memory.
+// Lengths with large prime factors: Bluestein's convolution with a chirp, by an FFT of a smooth length and one back in
+// the same block's shared memory. An inverse FFT is a forward one with real and imaginary parts exchanged.
+//
+// Nothing but stages of the two FFTs goes through shared memory: the first one multiplies by the chirp what it reads,
+// the last one what it writes; the last stage of the first FFT and the first one back meet in registers, with the
+// product with the filter's spectrum between, for they have the same radix and so the same elements in each thread. An
+// odd row of type II or III is real on one side, half of a spectrum on the other: these stages take it and give it as
+// it is.
 
 #include "dct/device/mixed_radix.h"
 
 namespace freqrank::dct::device {
 
-// The FFT, of a length of any kind, of every row.
+// Element j of what the convolution takes, times the chirp.
 template <class T>
-SIMT_DEVICE void fft_of_any_length(const RowParams<T>& p, const Rows<T>& z, int rows) {
+SIMT_DEVICE Complex<T> convolution_input(const RowParams<T>& p, const Rows<T>& z, int row, int j) {
+  if (j >= p.fft.inputs) return {T(0), T(0)};
+  const Complex<T> chirp = table_at(p.chirp_in, j);
+  if (!p.fused) return z.load(row, j) * chirp;
+  const T x = z.real(row, j);
+  if (p.type == 2) return {x * chirp.re, x * chirp.im};
+  // 2 V_j = 2 exp(i pi j / 2n) (x_j - i x_n-j), exchanged; twice, in place of V_n-j: the real part is the same
+  const T twice = p.scale + p.scale;
+  if (j == 0) return Complex<T>{T(0), x * twice * p.in_end} * chirp;
+  return Complex<T>{-z.real(row, p.tile.n - j) * twice, x * twice} * chirp;
+}
+
+// Element k of what it gives, which still lacks the chirp.
+template <class T>
+SIMT_DEVICE void convolution_output(const RowParams<T>& p, const Rows<T>& z, int row, int k, const Complex<T>& a) {
+  if (k >= p.fft.outputs) return;
+  const Complex<T> y = swapped(a) * table_at(p.chirp_out, k);
+  if (!p.fused) {
+    z.store(row, k, y);
+  } else if (p.type == 3) {
+    z.set_real(row, k, y.im);
+  } else {
+    const T twice = p.scale + p.scale;
+    z.set_real(row, k, y.re * (k == 0 ? twice * p.out_end : twice));
+    if (k != 0) z.set_real(row, p.tile.n - k, -y.im * twice);
+  }
+}
+
+// The first stage, that in the middle and the last one.
+enum class Part { enter, turn_round, leave };
+
+template <int R, class T>
+SIMT_DEVICE void convolution_stage(const RowParams<T>& p, Part part, const Rows<T>& z, int rows) {
   const BlockFft& f = p.fft;
-  const bool bluestein = f.inner != f.n;
-  if (bluestein) {
-    each(z, rows, f.by_inner,
-         [&](int row, int k) { return k < f.inputs ? z.load(row, k) * table_at(p.chirp, k) : Complex<T>{T(0), T(0)}; });
+  const BlockFft::Stage& s = f.stage[part == Part::turn_round ? f.stages : 0];
+  const int count = s.by_count.divisor();
+  staged<kBlockPerThread / R, Butterfly<R, T>>(
+      rows, s.by_count,
+      [&](int row, int u) {
+        Butterfly<R, T> b;
+        SIMT_UNROLL
+        for (int t = 0; t < R; ++t) {
+          const int j = u + t * count;
+          b.a[t] = part == Part::enter ? convolution_input(p, z, row, j) : z.load(row, j);
+        }
+        butterfly<R>(b.a);
+        if (part == Part::turn_round) {
+          SIMT_UNROLL
+          for (int t = 0; t < R; ++t) b.a[t] = swapped(b.a[t] * table_at(p.spectrum, u + t * count));
+          butterfly<R>(b.a);
+        }
+        if (part != Part::leave) turn<R>(b.a, table_at(p.roots, u));
+        return b;
+      },
+      [&](int row, int u, const Butterfly<R, T>& b) {
+        SIMT_UNROLL
+        for (int t = 0; t < R; ++t) {
+          if (part == Part::leave) {
+            convolution_output(p, z, row, u + t * count, b.a[t]);
+          } else {
+            z.store(row, R * u + t, b.a[t]);
+          }
+        }
+      });
+}
+
+// The stages between.
+template <class T>
+SIMT_DEVICE void convolution_stage(const BlockFft& f, int i, const Rows<T>& z, int rows, simt::global<const T> roots) {
+  const BlockFft::Stage& s = f.stage[i];
+  switch (s.radix) {
+    case 5: stage<5>(f, s, z, rows, roots); break;
+    case 8: stage<8>(f, s, z, rows, roots); break;
+    case 10: stage<10>(f, s, z, rows, roots); break;
+    case 12: stage<12>(f, s, z, rows, roots); break;
+    default: stage<16>(f, s, z, rows, roots); break;
   }
-  const int stages = bluestein ? 2 * f.stages : f.stages;
-  for (int i = 0; i < stages; ++i) {
-    if (bluestein && i == f.stages) {  // the second FFT is an inverse one: real and imaginary parts exchanged
-      each(z, rows, f.by_inner, [&](int row, int k) { return swapped(z.load(row, k) * table_at(p.spectrum, k)); });
+}
+
+// The cosine transform of every row, by way of the convolution.
+template <class T>
+SIMT_DEVICE void convolve_rows(const RowParams<T>& p, const Rows<T>& z, int rows) {
+  const BlockFft& f = p.fft;
+  const int last = 2 * f.stages - 1;
+  SIMT_NO_UNROLL
+  for (int i = 0; i <= last; ++i) {
+    if (i == f.stages - 1) continue;  // one with the stage that follows
+    const Part part = i == 0 ? Part::enter : i == last ? Part::leave : Part::turn_round;
+    if (i > 0 && i < last && i != f.stages) {
+      convolution_stage(f, i, z, rows, p.roots);
+      continue;
     }
-    fft_stage(f, i < f.stages ? i : i - f.stages, z, rows, p.roots);
-  }
-  if (bluestein) {
-    each(z, rows, f.by_n, [&](int row, int k) { return swapped(z.load(row, k)) * table_at(p.chirp, k); });
+    switch (f.stage[i].radix) {
+      case 4: convolution_stage<4>(p, part, z, rows); break;
+      case 8: convolution_stage<8>(p, part, z, rows); break;
+      default: convolution_stage<16>(p, part, z, rows); break;
+    }
   }
 }
 
@@ -33,7 +120,11 @@ struct BluesteinKernel {
   static constexpr const char* name = sizeof(T) == 8 ? "dct_bluestein_double" : "dct_bluestein";
   static constexpr int max_threads = block_threads_limit(sizeof(T) == 8), min_blocks = 1;
   SIMT_DEVICE static void run(const Params& p) {
-    transform_rows(p, [&](const Rows<T>& z, int rows) { fft_of_any_length(p, z, rows); });
+    transform_rows(p, [&](const Rows<T>& z, int rows) {
+      if (!p.fused) before_fft(p, z, rows);
+      convolve_rows(p, z, rows);
+      if (!p.fused) after_fft(p, z, rows);
+    });
   }
 };
 

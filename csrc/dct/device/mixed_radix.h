@@ -18,14 +18,15 @@ namespace freqrank::dct::device {
 struct BlockFft {
   int n, inner, inputs, outputs, stages, pitch;  // pitch: complex numbers from a row to the next
   bool padded;
-  Divider by_n, by_inner;
+  Divider by_n;
   struct Stage {
     int radix, span;  // span: the product of the radices before
     // Butterfly u < inner / radix is number p of the FFTs that are left, number q < span of those side by side. Threads
     // run along q, or, where that is short and odd, along p: either way over all banks.
     Divider by_count, by_run;  // run: span or, along p, inner / radix / span
     bool along_p;
-  } stage[kBlockStages];
+  } stage[kBlockStages];  // of Bluestein's convolution those back follow, `stages` again
+  SIMT_BOTH bool bluestein() const { return inner != n; }
 };
 
 inline BlockFft block_fft_of(const DeviceFft& fft, int pitch) {
@@ -38,10 +39,11 @@ inline BlockFft block_fft_of(const DeviceFft& fft, int pitch) {
   f.pitch = pitch;
   f.padded = fft.padded;
   f.by_n = Divider(f.n);
-  f.by_inner = Divider(f.inner);
   int span = 1;
-  for (int i = 0; i < fft.stages; ++i) {
-    const int radix = fft.radix[i], count = f.inner / radix, left = count / span;
+  for (int i = 0; i < (f.bluestein() ? 2 : 1) * fft.stages; ++i) {
+    if (i == fft.stages) span = 1;
+    const int radix = fft.radix[i < fft.stages ? i : 2 * fft.stages - 1 - i], count = f.inner / radix;
+    const int left = count / span;
     const bool along_p = span % 2 == 1 && radix % 2 == 1 && span > 1 && span < 16 && left >= 16;
     f.stage[i] = {radix, span, Divider(count), Divider(along_p ? left : span), along_p};
     span *= radix;
@@ -206,6 +208,19 @@ SIMT_DEVICE void any_butterfly(Complex<T>* a) {
   }
 }
 
+// a[t] by the t-th power of `root`, made by products of few factors: a rounding or two more than tables of them all.
+template <int R, class T>
+SIMT_DEVICE void turn(Complex<T>* a, const Complex<T>& root) {
+  Complex<T> w[R];
+  w[1] = root;
+  a[1] = a[1] * root;
+  SIMT_UNROLL
+  for (int t = 2; t < R; ++t) {
+    w[t] = w[t / 2] * w[t - t / 2];
+    a[t] = a[t] * w[t];
+  }
+}
+
 template <int R, class T>
 SIMT_DEVICE void stage(const BlockFft& f, const BlockFft::Stage& s, const Rows<T>& z, int rows,
                        simt::global<const T> roots) {
@@ -226,17 +241,7 @@ SIMT_DEVICE void stage(const BlockFft& f, const BlockFft::Stage& s, const Rows<T
         SIMT_UNROLL
         for (int t = 0; t < R; ++t) b.a[t] = z.load(row, at.q + span * at.p + t * count);
         any_butterfly<R>(b.a);
-        if (!last) {
-          // powers of one root by products of few factors: a rounding or two more than tables of them all
-          Complex<T> w[R];
-          w[1] = table_at(roots, at.p * span);
-          b.a[1] = b.a[1] * w[1];
-          SIMT_UNROLL
-          for (int t = 2; t < R; ++t) {
-            w[t] = w[t / 2] * w[t - t / 2];
-            b.a[t] = b.a[t] * w[t];
-          }
-        }
+        if (!last) turn<R>(b.a, table_at(roots, at.p * span));
         return b;
       },
       [&](int row, int u, const Butterfly<R, T>& b) {
@@ -275,9 +280,9 @@ template <class T>
 struct RowParams {
   Tile tile;
   BlockFft fft;
-  simt::global<const T> roots, twist, chirp, spectrum;
+  simt::global<const T> roots, twist, chirp_in, chirp_out, spectrum;
   int type;
-  bool even;
+  bool even, fused;
   T scale, in_end, out_end;
   Divider pairs;         // how many steps before and after the FFT: pairs k, l = L - k, or k of an odd n
   int eighth;            // type IV, n odd: 1 / 8 modulo n
@@ -310,48 +315,44 @@ SIMT_DEVICE Image image(int i, int n) {
 }
 
 // Where element i of a loaded row goes, as a real number of the tile.
-SIMT_DEVICE int load_slot(int type, bool even, int i, int n) {
-  return type == 2 ? permuted(i, n) : type == 4 && even ? folded(i, n) : i;
+template <class T>
+SIMT_DEVICE int load_slot(const RowParams<T>& p, int i) {
+  const int n = p.tile.n;
+  return p.type == 2 ? permuted(i, n) : p.type == 4 && p.even ? folded(i, n) : i;
 }
 
 // Where element i of the result is. An inverse FFT is a forward one with real and imaginary parts exchanged.
-SIMT_DEVICE int store_slot(int type, bool even, int i, int n) {
-  if (type == 3) return even ? permuted(i, n) ^ 1 : 2 * permuted(i, n) + 1;
-  return type == 4 && even ? folded(i, n) : i;
+template <class T>
+SIMT_DEVICE int store_slot(const RowParams<T>& p, int i) {
+  const int n = p.tile.n;
+  if (p.type == 3) return p.fused ? permuted(i, n) : p.even ? permuted(i, n) ^ 1 : 2 * permuted(i, n) + 1;
+  return p.type == 4 && p.even ? folded(i, n) : i;
 }
 
 // From the real row to the FFT's input.
 template <class T>
 SIMT_DEVICE void before_fft(const RowParams<T>& p, const Rows<T>& z, int rows) {
   const int n = p.tile.n, length = p.fft.n;
-  if (p.type == 1) {
+  if (p.type == 1 || (!p.even && p.type != 3)) {
     staged<kBlockPerThread, Complex<T>>(
         rows, p.fft.by_n,
         [&](int row, int j) {
-          const auto extended = [&](int i) {
-            i = i <= length ? i : 2 * length - i;
-            const T x = z.real(row, i);
-            return i == 0 || i == length ? (x + x) * p.in_end : x;
-          };
-          return Complex<T>{extended(2 * j), extended(2 * j + 1)};
+          if (p.type == 1) {
+            const auto extended = [&](int i) {
+              i = i <= length ? i : 2 * length - i;
+              const T x = z.real(row, i);
+              return i == 0 || i == length ? (x + x) * p.in_end : x;
+            };
+            return Complex<T>{extended(2 * j), extended(2 * j + 1)};
+          }
+          Image from{j, false};
+          if (p.type == 4) from = image(j < p.eighth ? j - p.eighth + n : j - p.eighth, n);
+          const T x = z.real(row, from.index);
+          return Complex<T>{from.negative ? -x : x, T(0)};
         },
         [&](int row, int j, const Complex<T>& a) { z.store(row, j, a); });
-  } else if (p.type == 4 && p.even) {
-    each(z, rows, p.fft.by_n, [&](int row, int j) { return z.load(row, j) * table_at(p.twist, j); });
   } else if (p.type == 4) {
-    staged<kBlockPerThread, T>(
-        rows, p.fft.by_n,
-        [&](int row, int j) {
-          const int i = j - p.eighth;
-          const Image from = image(i < 0 ? i + n : i, n);
-          const T x = z.real(row, from.index);
-          return from.negative ? -x : x;
-        },
-        [&](int row, int j, T a) { z.store(row, j, {a, T(0)}); });
-  } else if (p.type == 2 && !p.even) {
-    staged<kBlockPerThread, T>(
-        rows, p.fft.by_n, [&](int row, int j) { return z.real(row, j); },
-        [&](int row, int j, T a) { z.store(row, j, {a, T(0)}); });
+    each(z, rows, p.fft.by_n, [&](int row, int j) { return z.load(row, j) * table_at(p.twist, j); });
   } else if (p.type == 3) {
     // V_k = exp(i pi k / 2n) (x_k - i x_n-k), whose inverse real DFT is v
     staged<kBlockPerThread / 2, Four<T>>(
@@ -368,12 +369,8 @@ SIMT_DEVICE void before_fft(const RowParams<T>& p, const Rows<T>& z, int rows) {
           const Complex<T> w = conjugate(table_at(p.twist, k));
           const Complex<T> a = w * Complex<T>{x.a, -x.b};
           if (!p.even) {
-            if (k != 0 && p.fft.inputs < n) {  // in place of the other half: the real part of the result is the same
-              z.store(row, k, swapped(a + a));
-            } else {
-              z.store(row, k, swapped(a));
-              if (k != 0) z.store(row, n - k, swapped(conjugate(a)));
-            }
+            z.store(row, k, swapped(a));
+            if (k != 0) z.store(row, n - k, swapped(conjugate(a)));
             return;
           }
           if (k == 0) {
@@ -397,26 +394,47 @@ SIMT_DEVICE void before_fft(const RowParams<T>& p, const Rows<T>& z, int rows) {
 template <class T>
 SIMT_DEVICE void after_fft(const RowParams<T>& p, const Rows<T>& z, int rows) {
   const int n = p.tile.n, length = p.fft.n;
-  if (p.type == 1) {
+  if (p.type <= 2) {
+    const bool alone = p.type == 2 && !p.even;  // number k without its partner length - k
     staged<kBlockPerThread / 2, Four<T>>(
         rows, p.pairs,
         [&](int row, int k) {
-          const Complex<T> a = z.load(row, k), b = z.load(row, k == 0 ? 0 : length - k);
+          const Complex<T> a = z.load(row, k);
+          Complex<T> b = a;
+          if (!alone && k != 0) b = z.load(row, length - k);
           return Four<T>{a.re, a.im, b.re, b.im};
         },
         [&](int row, int k, const Four<T>& x) {
-          if (k == 0) {
-            const T scale = p.scale * p.out_end;
-            z.set_real(row, 0, (x.a + x.b) * scale);
-            z.set_real(row, length, (x.a - x.b) * scale);
+          const Complex<T> w = table_at(p.twist, k), a{x.a, x.b};
+          const T end = k == 0 ? p.scale * p.out_end : p.scale;
+          if (alone) {
+            const Complex<T> y = a * w;
+            z.set_real(row, k, y.re * (end + end));
+            if (k != 0) z.set_real(row, n - k, y.im * T(-2) * p.scale);
             return;
           }
-          const Complex<T> w = table_at(p.twist, k);
-          const T half = p.scale * T(0.5);
-          const T even = (x.a + x.c) * half;
-          const T odd = ((x.b + x.d) * w.re + (x.a - x.c) * w.im) * half;
-          if (2 * k != length) z.set_real(row, length - k, even - odd);
-          z.set_real(row, k, even + odd);
+          const int l = length - k;
+          const Complex<T> even{x.a + x.c, x.b - x.d}, difference{x.a - x.c, x.b + x.d};
+          if (k == 0) {  // type I: y_0 and y_n-1; type II: y_0 and y_n/2
+            z.set_real(row, 0, (x.a + x.b) * (p.type == 1 ? end : end + end));
+            z.set_real(row, l, (x.a - x.b) * (p.type == 1 ? end : p.scale * T(1.41421356237309504880)));
+            return;
+          }
+          if (p.type == 1) {
+            const T half = p.scale * T(0.5), odd = difference.im * w.re + difference.re * w.im;
+            if (l != k) z.set_real(row, l, (even.re - odd) * half);
+            z.set_real(row, k, (even.re + odd) * half);
+            return;
+          }
+          const T root = T(0.70710678118654752440);
+          const Complex<T> wl{(w.re - w.im) * root, -(w.re + w.im) * root};  // exp(-i pi l / 2n)
+          const Complex<T> square = w * w, turn = square * square;           // exp(-2 pi i k / n)
+          const Complex<T> odd = difference * Complex<T>{turn.im, -turn.re};
+          const Complex<T> y = (even + odd) * w, yl = Complex<T>{even.re - odd.re, odd.im - even.im} * wl;
+          z.set_real(row, l, yl.re * p.scale);
+          z.set_real(row, n - l, -yl.im * p.scale);
+          z.set_real(row, k, y.re * p.scale);
+          z.set_real(row, n - k, -y.im * p.scale);
         });
   } else if (p.type == 4 && p.even) {
     const T twice = p.scale + p.scale;
@@ -435,49 +453,6 @@ SIMT_DEVICE void after_fft(const RowParams<T>& p, const Rows<T>& z, int rows) {
           return image(i, n).negative ? -x : x;
         },
         [&](int row, int i, T x) { z.set_real(row, image(i, n).index, x); });
-  } else if (p.type == 2 && !p.even) {
-    staged<kBlockPerThread / 2, Complex<T>>(
-        rows, p.pairs,
-        [&](int row, int k) {
-          const T twice = p.scale + p.scale;
-          const Complex<T> a = z.load(row, k) * table_at(p.twist, k);
-          return Complex<T>{a.re * (k == 0 ? twice * p.out_end : twice), -a.im * twice};
-        },
-        [&](int row, int k, const Complex<T>& x) {
-          z.set_real(row, k, x.re);
-          if (k != 0) z.set_real(row, n - k, x.im);
-        });
-  } else if (p.type == 2) {
-    staged<kBlockPerThread / 2, Four<T>>(
-        rows, p.pairs,
-        [&](int row, int k) {
-          const Complex<T> a = z.load(row, k);
-          if (k == 0) {
-            const T twice = p.scale + p.scale;
-            return Four<T>{(a.re + a.im) * twice * p.out_end, T(0), (a.re - a.im) * p.scale * T(1.41421356237309504880),
-                           T(0)};
-          }
-          const Complex<T> b = z.load(row, length - k);
-          const Complex<T> w = table_at(p.twist, k);
-          const T root = T(0.70710678118654752440);
-          const Complex<T> wl{(w.re - w.im) * root, -(w.re + w.im) * root};  // exp(-i pi l / 2n)
-          const Complex<T> square = w * w, turn = square * square;           // exp(-2 pi i k / n)
-          const Complex<T> even{a.re + b.re, a.im - b.im};
-          const Complex<T> odd = Complex<T>{a.re - b.re, a.im + b.im} * Complex<T>{turn.im, -turn.re};
-          const Complex<T> x = (even + odd) * w, y = Complex<T>{even.re - odd.re, odd.im - even.im} * wl;
-          return Four<T>{x.re * p.scale, -x.im * p.scale, y.re * p.scale, -y.im * p.scale};
-        },
-        [&](int row, int k, const Four<T>& x) {
-          const int l = length - k;
-          z.set_real(row, l, x.c);
-          if (k != 0) {
-            z.set_real(row, n - l, x.d);
-            z.set_real(row, k, x.a);
-            z.set_real(row, n - k, x.b);
-          } else {
-            z.set_real(row, 0, x.a);
-          }
-        });
   }
 }
 
@@ -486,11 +461,11 @@ template <class T>
 SIMT_DEVICE void load_rows(const RowParams<T>& p, const Rows<T>& z, const RowOffsets& offsets, Index first, int rows) {
   const Tile& t = p.tile;
   load_tile<T>(
-      t, offsets, first, rows, [&](int row, int i, T x) { z.set_real(row, load_slot(p.type, p.even, i, t.n), x); },
+      t, offsets, first, rows, [&](int row, int i, T x) { z.set_real(row, load_slot(p, i), x); },
       [&](int row, int i, T x, T y) {
         if (p.type == 2 || (p.type == 4 && p.even)) {
-          z.set_real(row, load_slot(p.type, p.even, i, t.n), x);
-          z.set_real(row, load_slot(p.type, p.even, i + 1, t.n), y);
+          z.set_real(row, load_slot(p, i), x);
+          z.set_real(row, load_slot(p, i + 1), y);
         } else {
           z.store(row, i >> 1, {x, y});
         }
@@ -501,17 +476,16 @@ template <class T>
 SIMT_DEVICE void store_rows(const RowParams<T>& p, const Rows<T>& z, const RowOffsets& offsets, Index first, int rows) {
   const Tile& t = p.tile;
   store_tile<T>(
-      t, offsets, first, rows, [&](int row, int i) { return z.real(row, store_slot(p.type, p.even, i, t.n)); },
+      t, offsets, first, rows, [&](int row, int i) { return z.real(row, store_slot(p, i)); },
       [&](int row, int i) {
         if (p.type <= 2 || (p.type == 4 && !p.even)) return z.load(row, i >> 1);
-        return Complex<T>{z.real(row, store_slot(p.type, p.even, i, t.n)),
-                          z.real(row, store_slot(p.type, p.even, i + 1, t.n))};
+        return Complex<T>{z.real(row, store_slot(p, i)), z.real(row, store_slot(p, i + 1))};
       });
 }
 
-// All of a block's work; fft(z, rows) transforms the rows in place.
-template <class T, class Fft>
-SIMT_DEVICE void transform_rows(const RowParams<T>& p, const Fft& fft) {
+// All of a block's work; transform(z, rows) is what happens in shared memory.
+template <class T, class Transform>
+SIMT_DEVICE void transform_rows(const RowParams<T>& p, const Transform& transform) {
   const Tile& t = p.tile;
   const Rows<T> z(t.rows, p.fft);
   const RowOffsets offsets(t);
@@ -524,9 +498,7 @@ SIMT_DEVICE void transform_rows(const RowParams<T>& p, const Fft& fft) {
   }
   load_rows(p, z, offsets, first, rows);
   simt::barrier();
-  before_fft(p, z, rows);
-  fft(z, rows);
-  after_fft(p, z, rows);
+  transform(z, rows);
   store_rows(p, z, offsets, first, rows);
 }
 
@@ -543,11 +515,13 @@ RowParams<T> row_params(const Step& step, const StepPointers& pointers, const Qu
   };
   p.type = step.type;
   p.even = axis.even(step.type);
+  p.fused = axis.fused(step.type);
   const Index length = axis.fft.n, n = axis.n;
   const Index pairs = (step.type == 1 || p.even ? length / 2 : n / 2) + 1;
   p.roots = table(axis.roots, axis.fft.inner / 2 + 1);
   p.twist = table(axis.twist, step.type == 4 ? length : pairs);
-  p.chirp = table(axis.chirp, length);
+  p.chirp_in = table(axis.chirp_in, axis.fft.inputs);
+  p.chirp_out = table(axis.chirp_out, axis.fft.outputs);
   p.spectrum = table(axis.spectrum, axis.fft.inner);
   p.scale = static_cast<T>(axis.scale);
   p.in_end = static_cast<T>(axis.in_end);
@@ -571,7 +545,9 @@ struct MixedRadixKernel {
   static constexpr int max_threads = block_threads_limit(sizeof(T) == 8), min_blocks = 1;
   SIMT_DEVICE static void run(const Params& p) {
     transform_rows(p, [&](const Rows<T>& z, int rows) {
+      before_fft(p, z, rows);
       for (int i = 0; i < p.fft.stages; ++i) fft_stage(p.fft, i, z, rows, p.roots);
+      after_fft(p, z, rows);
     });
   }
 };

@@ -23,8 +23,8 @@ struct FillTables {
   struct Run {
     simt::global_bytes to;
     Index begin;  // the first thread that works on it
-    Index first, step, period;
-    bool chirp, wide;
+    Index first, step, square, period;
+    bool wide;
   };
   struct Params {
     int runs = 0;
@@ -39,7 +39,7 @@ struct FillTables {
     while (p.run[r].begin > at) --r;
     const Run& run = p.run[r];
     const Index k = at - run.begin;
-    const UnitRoot w = run.chirp ? unit_root(k * k, 2 * run.period) : unit_root(run.first + run.step * k, run.period);
+    const UnitRoot w = unit_root(run.first + (run.step + run.square * k) * k, run.period);
     store_entry(run.to, run.wide, k, w.cos, -w.sin);
   }
 };
@@ -118,8 +118,7 @@ void enqueue_tables(const Step& step, const StepPointers& pointers, Queue& queue
   };
   const auto add = [&](const TableRun& run, simt::global_bytes to, bool wide) {
     if (fill.runs == FillTables::max_runs) flush();
-    const bool is_chirp = run.kind == TableRun::chirp;
-    fill.run[fill.runs++] = {to, fill.count, run.first, run.step, run.period, is_chirp, wide};
+    fill.run[fill.runs++] = {to, fill.count, run.first, run.step, run.square, run.period, wide};
     fill.count += run.count;
   };
   // A spectrum is made from doubles in the scratch: the chirp, then the roots.
@@ -130,8 +129,10 @@ void enqueue_tables(const Step& step, const StepPointers& pointers, Queue& queue
       continue;
     }
     TableRun chirp, roots;
-    chirp.kind = TableRun::chirp;
-    chirp.count = chirp.period = run.period;
+    chirp.count = run.period;
+    chirp.step = 0;
+    chirp.square = 1;
+    chirp.period = 2 * run.period;
     roots.count = roots.period = run.count;
     for (const TableRun& input : {chirp, roots}) {
       add(input, queue.view_bytes(static_cast<void*>(free), 0, 16 * input.count), true);

@@ -41,14 +41,18 @@ struct Tile2dKernel {
           load_columns(params, tiles, z, begin, rows);
         }
         simt::barrier();
-        before_fft(p, z, rows);
-        fft_of_any_length(p, z, rows);
-        after_fft(p, z, rows);
+        if (!p.fused) before_fft(p, z, rows);
+        if (p.fft.bluestein()) {
+          convolve_rows(p, z, rows);
+        } else {
+          for (int i = 0; i < p.fft.stages; ++i) fft_stage(p.fft, i, z, rows, p.roots);
+        }
+        if (!p.fused) after_fft(p, z, rows);
         if (s == 0) {
           const int count = rows * t.stored;
           for (int e = simt::thread(); e < count; e += simt::threads()) {
             const int row = t.by_stored.quotient(e), i = e - row * t.stored;
-            tiles.store((begin + row) * params.pitch + i, z.real(row, store_slot(p.type, p.even, i, t.n)));
+            tiles.store((begin + row) * params.pitch + i, z.real(row, store_slot(p, i)));
           }
         } else {
           store_rows(p, z, offsets, first + begin, rows);
@@ -68,12 +72,12 @@ struct Tile2dKernel {
       const int column = t.by_filled.quotient(e), i = e - column * t.filled;
       const int tile = params.by_columns.quotient(begin + column), j = begin + column - tile * params.count[1];
       const T x = j < stored ? tiles.load((tile * t.filled + i) * params.pitch + j) : T(0);
-      z.set_real(column, load_slot(p.type, p.even, i, t.n), x);
+      z.set_real(column, load_slot(p, i), x);
     }
     const int missing = t.n - t.filled;
     for (int column = 0; missing > 0 && column < columns; ++column) {
       for (int i = t.filled + simt::thread(); i < t.n; i += simt::threads()) {
-        z.set_real(column, load_slot(p.type, p.even, i, t.n), T(0));
+        z.set_real(column, load_slot(p, i), T(0));
       }
     }
   }

@@ -24,7 +24,10 @@ std::string explain_cuda_error(int code) {
     case cudaErrorUnsupportedPtxVersion: {
       int device = 0;
       cudaDeviceProp properties{};
-      if (cudaGetDevice(&device) != cudaSuccess || cudaGetDeviceProperties(&properties, device) != cudaSuccess) break;
+      if (cudaGetDevice(&device) != cudaSuccess || cudaGetDeviceProperties(&properties, device) != cudaSuccess) {
+        cudaGetLastError();  // it must not surface in somebody else's next call
+        break;
+      }
       const std::string arch = std::to_string(properties.major) + std::to_string(properties.minor);
       return std::string("this build of freqrank holds GPU code for ") + cuda_targets() + ", which does not run on " +
              properties.name + " (compute capability " + std::to_string(properties.major) + "." +

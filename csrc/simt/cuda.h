@@ -109,7 +109,9 @@ SIMT_DEVICE void copy_async(shared<T> to, int i, global<const T> from, Index j, 
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "copy_async moves 4, 8 or 16 bytes");
   static_assert(Bytes % sizeof(T) == 0);
   const unsigned destination = static_cast<unsigned>(__cvta_generic_to_shared(to.address() + i));
-  const void* source = valid ? from.address() + j : from.address();
+  // not read if it is not valid, but aligned even so
+  const auto nowhere = reinterpret_cast<std::uintptr_t>(from.address()) & ~std::uintptr_t{Bytes - 1};
+  const void* source = valid ? from.address() + j : reinterpret_cast<const T*>(nowhere);
   const int bytes = valid ? Bytes : 0;
   if constexpr (Bytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(bytes)
@@ -236,8 +238,7 @@ class Queue {
     if (grid.threads < warp_size || grid.threads % warp_size != 0 || grid.threads > Kernel::max_threads ||
         grid.blocks < 0 || grid.blocks > 0x7fffffff)
       status = cudaErrorInvalidConfiguration;
-    if (status == cudaSuccess && grid.shared_bytes > 48 * 1024)
-      status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
+    if (status == cudaSuccess && grid.shared_bytes > 48 * 1024) status = allow_all_shared_memory(function);
     if (status == cudaSuccess) {
       void* arguments[] = {const_cast<typename Kernel::Params*>(&params)};
       status = cudaLaunchKernel(function, dim3(static_cast<unsigned>(grid.blocks)), dim3(grid.threads), arguments,
@@ -267,6 +268,18 @@ class Queue {
   std::string message() const;
 
  private:
+  // More than 48 KB have to be allowed, to a function and on each GPU. Always all that there is: were it what this launch
+  // needs, another thread's launch of the same kernel could lower it before this one.
+  static cudaError_t allow_all_shared_memory(const void* function) {
+    int device = 0, most = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess)
+      status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (status == cudaSuccess)
+      status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    return status;
+  }
+
   cudaStream_t stream_;
   cudaError_t status_ = cudaSuccess;
   const char* kernel_ = nullptr;

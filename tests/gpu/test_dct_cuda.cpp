@@ -38,11 +38,16 @@ void check(cudaError_t error, const char* what) {
 constexpr std::size_t kGuard = 4096;
 constexpr unsigned char kPaint = 0xff;  // NaN in every dtype
 
+// The tests' stream does not wait for the one on which cudaMemset and cudaMemcpy work, and these may return before the
+// GPU is done.
+void wait_for_copies() { check(cudaDeviceSynchronize(), "the GPU cannot be prepared"); }
+
 class Guarded {
  public:
   Guarded(std::size_t bytes, int shift) : bytes_(bytes), shift_(static_cast<std::size_t>(shift)) {
     check(cudaMalloc(reinterpret_cast<void**>(&base_), bytes + 2 * kGuard), "cudaMalloc");
     check(cudaMemset(base_, kPaint, bytes + 2 * kGuard), "cudaMemset");
+    wait_for_copies();
   }
   Guarded(const Guarded&) = delete;
   Guarded& operator=(const Guarded&) = delete;
@@ -51,6 +56,7 @@ class Guarded {
   void* data() const { return base_ + kGuard + shift_; }
   void fill(const std::vector<char>& from) const {
     check(cudaMemcpy(data(), from.data(), from.size(), cudaMemcpyHostToDevice), "copy to the GPU");
+    wait_for_copies();
   }
   std::vector<char> read() const {
     std::vector<char> to(bytes_);
@@ -248,6 +254,7 @@ class Tester {
     check(cudaGraphInstantiate(&executable, graph, 0), "the captured graph");
     check(cudaMemset(workspace.data(), kPaint, workspace_bytes(made)), "cudaMemset");
     check(cudaMemset(out.data(), kPaint, first.size()), "cudaMemset");
+    wait_for_copies();
     check(cudaGraphLaunch(executable, stream_), "the captured graph");
     check(cudaStreamSynchronize(stream_), "the captured graph");
     cudaGraphExecDestroy(executable);

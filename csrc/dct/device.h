@@ -52,9 +52,9 @@ constexpr int kBlockRadices[] = {16, 15, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2}
 constexpr int kBlockRowBytes = 16, kBlockRows = 256;
 FREQRANK_INLINE constexpr int block_pad_shift(bool padded, bool wide) { return !padded ? 31 : wide ? 3 : 4; }
 
-// Bluestein's convolution in a block: radices of the first stage of its FFT, which is the last one of the FFT back, and
-// of the last one, which is the first one back; and of the stages between.
-constexpr int kConvolutionEnds[] = {16, 8, 4}, kConvolutionRadices[] = {16, 12, 10, 8, 5};
+// Bluestein's convolution in a block: radices of the first stage of its FFT, which is the last one of the FFT back; of
+// the last one, which is the first one back; of the stages between.
+constexpr int kConvolutionFirst[] = {16, 8}, kConvolutionLast[] = {16, 8, 4}, kConvolutionRadices[] = {16, 12, 10, 8, 5};
 
 // The complex FFT of length n of one row: `inner` == n, or Bluestein's convolution of length `inner` >= 2n - 1.
 // Stage i splits what is left by radix[i]: Stockham's order, decimation in frequency. In a block, the FFT back from the

@@ -120,7 +120,7 @@ std::int64_t block_shared_bytes(const Step& step, std::int64_t rows) {
   return rows * (row_pitch(step) * (step.wide ? 16 : 8) + kBlockRowBytes);
 }
 
-// Threads that hold all complex numbers of `rows` rows at once, in every stage ...
+// Threads that hold all complex numbers of `rows` rows at once, in every stage.
 std::int64_t stage_threads(const DeviceFft& fft, std::int64_t rows) {
   std::int64_t threads = 1;
   for (int i = 0; i < fft.stages; ++i) {
@@ -129,13 +129,7 @@ std::int64_t stage_threads(const DeviceFft& fft, std::int64_t rows) {
   return ceil_div(threads, 32) * 32;
 }
 
-// ... and in the steps before and after.
-std::int64_t block_threads(const Step& step, std::int64_t rows) {
-  const DeviceFft& fft = step.axis[0].fft;
-  const std::int64_t pairs = ceil_div(rows * (fft.n / 2 + 1), kBlockPerThread / 2);
-  const std::int64_t threads = std::max(pairs, ceil_div(rows * fft.n, kBlockPerThread));
-  return std::max(ceil_div(threads, 32) * 32, stage_threads(fft, rows));
-}
+std::int64_t block_threads(const Step& step, std::int64_t rows) { return stage_threads(step.axis[0].fft, rows); }
 
 // The cheapest radices, first stage, those between and last stage, for a convolution of length `least` or more: the
 // stages between go through shared memory once for each FFT, so does the first one, the last one once for both.
@@ -159,8 +153,8 @@ void set_convolution(DeviceFft& fft) {
       std::copy(now.begin(), now.end(), fft.radix);
     }
   };
-  for (const int first : kConvolutionEnds) {
-    for (const int last : kConvolutionEnds) {
+  for (const int first : kConvolutionFirst) {
+    for (const int last : kConvolutionLast) {
       now = {first, last};
       extend(extend, first * last, 2 * stage_cost(first) + stage_cost(last), kConvolutionRadices[0]);
     }

@@ -152,7 +152,7 @@ def plan(n, dtype, type=2, rows=2, **limits):
 def test_plans_up_to_the_longest_row(shared):
     longest = 1 << 30
     for n in (
-        1 << 15,
+        1 << 16,
         3**10,
         1 << 20,
         1 << 24,

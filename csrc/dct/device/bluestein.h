@@ -42,13 +42,10 @@ SIMT_DEVICE void convolution_output(const RowParams<T>& p, const Rows<T>& z, int
   }
 }
 
-// The first stage, that in the middle and the last one.
-enum class Part { enter, turn_round, leave };
-
+// The first stage of the first FFT, or the last one of the second.
 template <int R, class T>
-SIMT_DEVICE void convolution_stage(const RowParams<T>& p, Part part, const Rows<T>& z, int rows) {
-  const BlockFft& f = p.fft;
-  const BlockFft::Stage& s = f.stage[part == Part::turn_round ? f.stages : 0];
+SIMT_DEVICE void outer_stage(const RowParams<T>& p, bool first, const Rows<T>& z, int rows) {
+  const BlockFft::Stage& s = p.fft.stage[0];
   const int count = s.by_count.divisor();
   staged<kBlockPerThread / R, Butterfly<R, T>>(
       rows, s.by_count,
@@ -57,32 +54,51 @@ SIMT_DEVICE void convolution_stage(const RowParams<T>& p, Part part, const Rows<
         SIMT_UNROLL
         for (int t = 0; t < R; ++t) {
           const int j = u + t * count;
-          b.a[t] = part == Part::enter ? convolution_input(p, z, row, j) : z.load(row, j);
+          b.a[t] = first ? convolution_input(p, z, row, j) : z.load(row, j);
         }
         butterfly<R>(b.a);
-        if (part == Part::turn_round) {
-          SIMT_UNROLL
-          for (int t = 0; t < R; ++t) b.a[t] = swapped(b.a[t] * table_at(p.spectrum, u + t * count));
-          butterfly<R>(b.a);
-        }
-        if (part != Part::leave) turn<R>(b.a, table_at(p.roots, u));
+        if (first) turn<R>(b.a, table_at(p.roots, u));
         return b;
       },
       [&](int row, int u, const Butterfly<R, T>& b) {
         SIMT_UNROLL
         for (int t = 0; t < R; ++t) {
-          if (part == Part::leave) {
-            convolution_output(p, z, row, u + t * count, b.a[t]);
-          } else {
+          if (first) {
             z.store(row, R * u + t, b.a[t]);
+          } else {
+            convolution_output(p, z, row, u + t * count, b.a[t]);
           }
         }
       });
 }
 
+// The last stage of the first FFT, the product with the spectrum and the first stage of the second.
+template <int R, class T>
+SIMT_DEVICE void middle_stage(const RowParams<T>& p, const Rows<T>& z, int rows) {
+  const BlockFft::Stage& s = p.fft.stage[p.fft.stages];
+  const int count = s.by_count.divisor();
+  staged<kBlockPerThread / R, Butterfly<R, T>>(
+      rows, s.by_count,
+      [&](int row, int u) {
+        Butterfly<R, T> b;
+        SIMT_UNROLL
+        for (int t = 0; t < R; ++t) b.a[t] = z.load(row, u + t * count);
+        butterfly<R>(b.a);
+        SIMT_UNROLL
+        for (int t = 0; t < R; ++t) b.a[t] = swapped(b.a[t] * table_at(p.spectrum, u + t * count));
+        butterfly<R>(b.a);
+        turn<R>(b.a, table_at(p.roots, u));
+        return b;
+      },
+      [&](int row, int u, const Butterfly<R, T>& b) {
+        SIMT_UNROLL
+        for (int t = 0; t < R; ++t) z.store(row, R * u + t, b.a[t]);
+      });
+}
+
 // The stages between.
 template <class T>
-SIMT_DEVICE void convolution_stage(const BlockFft& f, int i, const Rows<T>& z, int rows, simt::global<const T> roots) {
+SIMT_DEVICE void inner_stage(const BlockFft& f, int i, const Rows<T>& z, int rows, simt::global<const T> roots) {
   const BlockFft::Stage& s = f.stage[i];
   switch (s.radix) {
     case 5: stage<5>(f, s, z, rows, roots); break;
@@ -97,19 +113,24 @@ SIMT_DEVICE void convolution_stage(const BlockFft& f, int i, const Rows<T>& z, i
 template <class T>
 SIMT_DEVICE void convolve_rows(const RowParams<T>& p, const Rows<T>& z, int rows) {
   const BlockFft& f = p.fft;
-  const int last = 2 * f.stages - 1;
+  const int middle = f.stages, last = 2 * f.stages - 1;
   SIMT_NO_UNROLL
   for (int i = 0; i <= last; ++i) {
-    if (i == f.stages - 1) continue;  // one with the stage that follows
-    const Part part = i == 0 ? Part::enter : i == last ? Part::leave : Part::turn_round;
-    if (i > 0 && i < last && i != f.stages) {
-      convolution_stage(f, i, z, rows, p.roots);
-      continue;
-    }
-    switch (f.stage[i].radix) {
-      case 4: convolution_stage<4>(p, part, z, rows); break;
-      case 8: convolution_stage<8>(p, part, z, rows); break;
-      default: convolution_stage<16>(p, part, z, rows); break;
+    const int radix = f.stage[i].radix;
+    if (i == 0 || i == last) {
+      if (radix == 8) {
+        outer_stage<8>(p, i == 0, z, rows);
+      } else {
+        outer_stage<16>(p, i == 0, z, rows);
+      }
+    } else if (i == middle) {
+      switch (radix) {
+        case 4: middle_stage<4>(p, z, rows); break;
+        case 8: middle_stage<8>(p, z, rows); break;
+        default: middle_stage<16>(p, z, rows); break;
+      }
+    } else if (i != middle - 1) {
+      inner_stage(f, i, z, rows, p.roots);
     }
   }
 }

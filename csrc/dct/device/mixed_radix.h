@@ -69,7 +69,19 @@ class Rows {
   SIMT_DEVICE T real(int row, int i) const { return at_.load(slot(row, i)); }
   SIMT_DEVICE void set_real(int row, int i, T x) const { at_.store(slot(row, i), x); }
 
+  // Two real numbers that belong together, and where, as real numbers, the first (0) and the second one (1) are: turned
+  // round in every other 128 bytes, so that neighbouring threads that take the same one of neighbours use all banks.
+  SIMT_DEVICE Complex<T> load_pair(int row, int k) const {
+    const Complex<T> z = load(row, k);
+    return turned(k) ? Complex<T>{z.im, z.re} : z;
+  }
+  SIMT_DEVICE void store_pair(int row, int k, const Complex<T>& z) const {
+    store(row, k, turned(k) ? Complex<T>{z.im, z.re} : z);
+  }
+  SIMT_DEVICE static int place_in_pair(int k, int which) { return 2 * k + (turned(k) ? 1 - which : which); }
+
  private:
+  SIMT_DEVICE static bool turned(int k) { return k >> block_pad_shift(true, sizeof(T) == 8) & 1; }
   SIMT_DEVICE int pad(int i) const { return i + (i >> shift_); }
   SIMT_DEVICE int slot(int row, int i) const { return 2 * (row * pitch_ + pad(i >> 1)) + (i & 1); }
   simt::shared<T> at_;
@@ -119,13 +131,13 @@ SIMT_DEVICE void staged(int rows, const Divider& count, const Read& read, const 
   simt::barrier();
 }
 
-// Each complex number j < count.divisor() of each row where it is.
-template <class T, class Change>
-SIMT_DEVICE void each(const Rows<T>& z, int rows, const Divider& count, const Change& change) {
+// change(row, j) for each j < count.divisor() of each row. It touches what no other j does.
+template <class Change>
+SIMT_DEVICE void each(int rows, const Divider& count, const Change& change) {
   const int total = rows * count.divisor();
   for (int e = simt::thread(); e < total; e += simt::threads()) {
-    const int row = count.quotient(e), j = e - row * count.divisor();
-    z.store(row, j, change(row, j));
+    const int row = count.quotient(e);
+    change(row, e - row * count.divisor());
   }
   simt::barrier();
 }
@@ -283,15 +295,11 @@ struct RowParams {
   simt::global<const T> roots, twist, chirp_in, chirp_out, spectrum;
   int type;
   bool even, fused;
+  bool spread;  // a real row as complex numbers
   T scale, in_end, out_end;
   Divider pairs;         // how many steps before and after the FFT: pairs k, l = L - k, or k of an odd n
   int eighth;            // type IV, n odd: 1 / 8 modulo n
   T turn_cos, turn_sin;  //   and 2 scale exp(2 pi i n / 8)
-};
-
-template <class T>
-struct Four {
-  T a, b, c, d;
 };
 
 // Types II and III permute v_i = x_2i, v_n-1-i = x_2i+1; where element i of x is in v.
@@ -300,187 +308,182 @@ SIMT_DEVICE int permuted(int i, int n) { return i & 1 ? n - 1 - (i >> 1) : i >> 
 // Type IV of an even length pairs x_2j with x_n-1-2j.
 SIMT_DEVICE int folded(int i, int n) { return i & 1 ? n - i : i; }
 
-// Type IV of an odd length is a real DFT up to order and signs (csrc/dct/kernels.cpp): element i of it, in units of the
-// DFT's permuted positions, is this element of x.
+// Type IV of an odd length is a real DFT up to order and signs (csrc/dct/kernels.cpp): element i of x is element m of
+// it, in units of the DFT's permuted positions, with `at` = 8 m + 1.
 struct Image {
-  int index;
+  int at;
   bool negative;
 };
 SIMT_DEVICE Image image(int i, int n) {
-  const int a = 8 * i + 1;
-  if (a < 2 * n) return {(a - 1) / 2, false};
-  if (a < 4 * n) return {(4 * n - a - 1) / 2, true};
-  if (a < 6 * n) return {(a - 4 * n - 1) / 2, true};
-  return {(8 * n - a - 1) / 2, false};
-}
-
-// Where element i of a loaded row goes, as a real number of the tile.
-template <class T>
-SIMT_DEVICE int load_slot(const RowParams<T>& p, int i) {
-  const int n = p.tile.n;
-  return p.type == 2 ? permuted(i, n) : p.type == 4 && p.even ? folded(i, n) : i;
-}
-
-// Where element i of the result is. An inverse FFT is a forward one with real and imaginary parts exchanged.
-template <class T>
-SIMT_DEVICE int store_slot(const RowParams<T>& p, int i) {
-  const int n = p.tile.n;
-  if (p.type == 3) return p.fused ? permuted(i, n) : p.even ? permuted(i, n) ^ 1 : 2 * permuted(i, n) + 1;
-  return p.type == 4 && p.even ? folded(i, n) : i;
-}
-
-// From the real row to the FFT's input.
-template <class T>
-SIMT_DEVICE void before_fft(const RowParams<T>& p, const Rows<T>& z, int rows) {
-  const int n = p.tile.n, length = p.fft.n;
-  if (p.type == 1 || (!p.even && p.type != 3)) {
-    staged<kBlockPerThread, Complex<T>>(
-        rows, p.fft.by_n,
-        [&](int row, int j) {
-          if (p.type == 1) {
-            const auto extended = [&](int i) {
-              i = i <= length ? i : 2 * length - i;
-              const T x = z.real(row, i);
-              return i == 0 || i == length ? (x + x) * p.in_end : x;
-            };
-            return Complex<T>{extended(2 * j), extended(2 * j + 1)};
-          }
-          Image from{j, false};
-          if (p.type == 4) from = image(j < p.eighth ? j - p.eighth + n : j - p.eighth, n);
-          const T x = z.real(row, from.index);
-          return Complex<T>{from.negative ? -x : x, T(0)};
-        },
-        [&](int row, int j, const Complex<T>& a) { z.store(row, j, a); });
-  } else if (p.type == 4) {
-    each(z, rows, p.fft.by_n, [&](int row, int j) { return z.load(row, j) * table_at(p.twist, j); });
-  } else if (p.type == 3) {
-    // V_k = exp(i pi k / 2n) (x_k - i x_n-k), whose inverse real DFT is v
-    staged<kBlockPerThread / 2, Four<T>>(
-        rows, p.pairs,
-        [&](int row, int k) {
-          const T twice = p.scale + p.scale, first = k == 0 ? twice * p.in_end : p.scale;
-          const T a = z.real(row, k) * first;
-          if (!p.even) return Four<T>{a, k == 0 ? T(0) : z.real(row, n - k) * p.scale, T(0), T(0)};
-          const int l = length - k;
-          if (k == 0) return Four<T>{a, T(0), z.real(row, l) * p.scale * T(1.41421356237309504880), T(0)};
-          return Four<T>{a, z.real(row, n - k) * p.scale, z.real(row, l) * p.scale, z.real(row, n - l) * p.scale};
-        },
-        [&](int row, int k, const Four<T>& x) {
-          const Complex<T> w = conjugate(table_at(p.twist, k));
-          const Complex<T> a = w * Complex<T>{x.a, -x.b};
-          if (!p.even) {
-            z.store(row, k, swapped(a));
-            if (k != 0) z.store(row, n - k, swapped(conjugate(a)));
-            return;
-          }
-          if (k == 0) {
-            z.store(row, 0, {x.a - x.c, x.a + x.c});
-            return;
-          }
-          const int l = length - k;
-          const T root = T(0.70710678118654752440);
-          const Complex<T> wl{(w.re + w.im) * root, (w.re - w.im) * root};  // exp(i pi l / 2n)
-          const Complex<T> b = wl * Complex<T>{x.c, -x.d};
-          const Complex<T> square = w * w, turn = square * square;  // exp(2 pi i k / n)
-          const Complex<T> even{a.re + b.re, a.im - b.im};
-          const Complex<T> odd = Complex<T>{a.re - b.re, a.im + b.im} * Complex<T>{-turn.im, turn.re};
-          if (l != k) z.store(row, l, {odd.im - even.im, even.re - odd.re});
-          z.store(row, k, {even.im + odd.im, even.re + odd.re});
-        });
+  const int b = 2 * i + 1;
+  switch (b & 7) {
+    case 1: return {b, false};
+    case 3: return {4 * n - b, true};
+    case 5: return {4 * n + b, true};
+    default: return {8 * n - b, false};
   }
 }
 
-// From the FFT's output to the row.
+// A row that is half of a spectrum, type II's and IV's result and type III's input, is kept as pairs k of its elements
+// k and n - k, those that have no partner together as pair 0; type I's result has its elements k first. Where element i
+// is, as a real number.
+template <class T>
+SIMT_DEVICE int place_in_half(const RowParams<T>& p, int i) {
+  const int n = p.tile.n, length = p.fft.n;
+  if (p.type != 1 && !p.even) return Rows<T>::place_in_pair(2 * i < n ? i : n - i, 2 * i < n ? 0 : 1);
+  if (i == length) return 1;
+  return Rows<T>::place_in_pair(i < length ? i : n - i, i < length ? 0 : 1);
+}
+
+// Element i of a row on its way to before_fft.
+template <class T>
+SIMT_DEVICE void put(const RowParams<T>& p, const Rows<T>& z, int row, int i, T x) {
+  const int n = p.tile.n;
+  if (p.spread) {
+    int j = permuted(i, n);
+    if (p.type == 4) {
+      const Image to = image(i, n);
+      j = (to.at >> 3) + p.eighth;
+      if (j >= n) j -= n;
+      if (to.negative) x = -x;
+    }
+    z.store(row, j, {x, T(0)});
+    return;
+  }
+  int slot = i;
+  if (p.type == 1) {  // the symmetric extension
+    const int last = p.fft.n;
+    if (i == 0 || i == last) {
+      x = (x + x) * p.in_end;
+    } else {
+      z.set_real(row, 2 * last - i, x);
+    }
+  } else if (p.type == 2) {
+    slot = permuted(i, n);
+  } else if (p.type == 4) {
+    slot = folded(i, n);
+  } else if (!p.fused) {
+    slot = place_in_half(p, i);
+  }
+  z.set_real(row, slot, x);
+}
+
+// Element i of the result, from where after_fft leaves it. An inverse FFT is a forward one with real and imaginary parts
+// exchanged.
+template <class T>
+SIMT_DEVICE T get(const RowParams<T>& p, const Rows<T>& z, int row, int i) {
+  const int n = p.tile.n;
+  int slot = i;
+  bool negative = false;
+  if (p.type == 3) {
+    const int j = permuted(i, n);
+    slot = p.fused ? j : p.even ? j ^ 1 : 2 * j + 1;
+  } else if (p.type != 4) {
+    if (!p.fused) slot = place_in_half(p, i);
+  } else if (p.even) {
+    slot = folded(i, n);
+  } else {
+    const Image from = image(i, n);
+    negative = from.negative;
+    slot = place_in_half(p, from.at - p.fft.by_n.quotient(from.at) * n);
+  }
+  const T x = z.real(row, slot);
+  return negative ? -x : x;
+}
+
+// From the loaded row to the FFT's input, in place.
+template <class T>
+SIMT_DEVICE void before_fft(const RowParams<T>& p, const Rows<T>& z, int rows) {
+  const int n = p.tile.n, length = p.fft.n;
+  if (p.type == 4 && p.even) {
+    each(rows, p.fft.by_n, [&](int row, int j) { z.store(row, j, z.load(row, j) * table_at(p.twist, j)); });
+  } else if (p.type == 3) {
+    // V_k = exp(i pi k / 2n) (x_k - i x_n-k), whose inverse real DFT is v
+    each(rows, p.pairs, [&](int row, int k) {
+      const T twice = p.scale + p.scale, first = twice * p.in_end;
+      if (k == 0) {
+        const T x0 = z.real(row, 0) * first;
+        const T middle = p.even ? z.real(row, 1) * p.scale * T(1.41421356237309504880) : x0;
+        z.store(row, 0, {p.even ? x0 - middle : T(0), p.even ? x0 + middle : x0});
+        return;
+      }
+      const Complex<T> w = conjugate(table_at(p.twist, k)), x = z.load_pair(row, k);
+      const Complex<T> a = w * Complex<T>{x.re * p.scale, -x.im * p.scale};
+      if (!p.even) {
+        z.store(row, k, swapped(a));
+        z.store(row, n - k, swapped(conjugate(a)));
+        return;
+      }
+      const int l = length - k;
+      const T root = T(0.70710678118654752440);
+      const Complex<T> wl{(w.re + w.im) * root, (w.re - w.im) * root};  // exp(i pi l / 2n)
+      const Complex<T> y = z.load_pair(row, l), b = wl * Complex<T>{y.re * p.scale, -y.im * p.scale};
+      const Complex<T> square = w * w, turn = square * square;  // exp(2 pi i k / n)
+      const Complex<T> even{a.re + b.re, a.im - b.im};
+      const Complex<T> odd = Complex<T>{a.re - b.re, a.im + b.im} * Complex<T>{-turn.im, turn.re};
+      if (l != k) z.store(row, l, {odd.im - even.im, even.re - odd.re});
+      z.store(row, k, {even.im + odd.im, even.re + odd.re});
+    });
+  }
+}
+
+// From the FFT's output to the result, in place.
 template <class T>
 SIMT_DEVICE void after_fft(const RowParams<T>& p, const Rows<T>& z, int rows) {
-  const int n = p.tile.n, length = p.fft.n;
-  if (p.type <= 2) {
-    const bool alone = p.type == 2 && !p.even;  // number k without its partner length - k
-    staged<kBlockPerThread / 2, Four<T>>(
-        rows, p.pairs,
-        [&](int row, int k) {
-          const Complex<T> a = z.load(row, k);
-          Complex<T> b = a;
-          if (!alone && k != 0) b = z.load(row, length - k);
-          return Four<T>{a.re, a.im, b.re, b.im};
-        },
-        [&](int row, int k, const Four<T>& x) {
-          const Complex<T> w = table_at(p.twist, k), a{x.a, x.b};
-          const T end = k == 0 ? p.scale * p.out_end : p.scale;
-          if (alone) {
-            const Complex<T> y = a * w;
-            z.set_real(row, k, y.re * (end + end));
-            if (k != 0) z.set_real(row, n - k, y.im * T(-2) * p.scale);
-            return;
-          }
-          const int l = length - k;
-          const Complex<T> even{x.a + x.c, x.b - x.d}, difference{x.a - x.c, x.b + x.d};
-          if (k == 0) {  // type I: y_0 and y_n-1; type II: y_0 and y_n/2
-            z.set_real(row, 0, (x.a + x.b) * (p.type == 1 ? end : end + end));
-            z.set_real(row, l, (x.a - x.b) * (p.type == 1 ? end : p.scale * T(1.41421356237309504880)));
-            return;
-          }
-          if (p.type == 1) {
-            const T half = p.scale * T(0.5), odd = difference.im * w.re + difference.re * w.im;
-            if (l != k) z.set_real(row, l, (even.re - odd) * half);
-            z.set_real(row, k, (even.re + odd) * half);
-            return;
-          }
-          const T root = T(0.70710678118654752440);
-          const Complex<T> wl{(w.re - w.im) * root, -(w.re + w.im) * root};  // exp(-i pi l / 2n)
-          const Complex<T> square = w * w, turn = square * square;           // exp(-2 pi i k / n)
-          const Complex<T> odd = difference * Complex<T>{turn.im, -turn.re};
-          const Complex<T> y = (even + odd) * w, yl = Complex<T>{even.re - odd.re, odd.im - even.im} * wl;
-          z.set_real(row, l, yl.re * p.scale);
-          z.set_real(row, n - l, -yl.im * p.scale);
-          z.set_real(row, k, y.re * p.scale);
-          z.set_real(row, n - k, -y.im * p.scale);
-        });
-  } else if (p.type == 4 && p.even) {
-    const T twice = p.scale + p.scale;
-    each(z, rows, p.fft.by_n, [&](int row, int k) {
+  const int length = p.fft.n;
+  const T twice = p.scale + p.scale;
+  if (p.type == 4 && p.even) {
+    each(rows, p.fft.by_n, [&](int row, int k) {
       const Complex<T> a = z.load(row, k) * table_at(p.twist, k);
-      return Complex<T>{a.re * twice, -a.im * twice};
+      z.store(row, k, {a.re * twice, -a.im * twice});
     });
   } else if (p.type == 4) {
-    staged<kBlockPerThread, T>(
-        rows, p.fft.by_n,
-        [&](int row, int i) {
-          const int at = 8 * i + 1;
-          const int k = at - p.fft.by_n.quotient(at) * n;
-          const Complex<T> a = k < p.fft.outputs ? z.load(row, k) : conjugate(z.load(row, n - k));
-          const T x = a.re * p.turn_cos + a.im * p.turn_sin;
-          return image(i, n).negative ? -x : x;
-        },
-        [&](int row, int i, T x) { z.set_real(row, image(i, n).index, x); });
+    each(rows, p.pairs, [&](int row, int k) {
+      const Complex<T> a = z.load(row, k);
+      z.store_pair(row, k, {a.re * p.turn_cos + a.im * p.turn_sin, a.re * p.turn_cos - a.im * p.turn_sin});
+    });
+  } else if (p.type != 3) {
+    each(rows, p.pairs, [&](int row, int k) {
+      const Complex<T> w = table_at(p.twist, k), a = z.load(row, k);
+      const T end = k == 0 ? p.scale * p.out_end : p.scale;
+      if (p.type == 2 && !p.even) {
+        const Complex<T> y = a * w;
+        z.store_pair(row, k, {y.re * (end + end), -y.im * twice});
+        return;
+      }
+      if (k == 0) {  // type I: y_0 and y_n-1; type II: y_0 and y_n/2
+        const T last = p.type == 1 ? end : p.scale * T(1.41421356237309504880);
+        z.store(row, 0, {(a.re + a.im) * (p.type == 1 ? end : end + end), (a.re - a.im) * last});
+        return;
+      }
+      const int l = length - k;
+      const Complex<T> b = z.load(row, l), even{a.re + b.re, a.im - b.im}, difference{a.re - b.re, a.im + b.im};
+      if (p.type == 1) {
+        const T half = p.scale * T(0.5), odd = difference.im * w.re + difference.re * w.im;
+        if (l != k) z.store_pair(row, l, {(even.re - odd) * half, T(0)});
+        z.store_pair(row, k, {(even.re + odd) * half, T(0)});
+        return;
+      }
+      const T root = T(0.70710678118654752440);
+      const Complex<T> wl{(w.re - w.im) * root, -(w.re + w.im) * root};  // exp(-i pi l / 2n)
+      const Complex<T> square = w * w, turn = square * square;           // exp(-2 pi i k / n)
+      const Complex<T> odd = difference * Complex<T>{turn.im, -turn.re};
+      const Complex<T> y = (even + odd) * w, yl = Complex<T>{even.re - odd.re, odd.im - even.im} * wl;
+      if (l != k) z.store_pair(row, l, {yl.re * p.scale, -yl.im * p.scale});
+      z.store_pair(row, k, {y.re * p.scale, -y.im * p.scale});
+    });
   }
 }
 
 // Rows from global memory to where before_fft wants them, and from where after_fft leaves them.
 template <class T>
 SIMT_DEVICE void load_rows(const RowParams<T>& p, const Rows<T>& z, const RowOffsets& offsets, Index first, int rows) {
-  const Tile& t = p.tile;
-  load_tile<T>(
-      t, offsets, first, rows, [&](int row, int i, T x) { z.set_real(row, load_slot(p, i), x); },
-      [&](int row, int i, T x, T y) {
-        if (p.type == 2 || (p.type == 4 && p.even)) {
-          z.set_real(row, load_slot(p, i), x);
-          z.set_real(row, load_slot(p, i + 1), y);
-        } else {
-          z.store(row, i >> 1, {x, y});
-        }
-      });
+  load_tile<T>(p.tile, offsets, first, rows, [&](int row, int i, T x) { put(p, z, row, i, x); });
 }
 
 template <class T>
 SIMT_DEVICE void store_rows(const RowParams<T>& p, const Rows<T>& z, const RowOffsets& offsets, Index first, int rows) {
-  const Tile& t = p.tile;
-  store_tile<T>(
-      t, offsets, first, rows, [&](int row, int i) { return z.real(row, store_slot(p, i)); },
-      [&](int row, int i) {
-        if (p.type <= 2 || (p.type == 4 && !p.even)) return z.load(row, i >> 1);
-        return Complex<T>{z.real(row, store_slot(p, i)), z.real(row, store_slot(p, i + 1))};
-      });
+  store_tile<T>(p.tile, offsets, first, rows, [&](int row, int i) { return get(p, z, row, i); });
 }
 
 // All of a block's work; transform(z, rows) is what happens in shared memory.
@@ -516,6 +519,7 @@ RowParams<T> row_params(const Step& step, const StepPointers& pointers, const Qu
   p.type = step.type;
   p.even = axis.even(step.type);
   p.fused = axis.fused(step.type);
+  p.spread = !p.even && !p.fused && (step.type == 2 || step.type == 4);
   const Index length = axis.fft.n, n = axis.n;
   const Index pairs = (step.type == 1 || p.even ? length / 2 : n / 2) + 1;
   p.roots = table(axis.roots, axis.fft.inner / 2 + 1);

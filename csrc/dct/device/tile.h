@@ -94,86 +94,100 @@ SIMT_DEVICE Place place_of(int e, Tiling tiling, const Tile& t, const Divider& c
 }
 
 // Calls take(row, i, value) for every element that is read, and with 0 for those up to n that are not, for `rows` rows
-// from `first` on; take_pair(row, i, value, value) for two at once, i even. The caller has filled `offsets` unless the
-// tile is flat, and puts barriers around.
-template <class T, class Take, class TakePair>
-SIMT_DEVICE void load_tile(const Tile& t, const RowOffsets& offsets, Index first, int rows, const Take& take,
-                           const TakePair& take_pair) {
+// from `first` on. The caller has filled `offsets` unless the tile is flat, and puts barriers around.
+template <class T, class Take>
+SIMT_DEVICE void load_tile(const Tile& t, const RowOffsets& offsets, Index first, int rows, const Take& take) {
   const int me = simt::thread(), step = simt::threads();
   const bool flat = t.load == Tiling::flat;
-  with_dtype<T>(t.from_dtype, [&](auto example) {
-    using S = decltype(example);
-    const auto in = t.in.template as<S>();
-    if (t.load_pairs) {
-      const int total = rows * t.filled;
-      for (int e = 2 * me; e < total; e += kTileLoads * 2 * step) {
-        simt::pack<S, 2> x[kTileLoads] = {};
+  if (t.load_pairs) {
+    const int total = rows * t.filled;
+    for (int e = 2 * me; e < total; e += kTileLoads * 2 * step) {
+      Complex<T> x[kTileLoads];
+      with_dtype<T>(t.from_dtype, [&](auto example) {
+        using S = decltype(example);
+        const auto in = t.in.template as<S>();
+        simt::pack<S, 2> raw[kTileLoads] = {};
         SIMT_UNROLL
         for (int k = 0; k < kTileLoads; ++k) {
           const int at = e + k * 2 * step, row = t.by_filled.quotient(at);
           if (at >= total) continue;
-          x[k] = in.template load_vector<2>(flat ? first * t.filled + at : offsets.in(row) + (at - row * t.filled));
+          raw[k] = in.template load_vector<2>(flat ? first * t.filled + at : offsets.in(row) + (at - row * t.filled));
         }
         SIMT_UNROLL
         for (int k = 0; k < kTileLoads; ++k) {
-          const int at = e + k * 2 * step, row = t.by_filled.quotient(at);
-          if (at >= total) continue;
-          take_pair(row, at - row * t.filled, static_cast<T>(simt::to_float(x[k][0])),
-                    static_cast<T>(simt::to_float(x[k][1])));
+          x[k] = {static_cast<T>(simt::to_float(raw[k][0])), static_cast<T>(simt::to_float(raw[k][1]))};
         }
+      });
+      SIMT_UNROLL
+      for (int k = 0; k < kTileLoads; ++k) {
+        const int at = e + k * 2 * step, row = t.by_filled.quotient(at);
+        if (at >= total) continue;
+        take(row, at - row * t.filled, x[k].re);
+        take(row, at - row * t.filled + 1, x[k].im);
       }
-      return;
     }
+  } else {
     const int total = (t.load == Tiling::by_row ? t.rows : rows) * t.filled;
     for (int e = me; e < total; e += kTileLoads * step) {
-      S x[kTileLoads] = {};
+      T x[kTileLoads];
+      with_dtype<T>(t.from_dtype, [&](auto example) {
+        using S = decltype(example);
+        const auto in = t.in.template as<S>();
+        S raw[kTileLoads] = {};
+        SIMT_UNROLL
+        for (int k = 0; k < kTileLoads; ++k) {
+          const Place at = place_of(e + k * step, t.load, t, t.by_filled);
+          if (e + k * step >= total || at.row >= rows) continue;
+          raw[k] = in.load(flat ? first * t.filled + e + k * step : offsets.in(at.row) + at.element * t.in_stride);
+        }
+        SIMT_UNROLL
+        for (int k = 0; k < kTileLoads; ++k) x[k] = static_cast<T>(simt::to_float(raw[k]));
+      });
       SIMT_UNROLL
       for (int k = 0; k < kTileLoads; ++k) {
         const Place at = place_of(e + k * step, t.load, t, t.by_filled);
-        if (e + k * step >= total || at.row >= rows) continue;
-        x[k] = in.load(flat ? first * t.filled + e + k * step : offsets.in(at.row) + at.element * t.in_stride);
-      }
-      SIMT_UNROLL
-      for (int k = 0; k < kTileLoads; ++k) {
-        const Place at = place_of(e + k * step, t.load, t, t.by_filled);
-        if (e + k * step < total && at.row < rows) take(at.row, at.element, static_cast<T>(simt::to_float(x[k])));
+        if (e + k * step < total && at.row < rows) take(at.row, at.element, x[k]);
       }
     }
-  });
+  }
   const int missing = t.n - t.filled;
   for (int row = 0; missing > 0 && row < rows; ++row) {
     for (int i = t.filled + me; i < t.n; i += step) take(row, i, T(0));
   }
 }
 
-// Writes give(row, i), element i of the result, for all that is stored of `rows` rows from `first` on; give_pair(row,
-// i) where two go at once, i even.
-template <class T, class Give, class GivePair>
-SIMT_DEVICE void store_tile(const Tile& t, const RowOffsets& offsets, Index first, int rows, const Give& give,
-                            const GivePair& give_pair) {
+// Writes give(row, i), element i of the result, for all that is stored of `rows` rows from `first` on.
+template <class T, class Give>
+SIMT_DEVICE void store_tile(const Tile& t, const RowOffsets& offsets, Index first, int rows, const Give& give) {
   const int me = simt::thread(), step = simt::threads();
   const bool flat = t.store == Tiling::flat;
+  if (t.store_pairs) {
+    for (int e = 2 * me; e < rows * t.stored; e += 2 * step) {
+      const int row = t.by_stored.quotient(e), i = e - row * t.stored;
+      const T x = give(row, i), y = give(row, i + 1);
+      with_dtype<T>(t.to_dtype, [&](auto example) {
+        using S = decltype(example);
+        t.out.template as<S>().template store_vector<2>(flat ? first * t.stored + e : offsets.out(row) + i,
+                                                        {{simt::from_float<S>(x), simt::from_float<S>(y)}});
+      });
+    }
+  } else {
+    const int total = (t.store == Tiling::by_row ? t.rows : rows) * t.stored;
+    for (int e = me; e < total; e += step) {
+      const Place at = place_of(e, t.store, t, t.by_stored);
+      if (at.row >= rows) continue;
+      const T x = give(at.row, at.element);
+      with_dtype<T>(t.to_dtype, [&](auto example) {
+        using S = decltype(example);
+        t.out.template as<S>().store(
+            flat ? first * t.stored + e : offsets.out(at.row) + at.element * t.out_stride, simt::from_float<S>(x));
+      });
+    }
+  }
   with_dtype<T>(t.to_dtype, [&](auto example) {
     using S = decltype(example);
-    const auto out = t.out.template as<S>();
-    if (t.store_pairs) {
-      for (int e = 2 * me; e < rows * t.stored; e += 2 * step) {
-        const int row = t.by_stored.quotient(e), i = e - row * t.stored;
-        const Complex<T> x = give_pair(row, i);
-        out.template store_vector<2>(flat ? first * t.stored + e : offsets.out(row) + i,
-                                     {{simt::from_float<S>(x.re), simt::from_float<S>(x.im)}});
-      }
-    } else {
-      const int total = (t.store == Tiling::by_row ? t.rows : rows) * t.stored;
-      for (int e = me; e < total; e += step) {
-        const Place at = place_of(e, t.store, t, t.by_stored);
-        if (at.row >= rows) continue;
-        out.store(flat ? first * t.stored + e : offsets.out(at.row) + at.element * t.out_stride,
-                  simt::from_float<S>(give(at.row, at.element)));
-      }
-    }
     for (int row = 0; t.padding > 0 && row < rows; ++row) {
-      const auto behind = out + (offsets.out(row) + t.stored * t.out_stride);
+      const auto behind = t.out.template as<S>() + (offsets.out(row) + t.stored * t.out_stride);
       for (Index i = me; i < t.padding; i += step) behind.store(i * t.out_stride, simt::from_float<S>(T(0)));
     }
   });

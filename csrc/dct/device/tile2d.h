@@ -52,7 +52,7 @@ struct Tile2dKernel {
           const int count = rows * t.stored;
           for (int e = simt::thread(); e < count; e += simt::threads()) {
             const int row = t.by_stored.quotient(e), i = e - row * t.stored;
-            tiles.store((begin + row) * params.pitch + i, z.real(row, store_slot(p, i)));
+            tiles.store((begin + row) * params.pitch + i, get(p, z, row, i));
           }
         } else {
           store_rows(p, z, offsets, first + begin, rows);
@@ -72,12 +72,12 @@ struct Tile2dKernel {
       const int column = t.by_filled.quotient(e), i = e - column * t.filled;
       const int tile = params.by_columns.quotient(begin + column), j = begin + column - tile * params.count[1];
       const T x = j < stored ? tiles.load((tile * t.filled + i) * params.pitch + j) : T(0);
-      z.set_real(column, load_slot(p, i), x);
+      put(p, z, column, i, x);
     }
     const int missing = t.n - t.filled;
     for (int column = 0; missing > 0 && column < columns; ++column) {
       for (int i = t.filled + simt::thread(); i < t.n; i += simt::threads()) {
-        z.set_real(column, load_slot(p, i), T(0));
+        put(p, z, column, i, T(0));
       }
     }
   }

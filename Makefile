@@ -30,7 +30,8 @@ bench-quick:
 	$(MAKE) bench QUICK=1
 
 # On a machine with an NVIDIA GPU: builds for it, tests, measures. Needs torch, numpy, pytest, nvcc, cmake and ninja in
-# PYTHON and on the PATH, no network and nothing of what the other targets set up. Exits 3 where there is no GPU.
+# PYTHON and on the PATH, no network and nothing of what the other targets set up. Where there is no GPU, tools/gpu-check
+# exits 3; make says `Error 3` and exits 2 itself, as after any failure.
 OUT ?= build/gpu-check-output
 gpu-check:
 	@$(PYTHON) tools/gpu-check --out "$(OUT)" --peers "$(PEERS)"

@@ -67,7 +67,7 @@ def cases() -> Iterator[Case]:
     for n in (64, 1024):
         for dtype in ("float32", "bfloat16"):
             yield Case((n,), 2, dtype, first=True)
-    for n in (96, 384, 1000, 1536, 3000, 1018, 1019):
+    for n in (96, 384, 1000, 1536, 3000, 1018, 1019, 4099):
         yield Case((n,), 2, "float32")
     yield Case((257,), 1, "float32")
     yield Case((1024,), 2, "float64")
@@ -168,7 +168,6 @@ def main() -> int:
     parser.add_argument("--match", metavar="REGEX", default="", help="only cases whose name matches; prints them")
     arguments = parser.parse_args()
     runner, rows = Runner(load(arguments.build)), []
-    used = registers(arguments.build.rglob("*.ptxas") if arguments.ptxas is None else arguments.ptxas)
     used = registers(arguments.build.rglob("*.ptxas") if arguments.ptxas is None else arguments.ptxas)
 
     for case in cases():

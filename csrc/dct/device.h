@@ -54,7 +54,8 @@ FREQRANK_INLINE constexpr int block_pad_shift(bool padded, bool wide) { return !
 
 // Bluestein's convolution in a block: radices of the first stage of its FFT, which is the last one of the FFT back; of
 // the last one, which is the first one back; of the stages between.
-constexpr int kConvolutionFirst[] = {16, 8}, kConvolutionLast[] = {16, 8, 4}, kConvolutionRadices[] = {16, 12, 10, 8, 5};
+constexpr int kConvolutionFirst[] = {16, 8}, kConvolutionLast[] = {16, 8, 4},
+              kConvolutionRadices[] = {16, 12, 10, 8, 5};
 
 // The complex FFT of length n of one row: `inner` == n, or Bluestein's convolution of length `inner` >= 2n - 1.
 // Stage i splits what is left by radix[i]: Stockham's order, decimation in frequency. In a block, the FFT back from the

@@ -479,7 +479,8 @@ class Tables {
       case 4:
         if (axis.even(4)) axis.twist = units(h, 1, 8, 16 * n);
         break;
-      default: if (!axis.fused(step.type)) axis.twist = units((axis.even(step.type) ? h / 2 : n / 2) + 1, 0, 1, 4 * n);
+      default:
+        if (!axis.fused(step.type)) axis.twist = units((axis.even(step.type) ? h / 2 : n / 2) + 1, 0, 1, 4 * n);
     }
     if (!fft.bluestein()) return;
     axis.chirp_in = axis.chirp_out = units(h, 0, 0, 2 * h, 1);

@@ -268,13 +268,12 @@ class Queue {
   std::string message() const;
 
  private:
-  // More than 48 KB have to be allowed, to a function and on each GPU. Always all that there is: were it what this launch
-  // needs, another thread's launch of the same kernel could lower it before this one.
+  // More than 48 KB have to be allowed, to a function and on each GPU. Always all that there is: were it what this
+  // launch needs, another thread's launch of the same kernel could lower it before this one.
   static cudaError_t allow_all_shared_memory(const void* function) {
     int device = 0, most = 0;
     cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess)
-      status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (status == cudaSuccess)
       status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     return status;

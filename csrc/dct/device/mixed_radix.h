@@ -1,10 +1,10 @@
 #pragma once
 // Cosine transforms through complex FFTs in one block's shared memory, a few rows at once.
 //
-// Every stage of the FFT, and what comes before and after it, goes through registers: all threads of the block read
-// what they need, meet, and write it where the next stage wants it (Stockham's order), so one copy of the rows is
-// enough. The radices, and everything about the transform, are run-time values; the plan sees to it that no thread
-// needs more than kBlockPerThread complex numbers.
+// Every stage of the FFT goes through registers: all threads of the block read what they need, meet, and write it where
+// the next stage wants it (Stockham's order), so one copy of the rows is enough. What comes before and after the FFT is
+// done in place. The radices, and everything about the transform, are run-time values; the plan sees to it that no
+// thread needs more than kBlockPerThread complex numbers.
 //
 // With L the length of the FFT: an even length n of types II to IV is L = n / 2 complex numbers, an odd one L = n with
 // imaginary part 0, type I the L = n - 1 pairs of its symmetric extension. The algebra is that of the CPU's
@@ -368,8 +368,8 @@ SIMT_DEVICE void put(const RowParams<T>& p, const Rows<T>& z, int row, int i, T 
   z.set_real(row, slot, x);
 }
 
-// Element i of the result, from where after_fft leaves it. An inverse FFT is a forward one with real and imaginary parts
-// exchanged.
+// Element i of the result, from where after_fft leaves it. An inverse FFT is a forward one with real and imaginary
+// parts exchanged.
 template <class T>
 SIMT_DEVICE T get(const RowParams<T>& p, const Rows<T>& z, int row, int i) {
   const int n = p.tile.n;

@@ -179,8 +179,8 @@ SIMT_DEVICE void store_tile(const Tile& t, const RowOffsets& offsets, Index firs
       const T x = give(at.row, at.element);
       with_dtype<T>(t.to_dtype, [&](auto example) {
         using S = decltype(example);
-        t.out.template as<S>().store(
-            flat ? first * t.stored + e : offsets.out(at.row) + at.element * t.out_stride, simt::from_float<S>(x));
+        t.out.template as<S>().store(flat ? first * t.stored + e : offsets.out(at.row) + at.element * t.out_stride,
+                                     simt::from_float<S>(x));
       });
     }
   }

@@ -133,7 +133,7 @@ std::int64_t block_threads(const Step& step, std::int64_t rows) { return stage_t
 
 // The cheapest radices, first stage, those between and last stage, for a convolution of length `least` or more: the
 // stages between go through shared memory once for each FFT, so does the first one, the last one once for both.
-void set_convolution(DeviceFft& fft) {
+void set_convolution(DeviceFft& fft, bool wide) {
   const std::int64_t least = fft.inputs + fft.outputs - 1;
   double best = std::numeric_limits<double>::max();
   std::vector<int> now;
@@ -155,6 +155,7 @@ void set_convolution(DeviceFft& fft) {
   };
   for (const int first : kConvolutionFirst) {
     for (const int last : kConvolutionLast) {
+      if (last > convolution_last_limit(wide)) continue;
       now = {first, last};
       extend(extend, first * last, 2 * stage_cost(first) + stage_cost(last), kConvolutionRadices[0]);
     }
@@ -172,7 +173,7 @@ Step in_a_block(const Step& step) {
   DeviceFft& fft = block.axis[0].fft;
   if (!fft.bluestein()) return block;
   if (step.type != 1 && step.axis[0].n % 2 == 1) (step.type == 3 ? fft.inputs : fft.outputs) = fft.n / 2 + 1;
-  set_convolution(fft);
+  set_convolution(fft, step.wide);
   return block;
 }
 

@@ -127,7 +127,8 @@ SIMT_DEVICE void convolve_rows(const RowParams<T>& p, const Rows<T>& z, int rows
       switch (radix) {
         case 4: middle_stage<4>(p, z, rows); break;
         case 8: middle_stage<8>(p, z, rows); break;
-        default: middle_stage<16>(p, z, rows); break;
+        default:
+          if constexpr (convolution_last_limit(sizeof(T) == 8) == 16) middle_stage<16>(p, z, rows);
       }
     } else if (i != middle - 1) {
       inner_stage(f, i, z, rows, p.roots);

@@ -59,7 +59,8 @@ Tile tile_of(const Step& step, const StepPointers& pointers, const Queue& queue)
 }
 
 // Loads that are in flight at once in each thread.
-constexpr int kTileLoads = 8;
+template <class T>
+constexpr int tile_loads = sizeof(T) == 8 ? 4 : 8;
 
 // Where the rows of a tile start: filled and read by the whole block, a barrier between.
 class RowOffsets {
@@ -97,29 +98,30 @@ SIMT_DEVICE Place place_of(int e, Tiling tiling, const Tile& t, const Divider& c
 // from `first` on. The caller has filled `offsets` unless the tile is flat, and puts barriers around.
 template <class T, class Take>
 SIMT_DEVICE void load_tile(const Tile& t, const RowOffsets& offsets, Index first, int rows, const Take& take) {
+  constexpr int loads = tile_loads<T>;
   const int me = simt::thread(), step = simt::threads();
   const bool flat = t.load == Tiling::flat;
   if (t.load_pairs) {
     const int total = rows * t.filled;
-    for (int e = 2 * me; e < total; e += kTileLoads * 2 * step) {
-      Complex<T> x[kTileLoads];
+    for (int e = 2 * me; e < total; e += loads * 2 * step) {
+      Complex<T> x[loads];
       with_dtype<T>(t.from_dtype, [&](auto example) {
         using S = decltype(example);
         const auto in = t.in.template as<S>();
-        simt::pack<S, 2> raw[kTileLoads] = {};
+        simt::pack<S, 2> raw[loads] = {};
         SIMT_UNROLL
-        for (int k = 0; k < kTileLoads; ++k) {
+        for (int k = 0; k < loads; ++k) {
           const int at = e + k * 2 * step, row = t.by_filled.quotient(at);
           if (at >= total) continue;
           raw[k] = in.template load_vector<2>(flat ? first * t.filled + at : offsets.in(row) + (at - row * t.filled));
         }
         SIMT_UNROLL
-        for (int k = 0; k < kTileLoads; ++k) {
+        for (int k = 0; k < loads; ++k) {
           x[k] = {static_cast<T>(simt::to_float(raw[k][0])), static_cast<T>(simt::to_float(raw[k][1]))};
         }
       });
       SIMT_UNROLL
-      for (int k = 0; k < kTileLoads; ++k) {
+      for (int k = 0; k < loads; ++k) {
         const int at = e + k * 2 * step, row = t.by_filled.quotient(at);
         if (at >= total) continue;
         take(row, at - row * t.filled, x[k].re);
@@ -128,23 +130,23 @@ SIMT_DEVICE void load_tile(const Tile& t, const RowOffsets& offsets, Index first
     }
   } else {
     const int total = (t.load == Tiling::by_row ? t.rows : rows) * t.filled;
-    for (int e = me; e < total; e += kTileLoads * step) {
-      T x[kTileLoads];
+    for (int e = me; e < total; e += loads * step) {
+      T x[loads];
       with_dtype<T>(t.from_dtype, [&](auto example) {
         using S = decltype(example);
         const auto in = t.in.template as<S>();
-        S raw[kTileLoads] = {};
+        S raw[loads] = {};
         SIMT_UNROLL
-        for (int k = 0; k < kTileLoads; ++k) {
+        for (int k = 0; k < loads; ++k) {
           const Place at = place_of(e + k * step, t.load, t, t.by_filled);
           if (e + k * step >= total || at.row >= rows) continue;
           raw[k] = in.load(flat ? first * t.filled + e + k * step : offsets.in(at.row) + at.element * t.in_stride);
         }
         SIMT_UNROLL
-        for (int k = 0; k < kTileLoads; ++k) x[k] = static_cast<T>(simt::to_float(raw[k]));
+        for (int k = 0; k < loads; ++k) x[k] = static_cast<T>(simt::to_float(raw[k]));
       });
       SIMT_UNROLL
-      for (int k = 0; k < kTileLoads; ++k) {
+      for (int k = 0; k < loads; ++k) {
         const Place at = place_of(e + k * step, t.load, t, t.by_filled);
         if (e + k * step < total && at.row < rows) take(at.row, at.element, x[k]);
       }

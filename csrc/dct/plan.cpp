@@ -28,7 +28,7 @@ constexpr std::int64_t kPaddedPowerOfTwo = 8;
 // Rows go side by side in vector lanes as long as their scratch stays within one core's share of the caches ...
 constexpr std::int64_t kVectorScratchBytes = 2 * 1024 * 1024;
 // ... and at least this fraction of the lanes is used.
-constexpr std::int64_t kMinLaneFraction = 4;
+constexpr std::int64_t kMinLaneFraction = 2;
 // Work below this many elements is not worth another thread.
 constexpr std::int64_t kElementsPerSlot = 16384;
 // Tensors from this size on, input and output, do not stay in the caches.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer, StaticLayer
 
 from freqrank.ops import LinearAttentionState
 
@@ -26,10 +26,11 @@ class LinearStateLayer(LinearAttentionLayer, DynamicLayer):  # type: ignore[misc
     is_croppable = False  # type: ignore[assignment]  # a property of LinearAttentionLayer
     supports_early_init = False
 
-    def __init__(self) -> None:
+    def __init__(self, static_length: int | None = None) -> None:
         DynamicLayer.__init__(self)
         LinearAttentionLayer.__init__(self, number_of_states=1)
         self.length = 0
+        self.static_length = static_length  # of the static cache around it
 
     @property
     def state(self) -> LinearAttentionState | None:
@@ -63,7 +64,8 @@ class LinearStateLayer(LinearAttentionLayer, DynamicLayer):  # type: ignore[misc
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        # transformers may ask this layer, if it is the first one, on behalf of the softmax layers
+        return self.static_length or self.length + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
@@ -76,7 +78,7 @@ class LinearStateLayer(LinearAttentionLayer, DynamicLayer):  # type: ignore[misc
 
     def reset(self) -> None:
         """Forget every token. The state is dropped, not zeroed: somebody may hold it."""
-        self.__init__()  # type: ignore[misc]
+        self.__init__(self.static_length)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         LinearAttentionLayer.reorder_cache(self, beam_idx)
@@ -123,7 +125,8 @@ def linear_cache_layer(cache: Cache, layer_idx: int) -> LinearStateLayer:
         return layer
     filled = layer.get_seq_length()
     if torch.compiler.is_compiling() or int(filled) == 0:
-        layers[layer_idx] = LinearStateLayer()
+        static = isinstance(layer, StaticLayer) and not layer.is_sliding
+        layers[layer_idx] = LinearStateLayer(layer.max_cache_len if static else None)
         return layers[layer_idx]
     raise ValueError(
         f"past_key_values.layers[{layer_idx}] already holds keys and values of {int(filled)} tokens, which a linear "

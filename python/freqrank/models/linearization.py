@@ -59,18 +59,19 @@ class LinearizedAttention(DiJiangAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
+        past = kwargs.get("past_key_values") if cache is None else cache  # its name before transformers 5.24
         length = hidden_states.shape[1]
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         q = self.q_proj(hidden_states).view(heads)
         k = self.k_proj(hidden_states).view(heads)
         v = self.v_proj(hidden_states).view(heads)
         q, k = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
-        cache = None if past_key_values is None else linear_cache_layer(past_key_values, self.layer_idx)
-        start = cache.length if cache is not None else 0
+        layer = None if past is None else linear_cache_layer(past, self.layer_idx)
+        start = layer.length if layer is not None else 0
         if position_ids is None:
             position_ids = torch.arange(start, start + length, device=hidden_states.device)[None]
         cu_seqlens = kwargs.get("cu_seq_lens_q")
@@ -81,12 +82,12 @@ class LinearizedAttention(DiJiangAttention):
             v,
             position_ids,
             mask=attention_mask_2d(attention_mask, length, start) if cu_seqlens is None else None,  # packed: no padding
-            state=cache.state if cache is not None else None,
-            output_state=cache is not None,
+            state=layer.state if layer is not None else None,
+            output_state=layer is not None,
             cu_seqlens=cu_seqlens,
         )
-        if cache is not None and state is not None:
-            cache.advance(state, length)
+        if layer is not None and state is not None:
+            layer.advance(state, length)
         return output, None
 
 

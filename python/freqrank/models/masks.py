@@ -108,7 +108,8 @@ def _prepare_positions(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     if tokens is None or len(args) > 1:
         return None
     length = tokens.shape[1]
-    mask, positions, cache = (kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
+    mask, positions, cache = (kwargs.get(name) for name in ("attention_mask", "position_ids", "cache"))
+    cache = kwargs.get("past_key_values") if cache is None else cache  # its name before transformers 5.24
     if isinstance(mask, Tensor) and mask.dim() == 2:
         if positions is None:
             past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0

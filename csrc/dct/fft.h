@@ -43,8 +43,8 @@ FREQRANK_INLINE Complex<typename A::V> twiddle(const T* table, Index m, Index j,
 // --- stages -------------------------------------------------------------------------------------------------------
 
 // The rows that the next group reads, fetched a few cache lines at a time while this one computes: the memory has
-// something to do throughout, and never more at once than it can take. A line of each row in turn: rows lie in different
-// pages, which memory serves faster than one page after the other.
+// something to do throughout, and never more at once than it can take. A line of each row in turn: rows lie in
+// different pages, which memory serves faster than one page after the other.
 struct Ahead {
   const char* next = nullptr;
   Index lines = 0, at_once = 0;

@@ -133,7 +133,7 @@ def test_only_the_stages_of_a_convolution_pass_through_shared_memory(n):
     for type in (2, 3):
         _, executor = check((4, n), 1, type)
         counts, (step,) = executor.counters["dct_bluestein"], plan((4, n), "float32", [1], [n])["steps"][1:]
-        # reads and writes of all numbers of the convolution, a pass for 16 of them; of the row, of its pairs if n is even
+        # reads and writes of all numbers of the convolution, a pass for 16 of them; of the row, of pairs if n is even
         halves = 4 * len(step["radices"]) - 4 + (2 if n % 2 else 4)
         passes = math.prod(step["radices"]) * halves / 16
         assert counts["shared_passes"] / 4 <= 1.3 * passes, type

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 from torch.library import Library
@@ -21,6 +22,7 @@ functorch_level = torch._C._functorch.maybe_current_level
 
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 _PLAIN = (Tensor, torch.nn.Parameter)
+_unpack_dual = torch._VF._unpack_dual
 _LIBRARY = Library("freqrank", "IMPL")
 
 
@@ -76,24 +78,28 @@ def register_derivatives(
     )
 
     def autograd(keyset: Any, *arguments: Any) -> Any:
-        if not _may_be_differentiated([x for x in arguments if isinstance(x, Tensor) and x.is_floating_point()]):
-            with below_autograd():
-                return op.redispatch(keyset & _AFTER_AUTOGRAD, *arguments)
-        with enable_single_level_autograd_function():
-            return function.apply(*arguments, keyset)  # type: ignore[attr-defined]
+        if _may_be_differentiated(arguments, forward_mode=jvp is not None):
+            with enable_single_level_autograd_function():
+                return function.apply(*arguments, keyset)  # type: ignore[attr-defined]
+        with below_autograd():
+            return op.redispatch(keyset & _AFTER_AUTOGRAD, *arguments)
 
     _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
 
 
-def _may_be_differentiated(tensors: list[Tensor]) -> bool:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+def _may_be_differentiated(arguments: tuple[Any, ...], *, forward_mode: bool) -> bool:
+    """Whether to go through autograd, which takes several times as long."""
+    if forward_ad._current_level >= 0 or functorch_level() is not None:
         return True
-    # Only plain tensors can be asked for a tangent unseen by whoever is tracing.
-    if (
-        functorch_level() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(x.__class__ not in _PLAIN for x in tensors)
-    ):
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    # Where somebody is tracing, levels of forward mode may be in the graph, unknown to Python.
+    if torch._C._len_torch_dispatch_stack() > 0 or any(x.__class__ not in _PLAIN for x in tensors):
         return True
+    if torch.is_grad_enabled():
+        if torch._C._any_requires_grad(*tensors):
+            return True
+    elif not forward_mode:
+        return False  # what is looked for below could only be refused, and looking costs 2 us a tensor
+    # So they may in a graph that torch.compile runs as it is (backend="eager"): look for the tangents themselves.
     with below_autograd():
-        return any(torch._VF._unpack_dual(x, level=0)[1] is not None for x in tensors)
+        return any(_unpack_dual(x, level=0)[1] is not None for x in tensors if x.is_floating_point())

@@ -342,6 +342,48 @@ def test_inverse_linearity_parseval(problem):
     assert error(freqrank.dctn(x, type, (n,), (dim,), **options), y) == 0
 
 
+@st.composite
+def calls(draw):
+    """Any call of any of the four functions, on a tensor of any layout."""
+    name, type = draw(st.sampled_from(ONE + MANY)), draw(st.sampled_from(TYPES))
+    smallest = 2 if type == 1 else 1
+    ndim = draw(st.integers(1, 4))
+    dims = draw(st.permutations(range(ndim)))[: draw(st.integers(1, min(3, ndim))) if name in MANY else 1]
+    shape = [draw(st.integers(smallest, 40) if d in dims else st.integers(1, 19)) for d in range(ndim)]
+    cropped = draw(st.booleans())
+    lengths = [draw(st.integers(smallest, shape[d] + 9)) for d in dims] if cropped else None
+    steps = [draw(st.integers(1, 3)) for _ in shape]
+    order = draw(st.permutations(range(ndim)))
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]))
+    base = rows(*(shape[d] * steps[d] + 1 for d in order), dtype=dtype, seed=draw(st.integers(0, 2**31)))
+    x = base.permute([order.index(d) for d in range(ndim)])
+    x = x[tuple(slice(1, 1 + size * step, step) for size, step in zip(shape, steps, strict=True))]
+    position = (lengths, dims) if name in MANY else (lengths[0] if lengths else None, dims[0])
+    options = {"norm": draw(st.sampled_from(NORMS)), "orthogonalize": draw(st.sampled_from(ORTHOGONALIZE))}
+    return name, x, (type, *position), options, dims, lengths or [shape[d] for d in dims]
+
+
+@settings(max_examples=200, deadline=None)
+@given(calls(), st.data())
+def test_any_call(call, data):
+    name, x, arguments, options, dims, lengths = call
+    f = lambda x: getattr(freqrank, name)(x, *arguments, **options)  # noqa: E731
+    y = f(x)
+    assert torch.equal(f(x.contiguous()), y)
+    if x.dtype in BOUND:
+        want = getattr(scipy.fft, name)(x.numpy().astype(np.longdouble), *arguments, **options)
+        assert error(y, want.astype(np.float64)) <= bound(x.dtype, math.prod(lengths))
+        assert torch.equal(f(x * 2.0**90), y * 2.0**90)
+    else:
+        assert torch.equal(y, f(x.float()).to(x.dtype))
+    batch = [d for d in range(x.dim()) if d not in dims]
+    if batch:
+        d = data.draw(st.sampled_from(batch))
+        first = data.draw(st.integers(0, x.shape[d] - 1))
+        count = data.draw(st.integers(1, x.shape[d] - first))
+        assert torch.equal(f(x.narrow(d, first, count)), y.narrow(d, first, count))
+
+
 # --- autograd -----------------------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,9 @@ FREQRANK_INLINE constexpr int block_pad_shift(bool padded, bool wide) { return !
 // the last one, which is the first one back; of the stages between.
 constexpr int kConvolutionFirst[] = {16, 8}, kConvolutionLast[] = {16, 8, 4},
               kConvolutionRadices[] = {16, 12, 10, 8, 5};
-FREQRANK_INLINE constexpr int convolution_last_limit(bool wide) { return wide ? 8 : 16; }  // 16 would spill doubles
+// Sides of tiles are short: less to compile. The last radix 16 would spill doubles.
+FREQRANK_INLINE constexpr int convolution_first_limit(bool tile) { return tile ? 8 : 16; }
+FREQRANK_INLINE constexpr int convolution_last_limit(bool tile, bool wide) { return tile || wide ? 8 : 16; }
 
 // The complex FFT of length n of one row: `inner` == n, or Bluestein's convolution of length `inner` >= 2n - 1.
 // Stage i splits what is left by radix[i]: Stockham's order, decimation in frequency. In a block, the FFT back from the

@@ -133,7 +133,7 @@ std::int64_t block_threads(const Step& step, std::int64_t rows) { return stage_t
 
 // The cheapest radices, first stage, those between and last stage, for a convolution of length `least` or more: the
 // stages between go through shared memory once for each FFT, so does the first one, the last one once for both.
-void set_convolution(DeviceFft& fft, bool wide) {
+void set_convolution(DeviceFft& fft, bool tile, bool wide) {
   const std::int64_t least = fft.inputs + fft.outputs - 1;
   double best = std::numeric_limits<double>::max();
   std::vector<int> now;
@@ -155,7 +155,7 @@ void set_convolution(DeviceFft& fft, bool wide) {
   };
   for (const int first : kConvolutionFirst) {
     for (const int last : kConvolutionLast) {
-      if (last > convolution_last_limit(wide)) continue;
+      if (first > convolution_first_limit(tile) || last > convolution_last_limit(tile, wide)) continue;
       now = {first, last};
       extend(extend, first * last, 2 * stage_cost(first) + stage_cost(last), kConvolutionRadices[0]);
     }
@@ -168,12 +168,12 @@ void set_convolution(DeviceFft& fft, bool wide) {
 
 // A step whose Bluestein's convolution, if it has one, takes place in a block. Half of the spectrum of a real row,
 // which an odd length of types II to IV is, is enough: type III has it as input, the others as output.
-Step in_a_block(const Step& step) {
+Step in_a_block(const Step& step, bool tile) {
   Step block = step;
   DeviceFft& fft = block.axis[0].fft;
   if (!fft.bluestein()) return block;
   if (step.type != 1 && step.axis[0].n % 2 == 1) (step.type == 3 ? fft.inputs : fft.outputs) = fft.n / 2 + 1;
-  set_convolution(fft, step.wide);
+  set_convolution(fft, tile, step.wide);
   return block;
 }
 
@@ -244,7 +244,7 @@ Step side_of(const Step& step, const Axis& axis, const BatchDim& other) {
   side.batch = step.batch;
   side.batch.push_back(other);
   side.rows = step.rows * other.size;
-  return in_a_block(side);
+  return in_a_block(side, true);
 }
 
 // As many rows or columns side by side as a block's threads hold, up to `count`; the shared memory that they take.
@@ -617,7 +617,7 @@ DevicePlan plan_device(const Problem& problem, const DeviceLimits& limits) {
     if (together == 1) {
       step = begin_step(i, 1);
       if (!plan_power_of_two(step, limits)) {
-        const Step block = in_a_block(step);
+        const Step block = in_a_block(step, false);
         if (fits_block(block, limits)) {
           step = block;
           plan_block(step, limits);

@@ -1,8 +1,6 @@
 #pragma once
 // The CUDA back end: the operations of simt.h as intrinsics and PTX. The host's are in host.h.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
@@ -190,15 +188,21 @@ SIMT_DEVICE T atomic_max(shared<T> memory, int i, T value) {
 SIMT_DEVICE float to_float(float x) { return x; }
 SIMT_DEVICE double to_float(double x) { return x; }
 SIMT_DEVICE float to_float(bfloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
-SIMT_DEVICE float to_float(float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+SIMT_DEVICE float to_float(float16 x) {
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(x.bits));
+  return out;
+}
 template <class S, class F>
 SIMT_DEVICE S from_float(F x) {
+  S out;  // the headers of CUDA's own 16-bit types take longer to compile than many a kernel
   if constexpr (std::is_same_v<S, bfloat16>)
-    return {__bfloat16_as_ushort(__float2bfloat16_rn(static_cast<float>(x)))};
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(static_cast<float>(x)));
   else if constexpr (std::is_same_v<S, float16>)
-    return {__half_as_ushort(__float2half_rn(static_cast<float>(x)))};
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(static_cast<float>(x)));
   else
-    return static_cast<S>(x);
+    out = static_cast<S>(x);
+  return out;
 }
 // x, of which the compiler knows nothing: what is computed from it in a loop stays there and takes no register outside.
 SIMT_DEVICE int opaque(int x) {

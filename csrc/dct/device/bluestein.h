@@ -109,29 +109,31 @@ SIMT_DEVICE void inner_stage(const BlockFft& f, int i, const Rows<T>& z, int row
   }
 }
 
-// The cosine transform of every row, by way of the convolution.
-template <class T>
-SIMT_DEVICE void convolve_rows(const RowParams<T>& p, const Rows<T>& z, int rows) {
+// The stages of one FFT, or those of a convolution, of which inner(i) does the ones between; `Tile`: of a tile's side.
+template <bool Tile, class T, class Inner>
+SIMT_DEVICE void all_stages(const RowParams<T>& p, const Rows<T>& z, int rows, const Inner& inner) {
   const BlockFft& f = p.fft;
-  const int middle = f.stages, last = 2 * f.stages - 1;
+  const bool bluestein = f.bluestein();
+  const int middle = bluestein ? f.stages : -1, last = (bluestein ? 2 : 1) * f.stages - 1;
   SIMT_NO_UNROLL
   for (int i = 0; i <= last; ++i) {
     const int radix = f.stage[i].radix;
-    if (i == 0 || i == last) {
+    if (bluestein && (i == 0 || i == last)) {
       if (radix == 8) {
         outer_stage<8>(p, i == 0, z, rows);
-      } else {
+      } else if constexpr (convolution_first_limit(Tile) == 16) {
         outer_stage<16>(p, i == 0, z, rows);
       }
     } else if (i == middle) {
-      switch (radix) {
-        case 4: middle_stage<4>(p, z, rows); break;
-        case 8: middle_stage<8>(p, z, rows); break;
-        default:
-          if constexpr (convolution_last_limit(sizeof(T) == 8) == 16) middle_stage<16>(p, z, rows);
+      if (radix == 4) {
+        middle_stage<4>(p, z, rows);
+      } else if (radix == 8) {
+        middle_stage<8>(p, z, rows);
+      } else if constexpr (convolution_last_limit(Tile, sizeof(T) == 8) == 16) {
+        middle_stage<16>(p, z, rows);
       }
     } else if (i != middle - 1) {
-      inner_stage(f, i, z, rows, p.roots);
+      inner(i);
     }
   }
 }
@@ -144,7 +146,7 @@ struct BluesteinKernel {
   SIMT_DEVICE static void run(const Params& p) {
     transform_rows(p, [&](const Rows<T>& z, int rows) {
       if (!p.fused) before_fft(p, z, rows);
-      convolve_rows(p, z, rows);
+      all_stages<false>(p, z, rows, [&](int i) { inner_stage(p.fft, i, z, rows, p.roots); });
       if (!p.fused) after_fft(p, z, rows);
     });
   }

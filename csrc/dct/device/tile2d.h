@@ -42,11 +42,7 @@ struct Tile2dKernel {
         }
         simt::barrier();
         if (!p.fused) before_fft(p, z, rows);
-        if (p.fft.bluestein()) {
-          convolve_rows(p, z, rows);
-        } else {
-          for (int i = 0; i < p.fft.stages; ++i) fft_stage(p.fft, i, z, rows, p.roots);
-        }
+        all_stages<true>(p, z, rows, [&](int i) { fft_stage(p.fft, i, z, rows, p.roots); });
         if (!p.fused) after_fft(p, z, rows);
         if (s == 0) {
           const int count = rows * t.stored;

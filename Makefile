@@ -54,32 +54,34 @@ clean:
 	rm -rf $(VENV) build python/freqrank/_lib demo-output
 
 SHELL := /bin/bash
+# It configures the build without C++ tests and, for a torch without CUDA, without CUDA: both are to be built again.
+INSTALL = rm -f $(VENV)/.cpp-tests && $(BIN)/pip install -q --no-build-isolation -e
 
 $(VENV)/.torch:
 	tools/bare-machine $(PYTHON) $(VENV)
 	touch $@
 
 $(VENV)/.build: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation -e .
+	$(INSTALL) .
 	touch $@
 
 $(VENV)/.cli: $(VENV)/.build
-	$(BIN)/pip install -q --no-build-isolation -e '.[cli]'
+	$(INSTALL) '.[cli]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.build
-	$(BIN)/pip install -q --no-build-isolation -e '.[test]'
+	$(INSTALL) '.[test]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.build $(wildcard bench/cpp/*)
-	$(BIN)/pip install -q --no-build-isolation -e '.[bench]'
+	$(INSTALL) '.[bench]'
 	tools/bare-machine --system-only libbenchmark-dev
 	$(BIN)/cmake -S . -B build/native -DFREQRANK_BENCH=ON >/dev/null
 	$(BIN)/cmake --build build/native --target freqrank_bench
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(BIN)/pip install -q --no-build-isolation -e '.[test,lint]'
+	$(INSTALL) '.[test,lint]'
 	touch $@
 
 $(VENV)/.cpp-tests: $(VENV)/.test

@@ -405,6 +405,13 @@ struct Lanes {
   }
 };
 
+// Whether the last `rest` of a row's elements go through a square that overlaps the one before. Few are faster one by
+// one; more than a square of them are left where groups are wider than it.
+template <int W>
+FREQRANK_INLINE bool ends_in_square(Index filled, Index rest) {
+  return filled >= W && rest <= W && 4 * rest > W;
+}
+
 template <class S, class L, class Type>
 void read(const Work& work, const Lanes<L::unit>& lanes, const Type& type) {
   using B = typename L::Body;
@@ -439,7 +446,7 @@ void read(const Work& work, const Lanes<L::unit>& lanes, const Type& type) {
   if constexpr (L::unit > 1) {
     if (adjacent) {
       for (; i < filled; ++i) type.place(i, load_as<V>(base + lanes.in[0] + i * stride));
-    } else if (stride == 1 && filled >= W && 4 * (filled - i) > W) {  // the last square overlaps the one before
+    } else if (stride == 1 && ends_in_square<W>(filled, filled - i)) {
       V v[W];
       FREQRANK_UNROLL
       for (int l = 0; l < W; ++l) v[l] = load_as<V>(base + lanes.in[l] + filled - W);
@@ -536,7 +543,7 @@ void write(const Work& work, const Lanes<L::unit>& lanes, const Type& type) {
   if constexpr (L::unit > 1) {
     if (adjacent) {
       for (; i < filled; ++i) store_as(base + lanes.out[0] + i * stride, type.get(i));
-    } else if (stride == 1 && filled >= W && 4 * (filled - i) > W) {
+    } else if (stride == 1 && ends_in_square<W>(filled, filled - i)) {
       V v[W];
       for (int e = 0; e < W; ++e) v[e] = type.get(filled - W + e);
       transpose(v);

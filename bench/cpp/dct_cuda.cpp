@@ -5,6 +5,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "common/cuda_device.h"
 #include "dct/launch.h"
 #include "dct_cases.h"
 
@@ -58,7 +59,7 @@ class Clock {
 void run_case(const DctCase& each, benchmark::State& state) {
   int device = 0;
   check(cudaGetDevice(&device));
-  const dct::DevicePlan plan = dct::plan_device(each.problem(), dct::device_limits(device));
+  const dct::DevicePlan plan = dct::plan_device(each.problem(), gpu_limits(device));
   const auto half = static_cast<std::size_t>(each.bytes() / 2);
   const Memory in = allocate(half), out = allocate(half), workspace = allocate(dct::workspace_bytes(plan));
   const std::vector<float> host = normal(half / sizeof(float));

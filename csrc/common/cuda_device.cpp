@@ -2,6 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <stdexcept>
+
 namespace freqrank {
 
 namespace {
@@ -12,7 +14,26 @@ std::string rebuild(const std::string& archs) {
   return "FREQRANK_CUDA=1 FREQRANK_CUDA_ARCHS=" + archs + " pip install . --no-build-isolation";
 }
 
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // it is reported here
+    throw std::runtime_error("GPU " + std::to_string(device) + ": " + explain_cuda_error(error));
+  }
+  return value;
+}
+
 }  // namespace
+
+GpuLimits gpu_limits(int device) {
+  GpuLimits limits;
+  limits.sms = attribute(cudaDevAttrMultiProcessorCount, device);
+  limits.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  limits.shared_bytes_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  limits.threads_per_sm = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, device);
+  return limits;
+}
 
 const char* cuda_targets() { return FREQRANK_CUDA_TARGETS; }
 

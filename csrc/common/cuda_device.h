@@ -4,7 +4,12 @@
 
 #include <string>
 
+#include "common/gpu_limits.h"
+
 namespace freqrank {
+
+// Of a GPU, by its CUDA index. Throws std::runtime_error.
+GpuLimits gpu_limits(int device);
 
 // What a failed CUDA call means, and what to do about it where the build and the machine do not fit each other.
 std::string explain_cuda_error(int error);

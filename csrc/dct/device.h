@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "common/gpu_limits.h"
 #include "common/inline.h"
 #include "dct/dct.h"
 
@@ -21,11 +22,10 @@ namespace freqrank::dct {
 constexpr std::size_t kDeviceAlign = 256;
 
 // What a plan must know of the GPU. Tests shrink the limits to reach every branch with small sizes.
-struct DeviceLimits {
-  int sms = 132;
-  int shared_bytes = 232448;         // that one block may use
-  int shared_bytes_per_sm = 233472;  // of all its blocks, 1024 bytes of them for the system in each block
-  int threads_per_sm = 2048;
+struct DeviceLimits : GpuLimits {
+  DeviceLimits() = default;
+  DeviceLimits(const GpuLimits& gpu) : GpuLimits(gpu) {}
+
   std::int64_t largest_power_of_two = 8192;  // lengths up to this one go through registers and shuffles
   int largest_tile = 128;                    // sides up to this one are transformed two dimensions at once
 };

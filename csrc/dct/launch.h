@@ -7,9 +7,6 @@ struct CUstream_st;  // *cudaStream_t
 
 namespace freqrank::dct {
 
-// Of a GPU, by its CUDA index.
-DeviceLimits device_limits(int device);
-
 // Enqueues every step on `stream` of the current GPU and returns. Throws std::runtime_error, naming the kernel, if a
 // launch fails. Allocates nothing and may be captured into a CUDA graph.
 void run(const DevicePlan& plan, const DevicePointers& pointers, void* workspace, CUstream_st* stream);

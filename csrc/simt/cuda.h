@@ -213,6 +213,8 @@ SIMT_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 SIMT_DEVICE double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
 SIMT_DEVICE float sqrt(float x) { return __fsqrt_rn(x); }
 SIMT_DEVICE double sqrt(double x) { return __dsqrt_rn(x); }
+SIMT_DEVICE float exp(float x) { return ::expf(x); }
+SIMT_DEVICE double exp(double x) { return ::exp(x); }
 template <class To, class From>
 SIMT_DEVICE To bits_as(From x) {
   static_assert(sizeof(To) == sizeof(From));

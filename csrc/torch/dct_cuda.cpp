@@ -20,7 +20,7 @@ Tensor dct_cuda(const Tensor& x, Sizes dims, std::optional<Sizes> lengths, std::
   const std::int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const dct::Problem problem = dct_problem(x, dims, lengths, sizes, type, norm, in_ends, out_ends);
-  const dct::DevicePlan plan = dct::plan_device(problem, dct::device_limits(device));
+  const dct::DevicePlan plan = dct::plan_device(problem, gpu_limits(device));
   Tensor out = torch::stable::new_empty(x, problem.out_sizes);
   const Tensor workspace = torch::stable::new_empty(x, {static_cast<std::int64_t>(dct::workspace_bytes(plan))},
                                                     std::make_optional(ScalarType::Byte));
@@ -29,7 +29,7 @@ Tensor dct_cuda(const Tensor& x, Sizes dims, std::optional<Sizes> lengths, std::
 }
 
 std::vector<std::int64_t> dct_limits(std::int64_t device) {
-  const dct::DeviceLimits limits = dct::device_limits(static_cast<int>(device));
+  const GpuLimits limits = gpu_limits(static_cast<int>(device));
   return {limits.sms, limits.shared_bytes, limits.shared_bytes_per_sm, limits.threads_per_sm};
 }
 

@@ -191,7 +191,7 @@ class Tester {
  public:
   Tester() {
     check(cudaGetDevice(&device_), "cudaGetDevice");
-    limits_ = device_limits(device_);
+    limits_ = gpu_limits(device_);
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
   }
   ~Tester() { cudaStreamDestroy(stream_); }

@@ -1,0 +1,99 @@
+#pragma once
+// Linear attention on a GPU: what linear_attention.h describes, as a list of kernel launches. Host code without CUDA:
+// plans can be made, read and tested anywhere; linear_attention/device/launch.h runs them, on CUDA or under the host
+// executor.
+//
+// Forward, dq, dk and dv are one kernel, the scan, with its operands in other places (device/params.h):
+//
+//   role             rows  columns  values  out   state         order
+//   forward          q     k        v       o     S  [K,V]      forward
+//   query_gradient   do    v        k       dq    S^T           forward
+//   key_gradient     v     do       q       dk    D^T           reverse
+//   value_gradient   k     q        do      dv    D  [K,V]      reverse
+//
+// with S the decayed sum of k v^T and D, the gradient of S, that of q do^T. Where the sequences are split, `states` and
+// `state_gradients` sum up each segment, and a kernel of its own carries the sums from segment to segment.
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "common/gpu_limits.h"
+#include "linear_attention/linear_attention.h"
+
+namespace freqrank::linear_attention {
+
+constexpr std::size_t kDeviceAlign = 256;
+
+enum class Role { forward, states, query_gradient, key_gradient, value_gradient, state_gradients };
+const char* name(Role role);
+
+// How a scan is computed.
+enum class ScanKernel {
+  tensor_cores,  // 16-bit tensors: mma, the state in registers
+  fma,           // everything else
+};
+
+// The shapes that the tensor-core kernel is compiled for: the state's depth, values' columns of a block, its warps, and
+// tokens of a chunk.
+struct MmaShape {
+  int depth, tile, warps, chunk, min_blocks;
+};
+constexpr MmaShape kMmaShapes[] = {{64, 64, 4, 64, 4}, {128, 128, 4, 64, 2}, {256, 128, 8, 32, 1}};
+
+// What a GPU's plan must know beside the sizes.
+struct DeviceProblem {
+  Sizes sizes;                          // decay_gradient: of the backward pass
+  bool backward = false;
+  bool half = false;                    // q, k, v (and grad_o) all have this one 16-bit dtype
+  bool with_offsets = false;            // cu_seqlens are given
+  bool final_state = false;             // forward: asked for
+  bool state_gradients = false;         // backward: of the initial state
+};
+
+struct DevicePlan {
+  DeviceProblem problem;
+  GpuLimits limits;
+  ScanKernel kernel = ScanKernel::fma;
+  int shape = 0;  // of kMmaShapes
+
+  // Segments of the sequences; one slot each. One a sequence means that nothing is split.
+  std::int64_t segment_length = 0, segments_per_sequence = 1, slots = 0;
+  bool split = false;
+
+  struct Scan {
+    Role role = Role::forward;
+    int depth = 0, width = 0;
+    int tile = 0, width_tiles = 1, row_heads = 1, column_heads = 1, rows_per_block = 1, row_blocks = 1;
+    int chunk = 0, threads = 0, shared_bytes = 0;
+    std::int64_t blocks = 0;
+    std::int64_t read_bytes = 0, write_bytes = 0;  // of q, k, v, o and their gradients; for one full-length batch
+  };
+  // In the order in which they run; `states` and `state_gradients` only where the sequences are split.
+  static constexpr int max_scans = 5;
+  int scans = 0;
+  Scan scan[max_scans];
+  const char* why = "";  // split or not
+
+  // Workspace, bytes from its start.
+  std::size_t offsets_at = 0, states_at = 0, states_z_at = 0, gradients_at = 0, gradients_z_at = 0, decay_at = 0;
+  std::size_t query_scale_at = 0, query_add_at = 0, query_dots_at = 0, key_dots_at = 0, heads_at = 0;
+  std::size_t key_parts_at = 0, value_parts_at = 0, final_at = 0, final_z_at = 0;
+  std::size_t bytes = 0;
+};
+
+// Throws std::invalid_argument where no kernel takes the sizes.
+DevicePlan plan_device(const DeviceProblem& problem, const GpuLimits& limits);
+std::size_t workspace_bytes(const DevicePlan& plan);
+
+// For people: a line a launch.
+std::string describe(const DevicePlan& plan);
+
+// What Inputs, ForwardOutputs and BackwardArguments do not hold. Backward with `normalize` takes both, forward writes
+// the second.
+struct Normalizer {
+  View o;            // [B,T,H,V], what forward returned
+  View denominator;  // [B,T,H] contiguous, of the arithmetic's dtype
+};
+
+}  // namespace freqrank::linear_attention

@@ -34,12 +34,12 @@ enum class ScanKernel {
   fma,           // everything else
 };
 
-// The shapes that the tensor-core kernel is compiled for: the state's depth, values' columns of a block, its warps, and
-// tokens of a chunk.
+// The shapes that the tensor-core kernel is compiled for: the state's depth, values' columns of a block, its warps,
+// tokens of a chunk, and of those the ones whose outputs are in registers at a time; blocks of an SM.
 struct MmaShape {
-  int depth, tile, warps, chunk, min_blocks;
+  int depth, tile, warps, chunk, rows, min_blocks;
 };
-constexpr MmaShape kMmaShapes[] = {{64, 64, 4, 64, 4}, {128, 128, 4, 64, 2}, {256, 128, 8, 32, 1}};
+constexpr MmaShape kMmaShapes[] = {{64, 64, 4, 64, 64, 3}, {128, 128, 4, 64, 32, 2}, {256, 128, 8, 32, 32, 1}};
 
 // What a GPU's plan must know beside the sizes.
 struct DeviceProblem {
@@ -47,8 +47,7 @@ struct DeviceProblem {
   bool backward = false;
   bool half = false;                    // q, k, v (and grad_o) all have this one 16-bit dtype
   bool with_offsets = false;            // cu_seqlens are given
-  bool final_state = false;             // forward: asked for
-  bool state_gradients = false;         // backward: of the initial state
+  bool with_z = false;                  // forward: z is given or asked for; backward: its gradient is given
 };
 
 struct DevicePlan {
@@ -76,10 +75,20 @@ struct DevicePlan {
   const char* why = "";  // split or not
 
   // Workspace, bytes from its start.
-  std::size_t offsets_at = 0, states_at = 0, states_z_at = 0, gradients_at = 0, gradients_z_at = 0, decay_at = 0;
-  std::size_t query_scale_at = 0, query_add_at = 0, query_dots_at = 0, key_dots_at = 0, heads_at = 0;
-  std::size_t key_parts_at = 0, value_parts_at = 0, final_at = 0, final_z_at = 0;
+  std::size_t offsets_at = 0;                        // int64 [slots,3] and, for each sequence, [N,2]: slots from, count
+  std::size_t states_at = 0, states_z_at = 0;        // A [slots,Hs,K,V] and [slots,Hs,K]
+  std::size_t gradients_at = 0, gradients_z_at = 0;  // the same of the gradients
+  std::size_t final_at = 0, final_z_at = 0;          // A [N,Hs,K,V] and [N,Hs,K]: backward with decay_gradient
+  std::size_t decay_at = 0;                          // double [slots,Hs]
+  std::size_t query_scale_at = 0, query_add_at = 0;  // A [B,H,T]
+  std::size_t query_dots_at = 0, key_dots_at = 0;    // A [tiles,B,H,T] and [tiles,B,Hk or Hs,T]
+  std::size_t pairs_at = 0;                          // A [B,Hs,T]
+  std::size_t head_sums_at = 0;                      // double [slots,Hs]
+  std::size_t key_parts_at = 0, value_parts_at = 0;  // A [B,T,Hs,K] and [B,T,Hs,V] where Hs > Hk
   std::size_t bytes = 0;
+
+  bool with_z = false;  // z is carried beside the state
+  bool parts() const { return problem.sizes.state_heads > problem.sizes.key_heads; }
 };
 
 // Throws std::invalid_argument where no kernel takes the sizes.
@@ -89,11 +98,12 @@ std::size_t workspace_bytes(const DevicePlan& plan);
 // For people: a line a launch.
 std::string describe(const DevicePlan& plan);
 
-// What Inputs, ForwardOutputs and BackwardArguments do not hold. Backward with `normalize` takes both, forward writes
-// the second.
+// What Inputs, ForwardOutputs and BackwardArguments do not hold, of a call with `normalize`: forward writes what backward
+// takes. `rest`, o minus its rounding, is worth its memory where tensors have 16 bits and may be absent.
 struct Normalizer {
-  View o;            // [B,T,H,V], what forward returned
-  View denominator;  // [B,T,H] contiguous, of the arithmetic's dtype
+  View o;            // [B,T,H,V], what forward returned; backward only
+  View denominator;  // [B,H,T] contiguous, of the arithmetic's dtype
+  View rest;         // [B,T,H,V]
 };
 
 }  // namespace freqrank::linear_attention

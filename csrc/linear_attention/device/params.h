@@ -49,8 +49,8 @@ struct States {
 struct Segments {
   Index batch = 0, time = 0, sequences = 0;
   Index length = 0, per_sequence = 1, slots = 0;
-  // With cu_seqlens, what device/offsets.h made of them: for each slot its sequence (-1: none), first token and count
-  // (negative: the offsets are wrong, and -count tokens become NaN).
+  // With cu_seqlens, what device/segments.h made of them: for each slot its sequence (-1: none), first token and count
+  // (negative: the offsets are wrong, and -1 - count tokens become NaN).
   simt::global<const Index> table;
 };
 
@@ -59,15 +59,30 @@ struct Segment {
   bool poisoned;
 };
 
+// Where a token's number is in an array [B,heads,T].
+SIMT_DEVICE Index row_of(const Segments& s, int heads, Index batch, int head, Index token) {
+  return (batch * heads + head) * s.time + token;
+}
+
 SIMT_DEVICE Segment segment_of(const Segments& s, Index slot) {
   if (s.table) {
     const Index count = s.table.load(3 * slot + 2);
-    return {s.table.load(3 * slot), 0, s.table.load(3 * slot + 1), count < 0 ? -count : count, count < 0};
+    return {s.table.load(3 * slot), 0, s.table.load(3 * slot + 1), count < 0 ? -1 - count : count, count < 0};
   }
   const Index n = slot / s.per_sequence, first = (slot - n * s.per_sequence) * s.length;
   const Index left = s.time - first;
   return {n, n, first, left < s.length ? (left < 0 ? 0 : left) : s.length, false};
 }
+
+// What is known of each token beside the tensors.
+template <class A>
+struct TokenParams {
+  simt::global<const unsigned char> mask;  // [B,T], may be null
+  Index mask_stride[2] = {};
+  Decay decay = Decay::none;
+  simt::global<const A> log_decay;  // [Hs] or [B,T,Hs]
+  Index decay_stride[3] = {};
+};
 
 // One launch of the scan. With i and j tokens of a sequence, D(i, j) the decay between them (1 where i = j):
 //
@@ -78,7 +93,7 @@ SIMT_DEVICE Segment segment_of(const Segments& s, Index slot) {
 // where all tokens of other segments are in the state, sum of decayed columns_j values_j^T with the same factors. A is
 // the type of the arithmetic. Forward, dq, dk and dv are four such launches with the operands in other places.
 template <class A>
-struct ScanParams {
+struct ScanParams : TokenParams<A> {
   Segments segments;
   bool reverse = false, states_only = false;
   int state_heads = 1;
@@ -90,18 +105,13 @@ struct ScanParams {
   Output out;
   A column_factor = 1, out_factor = 1;
 
-  simt::global<const unsigned char> mask;  // [B,T], may be null
-  Index mask_stride[2] = {};
-  Decay decay = Decay::none;
-  simt::global<const A> log_decay;  // [Hs] or [B,T,Hs]
-  Index decay_stride[3] = {};
-
   // The normaliser. Forward: out is divided by out_factor * (sum of P + rows . z) + eps, which is kept in `denominator`.
-  // Backward: scale_t and add_t, [B,T,H] of the queries; 1 and 0 where null.
+  // Backward: scale_t and add_t of the queries; 1 and 0 where null.
   bool normalize = false;
   A eps = 0;
-  simt::global<A> denominator;                  // [B,T,H] contiguous
-  simt::global<const A> query_scale, query_add;  // [B,T,H] contiguous
+  simt::global<A> denominator;                   // [B,H,T]
+  Output rest;                                   // what rounding takes from out; may be null
+  simt::global<const A> query_scale, query_add;  // [B,H,T]
   int query_heads = 1;
   // z is a vector beside the state: the decayed sum of columns (key_sum, of length depth) or of values (value_sum, of
   // length width: weights 1 in forward order, add_t in reverse; out gets decay * (add_i or 1) * z).
@@ -113,9 +123,11 @@ struct ScanParams {
   States<A> final_state, final_z;
   simt::global<double> segment_decay;  // [slots, Hs]: the sum of log_decay; may be null
 
-  // The gradient of the decay: out . with (before rounding), a row of [B,T,out.heads] for each tile of the width.
+  // For the gradient of the decay: (out_factor * what the state gives to out) . with, [tiles of the width,B,out.heads,T].
   Matrix with;
   simt::global<A> dots;
+  // The state, and what it gives, to float's accuracy though tensors have 16 bits.
+  bool exact_state = false;
 };
 
 // Where a block works.
@@ -138,7 +150,7 @@ SIMT_DEVICE Place place_of(const ScanParams<A>& p) {
 }
 
 template <class A>
-SIMT_DEVICE bool is_live(const ScanParams<A>& p, Index batch, Index token) {
+SIMT_DEVICE bool is_live(const TokenParams<A>& p, Index batch, Index token) {
   return !p.mask || p.mask.load(batch * p.mask_stride[0] + token * p.mask_stride[1]) != 0;
 }
 
@@ -155,16 +167,21 @@ SIMT_DEVICE T not_a_number() {
 template <class A>
 constexpr A lowest_log_decay = sizeof(A) == 8 ? A(-800) : A(-128);
 
-// The logarithm of the decay at a token; NaN where it is positive, which must not go unnoticed.
+// NaN where a log decay is positive, which must not go unnoticed.
 template <class A>
-SIMT_DEVICE A log_decay_of(const ScanParams<A>& p, Index batch, Index token, int state_head) {
-  if (p.decay == Decay::none) return A(0);
-  const A g = p.decay == Decay::per_head
-                  ? p.log_decay.load(state_head * p.decay_stride[2])
-                  : p.log_decay.load(batch * p.decay_stride[0] + token * p.decay_stride[1] +
-                                     state_head * p.decay_stride[2]);
+SIMT_DEVICE A bounded_log_decay(A g) {
   if (g < lowest_log_decay<A>) return lowest_log_decay<A>;
   return g > A(0) ? not_a_number<A>() : g;
+}
+
+// The logarithm of the decay at a token.
+template <class A>
+SIMT_DEVICE A log_decay_of(const TokenParams<A>& p, Index batch, Index token, int state_head) {
+  if (p.decay == Decay::none) return A(0);
+  return bounded_log_decay(p.decay == Decay::per_head
+                               ? p.log_decay.load(state_head * p.decay_stride[2])
+                               : p.log_decay.load(batch * p.decay_stride[0] + token * p.decay_stride[1] +
+                                                  state_head * p.decay_stride[2]));
 }
 
 // Calls f with a value of the element type.
@@ -199,14 +216,20 @@ SIMT_DEVICE void poison(const ScanParams<A>& p, const Place& place, const Segmen
         with_dtype<A>(p.out.dtype, [&](auto x) {
           using S = decltype(x);
           p.out.data.template as<S>().store(i, simt::from_float<S>(nan));
+          if (p.rest.data)
+            p.rest.data.template as<S>().store(p.rest.at(segment.batch, segment.first + t, head) +
+                                                   (from + e - t * columns) * p.rest.stride[3],
+                                               simt::from_float<S>(nan));
         });
       }
       const int query = p.reverse ? 0 : place.state_head * p.query_heads / p.state_heads + row;
       for (Index t = simt::thread(); t < segment.count; t += simt::threads()) {
-        const Index token = segment.batch * p.segments.time + segment.first + t;
-        if (p.normalize && place.tile == 0) p.denominator.store(token * p.query_heads + query, nan);
+        const Index token = segment.first + t;
+        if (p.normalize && place.tile == 0)
+          p.denominator.store(row_of(p.segments, p.query_heads, segment.batch, query, token), nan);
         if (p.dots)
-          p.dots.store((place.tile * p.segments.batch * p.segments.time + token) * p.out.heads + head, nan);
+          p.dots.store(
+              row_of(p.segments, p.out.heads, place.tile * p.segments.batch + segment.batch, head, token), nan);
       }
     }
   }

@@ -12,5 +12,6 @@ namespace freqrank::simt_bindings {
 void bind_executor(pybind11::module_& m);
 void bind_machine(pybind11::module_& m);
 void bind_dct(pybind11::module_& m);
+void bind_linear_attention_fma(pybind11::module_& m);
 
 }  // namespace freqrank::simt_bindings

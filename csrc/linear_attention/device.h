@@ -98,12 +98,10 @@ std::size_t workspace_bytes(const DevicePlan& plan);
 // For people: a line a launch.
 std::string describe(const DevicePlan& plan);
 
-// What Inputs, ForwardOutputs and BackwardArguments do not hold, of a call with `normalize`: forward writes what backward
-// takes. `rest`, o minus its rounding, is worth its memory where tensors have 16 bits and may be absent.
+// What Inputs, ForwardOutputs and BackwardArguments do not hold, of a call with `normalize`.
 struct Normalizer {
-  View o;            // [B,T,H,V], what forward returned; backward only
-  View denominator;  // [B,H,T] contiguous, of the arithmetic's dtype
-  View rest;         // [B,T,H,V]
+  View o;            // [B,T,H,V], what forward returned; for backward
+  View denominator;  // [B,H,T] contiguous, of the arithmetic's dtype: forward writes it, backward takes it
 };
 
 }  // namespace freqrank::linear_attention

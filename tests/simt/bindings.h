@@ -12,6 +12,7 @@ namespace freqrank::simt_bindings {
 void bind_executor(pybind11::module_& m);
 void bind_machine(pybind11::module_& m);
 void bind_dct(pybind11::module_& m);
+void bind_linear_attention(pybind11::module_& m);
 void bind_linear_attention_fma(pybind11::module_& m);
 
 }  // namespace freqrank::simt_bindings

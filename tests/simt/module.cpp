@@ -67,5 +67,6 @@ PYBIND11_MODULE(freqrank_simt, m) {
   freqrank::simt_bindings::bind_executor(m);
   freqrank::simt_bindings::bind_machine(m);
   freqrank::simt_bindings::bind_dct(m);
+  freqrank::simt_bindings::bind_linear_attention(m);
   freqrank::simt_bindings::bind_linear_attention_fma(m);
 }

@@ -5,8 +5,7 @@
 
 namespace freqrank::linear_attention::device {
 
-// The normaliser's part: with o = n / d, the gradient of n is do / d and that of d is -(do . o) / d. A warp a row. dq is
-// a difference of what these two give: o rounded to 16 bits would make its error twice as large as that of the rest.
+// The normaliser's part: with o = n / d, the gradient of n is do / d and that of d is -(do . o) / d. A warp a row.
 template <class A>
 struct NormalizerKernel {
   static constexpr const char* name =
@@ -14,7 +13,7 @@ struct NormalizerKernel {
   static constexpr int max_threads = 256, min_blocks = 4;
   struct Params {
     Index rows, time;  // rows: B H T
-    Matrix gradient, o, rest;  // rest: what rounding took from o; may be null
+    Matrix gradient, o;
     simt::global<const A> denominator;
     simt::global<const unsigned char> mask;
     Index mask_stride[2];
@@ -34,13 +33,9 @@ struct NormalizerKernel {
         with_dtype<A>(p.o.dtype, [&](auto o) {
           const auto gradient = p.gradient.data.template as<decltype(g)>();
           const auto out = p.o.data.template as<decltype(o)>();
-          const auto rest = p.rest.data.template as<decltype(o)>();
-          const Index z = p.rest.at(batch, t, head);
-          for (int i = simt::lane(); i < p.o.width; i += 32) {
-            A of = static_cast<A>(simt::to_float(out.load(y + i * p.o.stride[3])));
-            if (p.rest.data) of += static_cast<A>(simt::to_float(rest.load(z + i * p.rest.stride[3])));
-            sum = simt::fma(static_cast<A>(simt::to_float(gradient.load(x + i * p.gradient.stride[3]))), of, sum);
-          }
+          for (int i = simt::lane(); i < p.o.width; i += 32)
+            sum = simt::fma(static_cast<A>(simt::to_float(gradient.load(x + i * p.gradient.stride[3]))),
+                            static_cast<A>(simt::to_float(out.load(y + i * p.o.stride[3]))), sum);
         });
       });
     }

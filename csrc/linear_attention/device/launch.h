@@ -2,10 +2,12 @@
 // Runs a plan on a queue: a CUDA stream or the host executor. Allocates nothing, waits for nothing.
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "linear_attention/device/gradients.h"
 #include "linear_attention/device/pairs.h"
 #include "linear_attention/device/segments.h"
+#include "linear_attention/device/views.h"
 
 namespace freqrank::linear_attention::device {
 
@@ -18,64 +20,6 @@ template <class E, class Queue>
 void enqueue_pairs_mma(int shape, const PairsParams<float>& p, Queue& queue);
 template <class A, class Queue>
 void enqueue_pairs_fma(const PairsParams<A>& p, Queue& queue);
-
-// The elements that a tensor may touch, from its first one.
-struct Extent {
-  Index begin = 0, end = 0;
-};
-inline Extent extent_of(const View& x, const Index (&sizes)[4]) {
-  Extent e{0, 1};
-  for (int d = 0; d < 4; ++d) {
-    if (sizes[d] == 0) return {0, 0};
-    const Index last = (sizes[d] - 1) * x.stride[d];
-    (last < 0 ? e.begin : e.end) += last;
-  }
-  return e;
-}
-inline int bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
-
-// 16 bytes at a time: aligned, and whole within a row.
-inline bool in_pieces(const View& x, const Index (&sizes)[4]) {
-  const int count = 16 / bytes_of(x.dtype);
-  bool whole = x.stride[3] == 1 && sizes[3] % count == 0 && reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
-  for (int d = 0; d < 3; ++d) whole = whole && (sizes[d] <= 1 || x.stride[d] % count == 0);
-  return whole;
-}
-
-template <class Queue>
-Matrix matrix_of(const View& x, Index batch, Index time, Index heads, Index width, const Queue& queue) {
-  Matrix m;
-  const Index sizes[4] = {batch, time, heads, width};
-  const Extent e = extent_of(x, sizes);
-  m.data = queue.view_bytes(static_cast<const void*>(x.data), e.begin * bytes_of(x.dtype), e.end * bytes_of(x.dtype));
-  std::copy(x.stride, x.stride + 4, m.stride);
-  m.heads = static_cast<int>(heads), m.width = static_cast<int>(width);
-  m.dtype = x.dtype;
-  m.pieces = in_pieces(x, sizes);
-  return m;
-}
-template <class Queue>
-Output output_of(const View& x, Index batch, Index time, Index heads, Index width, const Queue& queue) {
-  Output m;
-  const Index sizes[4] = {batch, time, heads, width};
-  const Extent e = extent_of(x, sizes);
-  m.data = queue.view_bytes(x.data, e.begin * bytes_of(x.dtype), e.end * bytes_of(x.dtype));
-  std::copy(x.stride, x.stride + 4, m.stride);
-  m.heads = static_cast<int>(heads), m.width = static_cast<int>(width);
-  m.dtype = x.dtype;
-  m.pieces = in_pieces(x, sizes);
-  return m;
-}
-template <class T, class Queue>
-States<T> states_of(const View& x, const Index (&sizes)[4], const Queue& queue, bool transposed = false) {
-  States<T> s;
-  if (!x) return s;
-  const Extent e = extent_of(x, sizes);
-  s.data = queue.view(static_cast<T*>(x.data), e.begin, e.end);
-  std::copy(x.stride, x.stride + 4, s.stride);
-  if (transposed) std::swap(s.stride[2], s.stride[3]);
-  return s;
-}
 
 // Everything that the launches of one call share.
 template <class A, class Queue>
@@ -99,7 +43,6 @@ class Call {
     p.normalize = s_.normalize;
     p.eps = static_cast<A>(in_.eps);
     if (s_.normalize) p.denominator = row(normalizer.denominator.data);
-    if (normalizer.rest) p.rest = output_of(normalizer.rest, s_.batch, s_.time, s_.heads, s_.value_dim, queue_);
     p.key_sum = plan_.with_z;
     p.by_slot = plan_.split;
     if (plan_.split) {
@@ -287,7 +230,6 @@ class Call {
     p.time = s_.time;
     p.gradient = queries(args.grad_o, s_.value_dim);
     p.o = queries(normalizer.o, s_.value_dim);
-    if (normalizer.rest) p.rest = queries(normalizer.rest, s_.value_dim);
     p.denominator = row(normalizer.denominator.data);
     p.mask = tokens_.mask;
     std::copy(tokens_.mask_stride, tokens_.mask_stride + 2, p.mask_stride);

@@ -253,7 +253,8 @@ struct ScanMma {
 
     const auto c = b.decay(chunk_parity, 0);
     const auto scale = b.query(step_parity, 0), add = b.query(step_parity, 1);
-    const int row[2] = {row_tile * 16 + Sum::row(0), row_tile * 16 + Sum::row(2)};
+    const int top = row_tile * 16 + simt::opaque(simt::lane()) / 4;
+    const int row[2] = {top, top + 8};
     float row_c[2], row_scale[2] = {p.column_factor, p.column_factor}, row_add[2] = {0, 0};
     SIMT_UNROLL
     for (int h = 0; h < 2; ++h) {
@@ -267,7 +268,7 @@ struct ScanMma {
       if (!needed((first + n * 8) / 16)) continue;
       SIMT_UNROLL
       for (int side = 0; side < 2; ++side) {
-        const int column = first + n * 8 + Sum::col(side);
+        const int column = first + n * 8 + simt::opaque(simt::lane()) % 4 * 2 + side;
         const float column_c = c.load(column);
         float factor = 1, extra = 0;
         if (p.reverse && p.query_scale) factor = scale.load(column);
@@ -371,31 +372,38 @@ struct ScanMma {
     b.weight().store(t, w);
   }
 
-  // out += rows . state, rounded, or what rounding takes from it.
-  template <bool Rest>
-  SIMT_DEVICE static void add_state(const State& state, Out& out, simt::shared<E> rows, float shrunk) {
+  // out += rows . state
+  SIMT_DEVICE static void add_state(const Block& b, const State& state, Out& out, simt::shared<E> rows, float shrunk) {
     const int here = simt::opaque(out.first);
     SIMT_UNROLL
     for (int d = 0; d < depth_tiles; ++d) {
-      B right[own_tiles];
+      A left[row_share];
       SIMT_UNROLL
-      for (int n = 0; n < own_tiles; ++n) {
+      for (int r = 0; r < row_share; ++r)
+        simt::load_matrix_rows(left[r], rows,
+                               [&](int i, int c) { return place<depth>(r * 16 + i + here, d * 16 + c); });
+      add_state_tile<false>(state, out, left, d, shrunk);
+      if (b.p.exact_state) add_state_tile<true>(state, out, left, d, shrunk);
+    }
+  }
+
+  // The state rounded, or what rounding takes from it.
+  template <bool Rest>
+  SIMT_DEVICE static void add_state_tile(const State& state, Out& out, const A (&left)[row_share], int d,
+                                         float shrunk) {
+    SIMT_UNROLL
+    for (int n = 0; n < own_tiles; ++n) {
+      B right;
+      SIMT_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        simt::pack<E, 2> x;
         SIMT_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          simt::pack<E, 2> x;
-          SIMT_UNROLL
-          for (int k = 0; k < 2; ++k)
-            x[k] = rounded<Rest>(state.at[n / 2][2 * d + half].get(n % 2 * 2 + k) * shrunk);
-          right[n].set_pack(2 * half, x);
-        }
+        for (int k = 0; k < 2; ++k)
+          x[k] = rounded<Rest>(state.at[n / 2][2 * d + half].get(n % 2 * 2 + k) * shrunk);
+        right.set_pack(2 * half, x);
       }
       SIMT_UNROLL
-      for (int r = 0; r < row_share; ++r) {
-        A left;
-        simt::load_matrix_rows(left, rows, [&](int i, int c) { return place<depth>(r * 16 + i + here, d * 16 + c); });
-        SIMT_UNROLL
-        for (int n = 0; n < own_tiles; ++n) simt::mma(out.at[r][n], left, right[n]);
-      }
+      for (int r = 0; r < row_share; ++r) simt::mma(out.at[r][n], left[r], right);
     }
   }
 
@@ -427,13 +435,12 @@ struct ScanMma {
       SIMT_UNROLL
       for (int n = 0; n < own_tiles; ++n) out.at[r][n].fill(0.0f);
     }
-    add_state<false>(state, out, rows, shrunk);
-    if (p.exact_state) add_state<true>(state, out, rows, shrunk);
+    add_state(b, state, out, rows, shrunk);
     SIMT_UNROLL
     for (int r = 0; r < row_share; ++r) {
       SIMT_UNROLL
       for (int h = 0; h < 2; ++h) {
-        const int row = out.first + r * 16 + Sum::row(2 * h);
+        const int row = out.first + r * 16 + simt::opaque(simt::lane()) / 4 + 8 * h;
         const float start = b.decay(turn.chunk_parity(), 1).load(row);
         float factor = start * grown, of_z = start;
         if (!p.reverse && p.query_scale) factor *= b.query(turn.step_parity, 0).load(row);
@@ -443,7 +450,7 @@ struct ScanMma {
           SIMT_UNROLL
           for (int k = 0; k < 2; ++k) {
             float x = out.at[r][n].get(2 * h + k) * factor;
-            if (p.value_sum) x += of_z * b.z().load(simt::warp() * own + n * 8 + Sum::col(k));
+            if (p.value_sum) x += of_z * b.z().load(simt::warp() * own + n * 8 + simt::opaque(simt::lane()) % 4 * 2 + k);
             out.at[r][n].set(2 * h + k, x);
           }
         }
@@ -456,7 +463,7 @@ struct ScanMma {
     const auto values = b.values(turn.columns_parity(b)), scores = b.scores();
     const int here = simt::opaque(0);
     if constexpr (scaled) scale_rows(b, out, true);
-    SIMT_UNROLL
+    SIMT_NO_UNROLL
     for (int c = 0; c < row_tiles; ++c) {
       B right[own_tiles];
       SIMT_UNROLL
@@ -498,49 +505,45 @@ struct ScanMma {
     return scaled || p.decay != Decay::none || p.column_factor != 1.0f || p.query_scale;
   }
 
-  // state += weighted values . columns, the weighted values rounded, or what rounding takes from them.
+  // state += weighted values . columns for 16 tokens, the weighted values rounded, or what rounding takes from them.
   template <bool Rest>
   SIMT_DEVICE static void add_columns(const Block& b, State& state, simt::shared<E> values, simt::shared<E> columns,
-                                      float weights_shrunk) {
-    const int here = simt::opaque(0);
-    const bool weighted = is_weighted(b.p);
-    SIMT_NO_UNROLL
-    for (int t = 0; t < chunk; t += 16) {
-      A left[state_tiles];
+                                      int t, float weights_shrunk) {
+    const int here = simt::opaque(t);
+    A left[state_tiles];
+    SIMT_UNROLL
+    for (int m = 0; m < state_tiles; ++m) {
+      simt::load_matrix_columns(left[m], values, [&](int r, int c) {
+        return place<tile>(c + here, simt::warp() * own + m * 16 + r);
+      });
+    }
+    if (is_weighted(b.p)) {
       SIMT_UNROLL
-      for (int m = 0; m < state_tiles; ++m) {
-        simt::load_matrix_columns(left[m], values, [&](int r, int c) {
-          return place<tile>(t + c + here, simt::warp() * own + m * 16 + r);
-        });
-      }
-      if (weighted) {
+      for (int side = 0; side < 2; ++side) {
+        const auto w = b.weight().template load_vector<2>(t + side * 8 + simt::lane() % 4 * 2);
         SIMT_UNROLL
-        for (int side = 0; side < 2; ++side) {
-          const auto w = b.weight().template load_vector<2>(t + side * 8 + simt::lane() % 4 * 2);
+        for (int m = 0; m < state_tiles; ++m) {
           SIMT_UNROLL
-          for (int m = 0; m < state_tiles; ++m) {
+          for (int h = 0; h < 2; ++h) {
+            const int i = side * 4 + h * 2;
+            simt::pack<E, 2> x;
             SIMT_UNROLL
-            for (int h = 0; h < 2; ++h) {
-              const int i = side * 4 + h * 2;
-              simt::pack<E, 2> x;
-              SIMT_UNROLL
-              for (int k = 0; k < 2; ++k)
-                x[k] = rounded<Rest>(simt::to_float(left[m].get(i + k)) * (w[k] * weights_shrunk));
-              left[m].set_pack(i, x);
-            }
+            for (int k = 0; k < 2; ++k)
+              x[k] = rounded<Rest>(simt::to_float(left[m].get(i + k)) * (w[k] * weights_shrunk));
+            left[m].set_pack(i, x);
           }
         }
       }
+    }
+    SIMT_UNROLL
+    for (int n = 0; n < 2 * depth_tiles; n += 2) {
+      B right[2];
+      simt::load_matrix_rows(right[0], right[1], columns,
+                             [&](int r, int c) { return place<depth>(r + here, n * 8 + c); });
       SIMT_UNROLL
-      for (int n = 0; n < 2 * depth_tiles; n += 2) {
-        B right[2];
-        simt::load_matrix_rows(right[0], right[1], columns,
-                               [&](int r, int c) { return place<depth>(t + r + here, n * 8 + c); });
-        SIMT_UNROLL
-        for (int m = 0; m < state_tiles; ++m) {
-          simt::mma(state.at[m][n], left[m], right[0]);
-          simt::mma(state.at[m][n + 1], left[m], right[1]);
-        }
+      for (int m = 0; m < state_tiles; ++m) {
+        simt::mma(state.at[m][n], left[m], right[0]);
+        simt::mma(state.at[m][n + 1], left[m], right[1]);
       }
     }
   }
@@ -563,9 +566,12 @@ struct ScanMma {
     }
     if (scaled || p.decay != Decay::none)
       multiply(state, (turn.opens(b) ? b.whole().load(turn.chunk_parity()) : 1.0f) * weights_shrunk);
-    add_columns<false>(b, state, values, columns, weights_shrunk);
-    // without weights, nothing is rounded
-    if (p.exact_state && is_weighted(p)) add_columns<true>(b, state, values, columns, weights_shrunk);
+    SIMT_NO_UNROLL
+    for (int t = 0; t < chunk; t += 16) {
+      add_columns<false>(b, state, values, columns, t, weights_shrunk);
+      // without weights, nothing is rounded
+      if (p.exact_state && is_weighted(p)) add_columns<true>(b, state, values, columns, t, weights_shrunk);
+    }
     if constexpr (scaled) multiply(state, grown);
   }
 
@@ -664,7 +670,7 @@ struct ScanMma {
     for (int rt = 0; rt < row_share; ++rt) {
       SIMT_UNROLL
       for (int h = 0; h < 2; ++h) {
-        const int row = out.first + rt * 16 + Sum::row(2 * h);
+        const int row = out.first + rt * 16 + simt::opaque(simt::lane()) / 4 + 8 * h;
         float factor = p.out_factor;
         const bool live = b.decay(turn.chunk_parity(), 3).load(row) != 0.0f;
         if (p.normalize) {
@@ -685,27 +691,14 @@ struct ScanMma {
     }
     const Index base = p.out.at(b.batch(), first, head);
     if (p.out.dtype == Dtype::float32) {
-      store_floats(b, p.out, out, base, count, column);
-      return;
+      store_floats(b, out, base, count, column);
+    } else {
+      store_halves(b, out, base, count, column);
     }
-    store_halves(b, p.out, out, base, count, column);
-    if (!p.rest.data) return;
-    SIMT_UNROLL
-    for (int rt = 0; rt < row_share; ++rt) {
-      SIMT_UNROLL
-      for (int n = 0; n < own_tiles; ++n) {
-        SIMT_UNROLL
-        for (int i = 0; i < Sum::count; ++i) {
-          const float x = out.at[rt][n].get(i);
-          out.at[rt][n].set(i, x - simt::to_float(simt::from_float<E>(x)));
-        }
-      }
-    }
-    store_halves(b, p.rest, out, p.rest.at(b.batch(), first, head), count, column);
   }
 
-  SIMT_DEVICE static void store_floats(const Block& b, const Output& to, const Out& out,
-                                       Index base, int count, int column) {
+  SIMT_DEVICE static void store_floats(const Block& b, const Out& out, Index base, int count, int column) {
+    const Output& to = b.p.out;
     const auto data = to.data.template as<float>();
     SIMT_UNROLL
     for (int rt = 0; rt < row_share; ++rt) {
@@ -725,10 +718,10 @@ struct ScanMma {
   }
 
   // The four lanes that hold a row's eight columns in pairs exchange them, so that each stores 16 bytes.
-  SIMT_DEVICE static void store_halves(const Block& b, const Output& to, const Out& out,
-                                       Index base, int count, int column) {
+  SIMT_DEVICE static void store_halves(const Block& b, const Out& out, Index base, int count, int column) {
+    const Output& to = b.p.out;
     const auto data = to.data.template as<E>();
-    const int q = simt::lane() % 4;
+    const int q = simt::opaque(simt::lane()) % 4;
     SIMT_UNROLL
     for (int rt = 0; rt < row_share; ++rt) {
       SIMT_UNROLL
@@ -785,6 +778,7 @@ struct ScanMma {
     for (int m = 0; m < state_tiles; ++m) {
       SIMT_UNROLL
       for (int n = 0; n < 2 * depth_tiles; ++n) {
+        if (n % 8 == 0) simt::warp_barrier();  // that no more loads are in flight than registers wait for them
         SIMT_UNROLL
         for (int i = 0; i < Sum::count; ++i) {
           const int d = n * 8 + Sum::col(i);

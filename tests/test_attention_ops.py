@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 
 import hypothesis.strategies as st
 import pytest
@@ -505,7 +507,7 @@ def test_step_leaves_masked_rows_alone_whatever_they_hold():
 
 # --- feature maps -------------------------------------------------------------------------------------------------
 
-FEATURE_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
+FEATURE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -551,6 +553,151 @@ def test_feature_map_keeps_masked_nan_out_of_every_gradient():
     o, _ = feature_map_attention(q, k, v, projection, mask=mask, normalize=True)
     for x in torch.autograd.grad(o.square().sum(), leaves):
         assert x.isfinite().all()
+
+
+FEATURE_NAMES = ("q", "k", "v", "projection", "weights", "log_decay", "kv", "z")
+
+
+def check_feature_map(dtype, time, heads, dims, feature, shared, weighted, decay, normalize, masked, state, offsets):
+    """Outputs and every gradient, those of and through the final state included, against the float64 twin."""
+    query_heads, key_heads = heads
+    key_dim, columns, value_dim = dims
+    batch = 2 if offsets is None else 1
+    q, k, v, log_decay = make(dtype, batch, time, query_heads, key_heads, key_dim, value_dim, decay=decay)
+    lead = () if shared else (key_heads,)
+    count = 2 * columns if feature == "softmax_pm" else columns
+    projection = torch.randn(*lead, key_dim, columns, dtype=real(dtype)) * 0.3
+    weights = torch.rand(*lead, count, dtype=real(dtype)) + 0.5 if weighted else None
+    mask = torch.rand(batch, time) > 0.3 if masked else None
+    sequences = batch if offsets is None else len(offsets) - 1
+    state_heads = key_heads if log_decay is None else log_decay.shape[-1]
+    before = make_state(dtype, sequences, state_heads, count, value_dim) if state else (None, None)
+    options = {
+        "feature": feature, "normalize": normalize, "eps": 0.1, "mask": mask,
+        "cu_seqlens": None if offsets is None else torch.tensor(offsets),
+    }  # fmt: skip
+
+    def call(q, k, v, projection, weights, log_decay, kv, z):
+        initial = None if kv is None else LinearAttentionState(kv, z)
+        o, after = feature_map_attention(
+            q, k, v, projection, weights=weights, log_decay=log_decay, initial_state=initial, output_final_state=True,
+            **options,
+        )  # fmt: skip
+        return o, after.kv, after.z
+
+    def twin(q, k, v, projection, weights, log_decay, kv, z):
+        return reference.feature_map_attention(
+            q, k, v, projection, weights=weights, log_decay=log_decay,
+            initial_state=None if kv is None else (kv, z), **options,
+        )  # fmt: skip
+
+    check_against(call, twin, (q, k, v, projection, weights, log_decay, *before), FEATURE_NAMES, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("feature", ["softmax", "exp", "softmax_pm"])
+@pytest.mark.parametrize("case", [
+    # heads, dims, shared map, weights, decay, normalize, mask, state, cu_seqlens
+    ((1, 1), (5, 3, 4), True, False, None, False, False, False, None),
+    ((4, 2), (17, 20, 9), False, True, "BTH", True, True, True, None),
+    ((4, 2), (16, 33, 5), True, True, "BTHk", False, True, True, [0, 7, 7, 70, 130]),
+    ((2, 2), (33, 16, 40), False, False, "H", True, False, True, [0, 1, 129, 130]),
+    ((6, 1), (8, 8, 8), True, True, None, True, True, False, None),
+], ids=str)  # fmt: skip
+def test_feature_map_with_all_options(case, feature, dtype):
+    heads, dims, shared, weighted, decay, normalize, masked, state, offsets = case
+    check_feature_map(dtype, 130, heads, dims, feature, shared, weighted, decay, normalize, masked, state, offsets)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("feature", ["softmax", "exp", "softmax_pm"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("decay", [None, "H", "Hk", "BTH", "BTHk"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("offsets", [None, [0, 0, 600, 700]])
+@pytest.mark.parametrize("state", [False, True])
+def test_feature_map_sweep(feature, weighted, masked, heads, decay, normalize, offsets, state):
+    for shared in (False, True):
+        check_feature_map(
+            torch.float32, 700, heads, (12, 16, 10), feature, shared, weighted, decay, normalize, masked, state, offsets
+        )
+
+
+def test_features_of_any_size_stay_finite_and_right():
+    # far beyond what exp() of a float holds, for the softmax; infinite where exp() is
+    q, k, v, _ = make(torch.float32, 1, 70, 2, 2, 8, 4)
+    projection = torch.randn(8, 24) * 100
+    o, _ = feature_map_attention(q, k, v, projection, normalize=True)
+    want, *_ = reference.feature_map_attention(q, k, v, projection, normalize=True)
+    assert o.isfinite().all()
+    assert error(o, want) < 1e-3
+    spread = torch.linspace(-110, 110, 441)
+    _, state = feature_map_attention(
+        torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), spread[None], feature="exp",
+        output_final_state=True,
+    )  # fmt: skip
+    got, want = state.kv.flatten().double(), spread.double().exp()
+    normal = (spread > -87) & (spread < 88.7)
+    assert ((got - want).abs() <= 2e-7 * want)[normal].all()
+    assert torch.equal(got[spread > 88.8].isinf(), torch.ones_like(got[spread > 88.8], dtype=torch.bool))
+    assert (got[spread < -87] < 2e-38).all()
+
+
+def test_features_do_not_fill_memory():
+    program = """
+import resource, torch
+from freqrank import feature_map_attention
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+x = torch.randn(1, 65536, 1, 16).bfloat16().requires_grad_()
+projection = torch.randn(16, 256, requires_grad=True)
+run = lambda x: feature_map_attention(x, x, x, projection)[0].sum().backward()
+run(x[:, :600])
+before = peak()
+run(x)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 40  # the features of q or k would be 64 MiB; so much are o and the gradients
+
+
+@pytest.mark.parametrize(("normalize", "decay", "offsets"), [
+    (False, None, None), (True, "BTH", None), (True, "H", [0, 1100, 1100, 1101, 1300]),
+])  # fmt: skip
+def test_split_sequences_give_the_same_bits(normalize, decay, offsets):
+    # with more threads than key heads, segments of a sequence are computed at the same time
+    q, k, v, log_decay = make(torch.float32, 1, 1300, 4, 2, 24, 20, decay=decay, positive=True)
+    projection, weights = torch.randn(2, 24, 16), torch.rand(16)
+    cu_seqlens = None if offsets is None else torch.tensor(offsets)
+    sequences, heads = 1 if offsets is None else len(offsets) - 1, 2 if decay is None else 4
+    options = {"normalize": normalize, "output_final_state": True, "cu_seqlens": cu_seqlens}
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        torch.manual_seed(3)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v, projection, weights, log_decay) if x is not None]
+        g = None if log_decay is None else leaves[5]
+        results = []
+        for dim in (24, 16):
+            state = make_state(torch.float32, sequences, heads, dim, 20)
+            if dim == 24:
+                o, after = linear_attention(*leaves[:3], log_decay=g, initial_state=state, **options)
+            else:
+                o, after = feature_map_attention(
+                    *leaves[:4], weights=leaves[4], log_decay=g, initial_state=state, **options
+                )
+            loss = o.square().sum() + after.kv.square().sum()
+            results += [o, *after, *torch.autograd.grad(loss, leaves, allow_unused=True)]
+        return [x for x in results if x is not None]
+
+    before = torch.get_num_threads()
+    try:
+        once = run(1)
+        for threads in (2, 3, 5, 16):
+            assert all(torch.equal(a, b) for a, b in zip(once, run(threads), strict=True))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("transform", ["idct", "dct"])
@@ -610,14 +757,16 @@ def test_gradcheck_and_gradgradcheck(kind, normalize, varlen):
 
 
 @pytest.mark.parametrize("feature", ["softmax", "exp", "softmax_pm"])
-def test_feature_map_gradgradcheck(feature):
+@pytest.mark.parametrize("masked", [False, True])
+def test_feature_map_gradgradcheck(feature, masked):
     q, k, v, log_decay = make(torch.float64, 1, 3, 2, 1, 2, 2, decay="BTH")
     projection = torch.randn(2, 2, dtype=torch.float64)
+    mask = torch.tensor([[True, False, True]]) if masked else None
     weights = torch.rand(4 if feature == "softmax_pm" else 2, dtype=torch.float64) + 0.5
 
     def run(q, k, v, projection, weights, log_decay):
         return feature_map_attention(
-            q, k, v, projection, feature=feature, weights=weights, log_decay=log_decay - 0.1, normalize=True
+            q, k, v, projection, feature=feature, weights=weights, log_decay=log_decay - 0.1, normalize=True, mask=mask
         )[0]
 
     tensors = [x.requires_grad_() for x in (q, k, v, projection, weights, log_decay)]
@@ -673,6 +822,20 @@ def test_opcheck():
         (torch.randn(1, 9, 2, 4), *state, *plain, mask, offsets, *state, 0.5, True, 1e-6, True),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+    projection, weights = torch.randn(1, 3, 2, requires_grad=True), torch.rand(4, requires_grad=True)
+    own = make_state(torch.float32, 2, 2, 4, 4)
+    op = torch.ops.freqrank.feature_map_attention.default
+    torch.library.opcheck(op, (*leaves[:3], projection, weights, 2, leaves[3], mask, offsets, *own, True, 1e-6, True))
+    torch.library.opcheck(op, (q, k, v, projection, None, 0, None, None, None, None, None, False, 1e-6, False))
+    backward = torch.ops.freqrank.feature_map_attention_backward.default
+    torch.library.opcheck(
+        backward,
+        (
+            torch.randn(1, 9, 2, 4), *own, *plain[:3], projection.detach(), weights.detach(), 2, plain[3], mask,
+            offsets, *own, True, 1e-6, True, True,
+        ),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )  # fmt: skip
     token = [x[:, 0] for x in plain]
     step = torch.ops.freqrank.linear_attention_step.default
     torch.library.opcheck(

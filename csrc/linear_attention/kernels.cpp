@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "common/half.h"
@@ -112,13 +113,30 @@ void product(i64 rows, i64 columns, i64 depth, const A* a, i64 row_step, i64 col
   }
 }
 
+// y [columns, rows] = x^T, by blocks of 8 x 8: three rounds in which rows i and i + 4 are interleaved. rows and columns
+// are multiples of row_pad.
 template <class A>
 void transpose(i64 rows, i64 columns, const A* x, i64 ldx, A* y, i64 ldy) {
-  constexpr i64 block = 8;
-  for (i64 i = 0; i < rows; i += block) {
-    const i64 i_end = std::min(rows, i + block);
-    for (i64 j = 0; j < columns; ++j) {
-      for (i64 ii = i; ii < i_end; ++ii) y[j * ldy + ii] = x[ii * ldx + j];
+  using Index = std::conditional_t<sizeof(A) == 8, std::int64_t, std::int32_t>;
+  typedef A Row __attribute__((vector_size(8 * sizeof(A)), aligned(sizeof(A)), may_alias));
+  for (i64 i = 0; i < rows; i += 8) {
+    for (i64 j = 0; j < columns; j += 8) {
+      Row a[8], b[8];
+      for (int n = 0; n < 8; ++n) a[n] = *reinterpret_cast<const Row*>(x + (i + n) * ldx + j);
+      for (int round = 0; round < 3; ++round) {
+        for (int n = 0; n < 4; ++n) {
+#ifdef __clang__
+          b[2 * n] = __builtin_shufflevector(a[n], a[n + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+          b[2 * n + 1] = __builtin_shufflevector(a[n], a[n + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+          typedef Index Order __attribute__((vector_size(8 * sizeof(A))));
+          b[2 * n] = __builtin_shuffle(a[n], a[n + 4], Order{0, 8, 1, 9, 2, 10, 3, 11});
+          b[2 * n + 1] = __builtin_shuffle(a[n], a[n + 4], Order{4, 12, 5, 13, 6, 14, 7, 15});
+#endif
+        }
+        for (int n = 0; n < 8; ++n) a[n] = b[n];
+      }
+      for (int n = 0; n < 8; ++n) *reinterpret_cast<Row*>(y + (j + n) * ldy + i) = a[n];
     }
   }
 }
@@ -144,6 +162,20 @@ inline A total(i64 n, const A* x) {  // n a multiple of pad
   for (i64 i = 0; i < n; i += lanes) sum += *reinterpret_cast<const V*>(x + i);
   A out = 0;
   for (int i = 0; i < lanes; ++i) out += sum[i];
+  return out;
+}
+
+template <class A>
+inline A largest(i64 n, const A* x) {  // n a multiple of pad
+  using V = typename Vector<A>::type;
+  constexpr int lanes = Vector<A>::lanes;
+  V most = *reinterpret_cast<const V*>(x);
+  for (i64 i = lanes; i < n; i += lanes) {
+    const V next = *reinterpret_cast<const V*>(x + i);
+    most = next > most ? next : most;
+  }
+  A out = most[0];
+  for (int i = 1; i < lanes; ++i) out = std::max<A>(out, most[i]);
   return out;
 }
 
@@ -219,8 +251,10 @@ inline void with_dtype(Dtype dtype, void* data, F f) {
 // Where a chunk's tokens lie, and which of them are masked.
 struct Tokens {
   i64 batch = 0, first = 0, count = 0, padded = 0;
+  i64 next = 0, next_count = 0;         // the chunk that comes after this one: so many tokens further on, or back
   const unsigned char* mask = nullptr;  // of token 0 of this batch row
   i64 mask_step = 0;
+  bool holds(i64 i) const { return i < count && live(i); }
   bool live(i64 i) const { return mask == nullptr || mask[(first + i) * mask_step] != 0; }
   bool all_live() const {
     if (mask == nullptr) return true;
@@ -231,6 +265,13 @@ struct Tokens {
   }
 };
 
+// Rows lie far apart in memory, further than the processor looks ahead: what the next chunk needs is asked for now.
+template <class S>
+inline void prefetch_row(const S* row, i64 step, i64 n) {
+  if (step != 1) return;
+  for (i64 i = 0; i < n; i += 64 / static_cast<i64>(sizeof(S))) __builtin_prefetch(row + i, 0, 2);
+}
+
 // Rows of the chunk, columns [column, column + n) of head h, into to [padded, ld]; a masked token, padding rows and
 // columns become 0 and are never read.
 template <class A>
@@ -239,6 +280,7 @@ void load_rows(const View& x, const Tokens& tokens, i64 head, i64 column, i64 n,
     const auto* base =
         data + tokens.batch * x.stride[0] + tokens.first * x.stride[1] + head * x.stride[2] + column * x.stride[3];
     for (i64 i = 0; i < tokens.count; ++i) {
+      if (i < tokens.next_count) prefetch_row(base + (i + tokens.next) * x.stride[1], x.stride[3], n);
       if (tokens.live(i)) {
         load_row(to + i * ld, base + i * x.stride[1], x.stride[3], n);
         if (ld > n) fill_zero(ld - n, to + i * ld + n);
@@ -256,6 +298,7 @@ void store_rows(const View& x, const Tokens& tokens, i64 head, i64 column, i64 n
     auto* base =
         data + tokens.batch * x.stride[0] + tokens.first * x.stride[1] + head * x.stride[2] + column * x.stride[3];
     for (i64 i = 0; i < tokens.count; ++i) {
+      if (i < tokens.next_count) prefetch_row(base + (i + tokens.next) * x.stride[1], x.stride[3], n);
       if (!tokens.live(i)) fill_zero(n, from + i * ld);
       store_row(base + i * x.stride[1], x.stride[3], from + i * ld, n);
     }
@@ -282,6 +325,10 @@ void store_state(const View& x, i64 sequence, i64 head, i64 rows, i64 column, i6
 
 // ---- decay --------------------------------------------------------------------------------------------------------
 
+// A decay this small leaves nothing of a number, and arithmetic on denormals is slow.
+template <class A>
+constexpr double tiny = sizeof(A) == sizeof(float) ? 1e-34 : 1e-290;
+
 // The decay inside a chunk, for one state: products of exp(g) <= 1 only, so nothing overflows, and -inf is 0.
 template <class A>
 struct ChunkDecay {
@@ -290,7 +337,7 @@ struct ChunkDecay {
   A* to_end = nullptr;      // [C]: from token j to the state after the chunk
   A* each = nullptr;        // [C]: exp(g)
   double* row = nullptr;    // [C]
-  A whole = 1;              // from the state before to the state after
+  double whole = 1;         // from the state before to the state after
   i64 reusable = -1;        // this many tokens of a decay that is the same in every chunk
 
   void lay_out(Arena& arena, i64 chunk) {
@@ -312,8 +359,6 @@ struct ChunkDecay {
     const bool same = sizes.decay == Decay::per_head && all_live;
     if (same && reusable == tokens.count) return;
     reusable = same ? tokens.count : -1;
-    // what is this small adds nothing to a float, and arithmetic on denormals is slow
-    constexpr double tiny = sizeof(A) == sizeof(float) ? 1e-34 : 1e-290;
     const double per_head =
         sizes.decay == Decay::per_head ? std::exp(static_cast<double>(element<A>(log_decay, 0, 0, head))) : 0;
     double before = 1;
@@ -325,13 +370,13 @@ struct ChunkDecay {
                 : std::exp(static_cast<double>(element<A>(log_decay, tokens.batch, tokens.first + i, head)));
       }
       before *= e;
-      if (before < tiny) before = 0;
+      if (before < tiny<A>) before = 0;
       each[i] = static_cast<A>(e);
       from_start[i] = static_cast<A>(before);
       A* out = between + i * chunk;
       for (i64 j = 0; j < i; ++j) {
         const double x = row[j] * e;
-        row[j] = x < tiny ? 0 : x;
+        row[j] = x < tiny<A> ? 0 : x;
         out[j] = static_cast<A>(row[j]);
       }
       row[i] = 1;
@@ -339,7 +384,7 @@ struct ChunkDecay {
     }
     for (i64 j = 0; j < tokens.count; ++j) to_end[j] = static_cast<A>(row[j]);
     for (i64 j = tokens.count; j < chunk; ++j) from_start[j] = to_end[j] = each[j] = 0;
-    whole = static_cast<A>(before);
+    whole = before;
   }
 
   // The causal mask, and the decay if there is one, on scores [padded, ld]; the rest of each diagonal block becomes 0.
@@ -350,9 +395,164 @@ struct ChunkDecay {
         const A* factors = between + i * chunk;
         for (i64 j = 0; j <= i; ++j) line[j] *= factors[j];
       }
-      const i64 block_end = round_up(i + 1, row_pad);
+      const i64 block_end = round_up(i + 1, pad);
       for (i64 j = i + 1; j < block_end; ++j) line[j] = 0;
     }
+  }
+};
+
+// ---- feature maps -------------------------------------------------------------------------------------------------
+
+// exp of each; n a multiple of pad. Floats below e^-87 become 0 rather than lose digits.
+inline void exp_row(i64 n, double* x) {
+  for (i64 i = 0; i < n; ++i) x[i] = std::exp(x[i]);
+}
+inline void exp_row(i64 n, float* x) {
+  using V = Vector<float>::type;
+  constexpr int lanes = Vector<float>::lanes;
+  typedef std::int32_t Int __attribute__((vector_size(vector_bytes)));
+  typedef std::uint32_t Unsigned __attribute__((vector_size(vector_bytes)));
+  const V low = V{} - 87.0f, high = V{} + 88.722839f;
+  for (i64 i = 0; i < n; i += lanes) {
+    const V given = *reinterpret_cast<const V*>(x + i);
+    V a = given < low ? low : given;
+    a = a > high ? high : a;                                        // NaN stays NaN
+    const V turns = (a * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
+    const V r = (a - turns * 0.693359375f) + turns * 2.12194440e-4f;
+    V y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * (r * r) + r + 1.0f;
+    // times 2^turns, in two steps since 2^128 is not a float
+    const Int exponent = __builtin_convertvector(turns, Int);
+    const Int half = exponent >> 1, rest = exponent - half;
+    const Unsigned first = (Unsigned)(half + 127) << 23, second = (Unsigned)(rest + 127) << 23;
+    y = y * (V)first * (V)second;
+    y = given > high ? V{} + std::numeric_limits<float>::infinity() : y;
+    *reinterpret_cast<V*>(x + i) = given < low ? V{} : y;
+  }
+}
+
+// A feature map of one key head, a chunk at a time: features exist in scratch only, and its backward pass makes them
+// again.
+template <class A>
+struct FeatureMap {
+  // a chunk's channels, and its features before they are weighted
+  struct Rows {
+    A *x = nullptr, *plain = nullptr;
+  };
+
+  Feature feature;
+  i64 channels = 0, columns = 0, features = 0, ldx = 0, ldm = 0, ldf = 0;
+  bool weighted = false, map_gradient;
+  A *projection = nullptr, *projection_transposed = nullptr, *weights = nullptr, *products = nullptr;
+  A *dx = nullptr, *gradient = nullptr;
+
+  FeatureMap(const Plan& plan, Arena& arena) : feature(plan.sizes.feature), map_gradient(plan.sizes.map_gradient) {
+    if (feature == Feature::none) return;
+    const Sizes& s = plan.sizes;
+    channels = s.channels, columns = map_columns(s), features = s.key_dim;
+    ldx = round_up(channels, pad), ldm = round_up(columns, pad), ldf = round_up(features, pad);
+    projection = arena.take<A>(ldx * ldm);
+    projection_transposed = arena.take<A>(ldx * ldm);
+    weights = arena.take<A>(ldf);
+    products = arena.take<A>(plan.chunk * ldm);
+    dx = arena.take<A>(plan.chunk * ldx);
+    gradient = arena.take<A>(ldx * ldm + ldf);
+  }
+
+  explicit operator bool() const { return feature != Feature::none; }
+
+  Rows take_rows(const Plan& plan, Arena& arena) const {
+    if (feature == Feature::none) return {};
+    A* x = arena.take<A>(plan.chunk * ldx);
+    return {x, arena.take<A>(plan.chunk * ldf)};
+  }
+
+  void load(const Inputs& in, i64 head) {
+    if (feature == Feature::none) return;
+    fill_zero(ldx * ldm, projection);
+    const A* base = static_cast<const A*>(in.projection.data) + head * in.projection.stride[0];
+    for (i64 i = 0; i < channels; ++i) {
+      load_row(projection + i * ldm, base + i * in.projection.stride[1], in.projection.stride[2], columns);
+    }
+    transpose(ldx, ldm, projection, ldm, projection_transposed, ldx);
+    weighted = static_cast<bool>(in.weights);
+    if (weighted) {
+      fill_zero(ldf, weights);
+      load_row(weights, static_cast<const A*>(in.weights.data) + head * in.weights.stride[0], in.weights.stride[1],
+               features);
+    }
+    fill_zero(ldx * ldm + ldf, gradient);
+  }
+
+  // rows.x -> rows.plain -> to; those of masked tokens and padding become 0
+  void apply(const Tokens& tokens, const Rows& rows, A* to) {
+    product(tokens.padded, ldm, channels, rows.x, ldx, 1, projection, ldm, products, ldm, false);
+    for (i64 t = 0; t < tokens.padded; ++t) {
+      A* row = rows.plain + t * ldf;
+      if (!tokens.holds(t)) {
+        fill_zero(ldf, row);
+        fill_zero(ldf, to + t * ldf);
+        continue;
+      }
+      const A* p = products + t * ldm;
+      std::copy_n(p, columns, row);
+      if (feature == Feature::softmax_pm) {
+        for (i64 j = 0; j < columns; ++j) row[columns + j] = -p[j];
+      }
+      std::fill(row + features, row + ldf, -std::numeric_limits<A>::infinity());
+      if (feature != Feature::exp) {
+        const A most = largest(ldf, row);
+        for (i64 j = 0; j < ldf; ++j) row[j] -= most;
+      }
+      exp_row(ldf, row);
+      if (feature != Feature::exp) scale_row(ldf, 1 / total(ldf, row), row);
+      if (weighted) {
+        for (i64 j = 0; j < ldf; ++j) to[t * ldf + j] = row[j] * weights[j];
+      } else {
+        std::copy_n(row, ldf, to + t * ldf);
+      }
+    }
+  }
+
+  // Gradient of the features, overwritten, -> that of the channels, in dx; that of the map is added up.
+  void backward(const Tokens& tokens, const Rows& rows, A* dfeatures) {
+    for (i64 t = 0; t < tokens.padded; ++t) {
+      A* p = products + t * ldm;
+      if (!tokens.holds(t)) {
+        fill_zero(ldm, p);
+        continue;
+      }
+      A* d = dfeatures + t * ldf;
+      const A* row = rows.plain + t * ldf;
+      if (weighted) {
+        A* dweights = gradient + ldx * ldm;
+        for (i64 j = 0; j < ldf; ++j) dweights[j] += d[j] * row[j];
+        for (i64 j = 0; j < ldf; ++j) d[j] *= weights[j];
+      }
+      const A mean = feature == Feature::exp ? 0 : dot(ldf, d, row);
+      for (i64 j = 0; j < ldf; ++j) d[j] = row[j] * (d[j] - mean);
+      std::copy_n(d, columns, p);
+      fill_zero(ldm - columns, p + columns);
+      if (feature == Feature::softmax_pm) {
+        for (i64 j = 0; j < columns; ++j) p[j] -= d[columns + j];
+      }
+    }
+    product(tokens.padded, ldx, columns, products, ldm, 1, projection_transposed, ldx, dx, ldx, false);
+    if (map_gradient) product(ldx, ldm, tokens.padded, rows.x, 1, ldx, products, ldm, gradient, ldm, true);
+  }
+
+  // Hands the gradient that was added up since the last call to f(place in [C,M] and weights, value).
+  template <class F>
+  void take_gradient(F f) {
+    for (i64 i = 0; i < channels; ++i) {
+      for (i64 j = 0; j < columns; ++j) f(i * columns + j, gradient[i * ldm + j]);
+    }
+    for (i64 j = 0; j < features; ++j) f(channels * columns + j, gradient[ldx * ldm + j]);
+    fill_zero(ldx * ldm + ldf, gradient);
   }
 };
 
@@ -360,6 +560,7 @@ struct ChunkDecay {
 
 struct Sequence {
   i64 index = 0, batch = 0, first = 0, length = 0;
+  i64 segments(const Plan& plan) const { return std::max<i64>(1, (length + plan.segment - 1) / plan.segment); }
 };
 
 inline Sequence sequence_of(const Sizes& sizes, const Inputs& in, i64 n) {
@@ -367,17 +568,33 @@ inline Sequence sequence_of(const Sizes& sizes, const Inputs& in, i64 n) {
   return {n, 0, in.cu_seqlens[n], in.cu_seqlens[n + 1] - in.cu_seqlens[n]};
 }
 
-inline Tokens tokens_of(const Inputs& in, const Sequence& sequence, i64 begin, i64 chunk) {
+inline Tokens tokens_of(const Inputs& in, const Sequence& sequence, i64 begin, i64 chunk, bool reverse) {
   Tokens tokens;
   tokens.batch = sequence.batch;
   tokens.first = sequence.first + begin;
   tokens.count = std::min(chunk, sequence.length - begin);
   tokens.padded = round_up(tokens.count, row_pad);
+  tokens.next = reverse ? -chunk : chunk;
+  tokens.next_count = reverse ? begin : std::max<i64>(0, sequence.length - begin - chunk);
   if (in.mask) {
     tokens.mask = static_cast<const unsigned char*>(in.mask.data) + sequence.batch * in.mask.stride[0];
     tokens.mask_step = in.mask.stride[1];
   }
   return tokens;
+}
+
+// The sequence that a segment's slot belongs to: the last one whose first slot is not beyond it.
+inline i64 sequence_of_slot(const Plan& plan, const Inputs& in, i64 slot) {
+  i64 low = 0, high = plan.sizes.sequences - 1;
+  while (low < high) {
+    const i64 middle = (low + high + 1) / 2;
+    if (first_slot(plan.sizes, in.cu_seqlens, middle, plan.segment) <= slot) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
 }
 
 // How query heads, states and key heads of one key head's group belong together.
@@ -387,36 +604,83 @@ struct Group {
   i64 state_of(i64 r) const { return states == 1 ? 0 : r; }
 };
 
-// Where the state before the chunk that starts at `begin` > 0 is kept.
-inline i64 state_slot(const Plan& plan, const Inputs& in, const Sequence& sequence, i64 begin) {
-  const i64 before =
-      in.cu_seqlens == nullptr ? sequence.index * (plan.sizes.time / plan.chunk) : sequence.first / plan.chunk;
-  return before + sequence.index + begin / plan.chunk - 1;
+// to = decay * start + sum. Never inlined: whatever calls it gets the same bits.
+template <class A>
+__attribute__((noinline)) void carry(i64 n, A decay, const A* start, const A* sum, A* to) {
+  for (i64 i = 0; i < n; ++i) to[i] = decay * start[i] + sum[i];
 }
 
-// ---- forward ------------------------------------------------------------------------------------------------------
-
+// The states of a key head on their way through a segment, each with its z behind it. What the segment adds is summed
+// up on its own and put on top of what the segment started from: so a result does not depend on whether segments run
+// one after another or at the same time.
 template <class A>
-struct Forward {
-  i64 chunk, ldk, ldv;
-  A *q, *k, *k_transposed, *k_scaled, *v, *scores, *o, *states, *z;
+struct States {
+  i64 count, size;
+  A *start, *sum, *whole;  // [count, size]
+  double* decay;           // [count]: since the start of the segment
+  bool started = false;    // else `start` is 0
+
+  States(const Sizes& s, Arena& arena) : count(Group(s).states), size(state_elements(s)) {
+    start = arena.take<A>(count * size);
+    sum = arena.take<A>(count * size);
+    whole = arena.take<A>(count * size);
+    decay = arena.take<double>(count);
+  }
+
+  void enter_segment() {
+    fill_zero(count * size, sum);
+    std::fill_n(decay, count, 1.0);
+  }
+  void leave_segment() {
+    if (started) {
+      for (i64 i = 0; i < count; ++i) carry(size, factor(i), start + i * size, sum + i * size, start + i * size);
+    } else {
+      std::swap(start, sum);
+    }
+    started = true;
+  }
+  void forget(i64 i, double factor) {
+    scale_row(size, static_cast<A>(factor), sum + i * size);
+    decay[i] *= factor;
+    if (decay[i] < tiny<A>) decay[i] = 0;
+  }
+  A factor(i64 i) const { return static_cast<A>(decay[i]); }
+  const A* now(i64 i) {
+    if (!started) return sum + i * size;
+    carry(size, factor(i), start + i * size, sum + i * size, whole + i * size);
+    return whole + i * size;
+  }
+};
+
+// What each pass derives from.
+template <class A>
+struct Pass {
+  using Map = FeatureMap<A>;
+
+  const Plan& plan;
+  const Sizes& s;
+  const Inputs& in;
+  const Shared& shared;
+  Group group;
+  i64 chunk, ldk, ldv, z_at;
+  States<A> states;
+  Map map;
+  typename Map::Rows query_rows, key_rows;
+  A *k, *k_scaled, *v, *row;
   ChunkDecay<A>* decays;
 
-  Forward(const Plan& plan, Arena& arena) {
-    const Sizes& s = plan.sizes;
-    const Group group(s);
+  Pass(const Plan& plan, const Inputs& in, const Shared& shared, Arena& arena)
+      : plan(plan), s(plan.sizes), in(in), shared(shared), group(s), states(s, arena), map(plan, arena) {
     chunk = plan.chunk;
     ldk = round_up(s.key_dim, pad);
-    ldv = round_up(plan.value_tile, pad);
-    q = arena.take<A>(chunk * ldk);
+    ldv = round_up(s.value_dim, pad);
+    z_at = ldk * ldv;
+    query_rows = map.take_rows(plan, arena);
+    key_rows = map.take_rows(plan, arena);
     k = arena.take<A>(chunk * ldk);
-    k_transposed = arena.take<A>(chunk * ldk);
     k_scaled = arena.take<A>(chunk * ldk);
     v = arena.take<A>(chunk * ldv);
-    scores = arena.take<A>(chunk * chunk);
-    o = arena.take<A>(chunk * ldv);
-    states = arena.take<A>(group.states * ldk * ldv);
-    z = arena.take<A>(group.states * ldk);
+    row = arena.take<A>(ldk);
     decays = arena.take<ChunkDecay<A>>(group.states);
     for (i64 i = 0; i < group.states; ++i) {
       ChunkDecay<A> decay;
@@ -425,46 +689,239 @@ struct Forward {
     }
   }
 
-  void run(const Plan& plan, const Inputs& in, const ForwardOutputs& out, i64 task) {
-    const Sizes& s = plan.sizes;
-    const Group group(s);
-    const i64 tiles = plan.value_tile == 0 ? 1 : (s.value_dim + plan.value_tile - 1) / plan.value_tile;
-    const i64 tile = task % tiles, key_head = task / tiles % s.key_heads;
-    const Sequence sequence = sequence_of(s, in, task / tiles / s.key_heads);
-    const i64 column = tile * plan.value_tile, columns = std::min(plan.value_tile, s.value_dim - column);
-    const bool with_z = s.normalize || static_cast<bool>(out.final_z);
-    const A scale = static_cast<A>(in.scale), eps = static_cast<A>(in.eps);
+  // rows of q or k, as the scan sees them
+  void load_features(const View& x, const Tokens& tokens, i64 head, const typename Map::Rows& rows, A* to) {
+    if (map) {
+      load_rows(x, tokens, head, 0, s.channels, rows.x, map.ldx);
+      map.apply(tokens, rows, to);
+    } else {
+      load_rows(x, tokens, head, 0, s.key_dim, to, ldk);
+    }
+  }
 
-    fill_zero(group.states * ldk * ldv, states);
-    fill_zero(group.states * ldk, z);
+  // the gradient of rows of q or k, from that of what the scan saw
+  void store_gradient(const View& to, const Tokens& tokens, i64 head, const typename Map::Rows& rows, A* dfeatures) {
+    if (map) {
+      map.backward(tokens, rows, dfeatures);
+      store_rows(to, tokens, head, 0, s.channels, map.dx, map.ldx);
+    } else {
+      store_rows(to, tokens, head, 0, s.key_dim, dfeatures, ldk);
+    }
+  }
+
+  // f(tokens of a chunk, its place in the sequence)
+  template <class F>
+  void for_each_chunk(const Sequence& sequence, i64 segment, bool reverse, F f) {
+    const i64 first = segment * plan.segment, length = std::min(plan.segment, sequence.length - first);
+    const i64 chunks = (length + chunk - 1) / chunk;
+    for (i64 c = 0; c < chunks; ++c) {
+      const i64 begin = first + (reverse ? chunks - 1 - c : c) * chunk;
+      f(tokens_of(in, sequence, begin, chunk, reverse), begin);
+    }
+  }
+
+  void load_keys(const Tokens& tokens, i64 key_head) {
+    load_features(in.k, tokens, key_head, key_rows, k);
+    load_rows(in.v, tokens, key_head, 0, s.value_dim, v, ldv);
+    compute_decays(tokens, key_head);
+  }
+
+  void compute_decays(const Tokens& tokens, i64 key_head) {
+    const bool all_live = tokens.all_live();
     for (i64 i = 0; i < group.states; ++i) {
-      const i64 head = key_head * group.states + i;
-      if (in.initial_kv) {
-        load_state(in.initial_kv, sequence.index, head, s.key_dim, column, columns, states + i * ldk * ldv, ldv);
+      decays[i].compute(s, in.log_decay, tokens, key_head * group.states + i, chunk, all_live);
+    }
+  }
+
+  // the chunk's keys, decayed to its end, after decaying state i that they are to be added to
+  const A* decayed_keys(const Tokens& tokens, i64 i) {
+    if (s.decay == Decay::none) return k;
+    const ChunkDecay<A>& decay = decays[i];
+    for (i64 t = 0; t < tokens.padded; ++t) {
+      const A factor = decay.to_end[t];
+      for (i64 d = 0; d < ldk; ++d) k_scaled[t * ldk + d] = k[t * ldk + d] * factor;
+    }
+    states.forget(i, decay.whole);
+    return k_scaled;
+  }
+
+  // z += the sum of the chunk's keys, added up on its own first so that a long z loses nothing
+  void add_key_sum(const Tokens& tokens, const A* keys, A* z) {
+    fill_zero(ldk, row);
+    for (i64 t = 0; t < tokens.count; ++t) add_scaled(ldk, A(1), keys + t * ldk, row);
+    add_scaled(ldk, A(1), row, z);
+  }
+
+  void load_z(const View& x, i64 sequence, i64 head, A* z) {
+    for (i64 d = 0; d < s.key_dim; ++d) z[d] = element<A>(x, sequence, head, d);
+  }
+  void store_z(const View& x, i64 sequence, i64 head, const A* z) {
+    for (i64 d = 0; d < s.key_dim; ++d) element<A>(x, sequence, head, d) = z[d];
+  }
+
+  // where the state before the chunk that starts at `begin` > 0 is kept
+  i64 chunk_slot(const Sequence& sequence, i64 begin) const {
+    return first_slot(s, in.cu_seqlens, sequence.index, chunk) + begin / chunk - 1;
+  }
+  A* sums_of(i64 slot, i64 key_head, i64 i) const {
+    return static_cast<A*>(shared.sums) + (slot * s.state_heads + key_head * group.states + i) * sum_elements(s);
+  }
+};
+
+// A task of a pass. P has: reverse, whether it goes backward in time; load_start and finish of a sequence; sum, what a
+// segment adds to the states; run, all that there is to do in a segment.
+template <class P>
+void run_stage(P& pass, Stage stage, i64 task) {
+  const Plan& plan = pass.plan;
+  const Sizes& s = plan.sizes;
+  auto& states = pass.states;
+  using A = std::remove_pointer_t<decltype(states.start)>;
+  const i64 key_head = task % s.key_heads, n = task / s.key_heads;
+  const auto slot_of = [&](const Sequence& sequence, i64 segment) {
+    return first_slot(s, pass.in.cu_seqlens, sequence.index, plan.segment) + segment;
+  };
+
+  if (stage == Stage::whole) {
+    const i64 begin = n * s.sequences / plan.parts, end = (n + 1) * s.sequences / plan.parts;
+    pass.map.load(pass.in, key_head);
+    for (i64 i = 0; i < end - begin; ++i) {
+      const Sequence sequence = sequence_of(s, pass.in, P::reverse ? end - 1 - i : begin + i);
+      const i64 segments = sequence.segments(plan);
+      pass.load_start(sequence, key_head);
+      for (i64 j = 0; j < segments; ++j) {
+        const i64 segment = P::reverse ? segments - 1 - j : j;
+        states.enter_segment();
+        pass.run(sequence, segment, slot_of(sequence, segment), key_head);
+        states.leave_segment();
+        if (s.map_gradient) {
+          double* totals = pass.shared.map_totals + task * map_elements(s);
+          pass.map.take_gradient([&](i64 at, A x) { totals[at] += static_cast<double>(x); });
+        }
       }
-      if (in.initial_z) {
-        for (i64 d = 0; d < s.key_dim; ++d) z[i * ldk + d] = element<A>(in.initial_z, sequence.index, head, d);
+      pass.finish(sequence, key_head);
+    }
+    return;
+  }
+
+  if (stage == Stage::starts) {
+    const Sequence sequence = sequence_of(s, pass.in, n);
+    const i64 segments = sequence.segments(plan);
+    pass.load_start(sequence, key_head);
+    for (i64 j = 0; j < segments; ++j) {
+      for (i64 i = 0; i < states.count; ++i) {
+        A* kept = pass.sums_of(slot_of(sequence, P::reverse ? segments - 1 - j : j), key_head, i);
+        A* start = states.start + i * states.size;
+        A* next = states.whole + i * states.size;
+        if (j + 1 < segments) carry(states.size, kept[states.size], start, kept, next);
+        std::copy_n(start, states.size, kept);
+        if (j + 1 < segments) std::copy_n(next, states.size, start);
       }
     }
+    return;
+  }
 
-    for (i64 begin = 0; begin < sequence.length; begin += chunk) {
-      const Tokens tokens = tokens_of(in, sequence, begin, chunk);
-      const bool all_live = tokens.all_live();
-      load_rows(in.k, tokens, key_head, 0, s.key_dim, k, ldk);
-      load_rows(in.v, tokens, key_head, column, columns, v, ldv);
+  const Sequence sequence = sequence_of(s, pass.in, sequence_of_slot(plan, pass.in, n));
+  const i64 segment = n - slot_of(sequence, 0), segments = sequence.segments(plan);
+  if (segment >= segments) return;
+  const bool last = segment == (P::reverse ? 0 : segments - 1);
+  if (stage == Stage::sums && last) return;
+  pass.map.load(pass.in, key_head);
+  states.enter_segment();
+  if (stage == Stage::sums) {
+    pass.sum(sequence, segment, key_head);
+    for (i64 i = 0; i < states.count; ++i) {
+      A* kept = pass.sums_of(n, key_head, i);
+      std::copy_n(states.sum + i * states.size, states.size, kept);
+      kept[states.size] = states.factor(i);
+    }
+    return;
+  }
+  for (i64 i = 0; i < states.count; ++i) {
+    std::copy_n(pass.sums_of(n, key_head, i), states.size, states.start + i * states.size);
+  }
+  states.started = true;
+  pass.run(sequence, segment, n, key_head);
+  if (s.map_gradient) {
+    A* sums = static_cast<A*>(pass.shared.map_sums) + task * map_elements(s);
+    pass.map.take_gradient([&](i64 at, A x) { sums[at] = x; });
+  }
+  if (last) {
+    states.leave_segment();
+    pass.finish(sequence, key_head);
+  }
+}
+
+// ---- forward ------------------------------------------------------------------------------------------------------
+
+template <class A>
+struct Forward : Pass<A> {
+  using Base = Pass<A>;
+  using Base::chunk, Base::ldk, Base::ldv, Base::z_at, Base::s, Base::in, Base::plan, Base::group, Base::states;
+  using Base::k, Base::v, Base::decays;
+  static constexpr bool reverse = false;
+
+  const ForwardOutputs& out;
+  A *q, *k_transposed, *scores, *o;
+
+  Forward(const Plan& plan, const Inputs& in, const Shared& shared, const ForwardOutputs& out, Arena& arena)
+      : Base(plan, in, shared, arena), out(out) {
+    q = arena.take<A>(chunk * ldk);
+    k_transposed = arena.take<A>(chunk * ldk);
+    scores = arena.take<A>(chunk * chunk);
+    o = arena.take<A>(chunk * ldv);
+  }
+
+  void load_start(const Sequence& sequence, i64 key_head) {
+    fill_zero(states.count * states.size, states.start);
+    states.started = in.initial_kv || in.initial_z;
+    for (i64 i = 0; i < group.states; ++i) {
+      const i64 head = key_head * group.states + i;
+      A* state = states.start + i * states.size;
+      if (in.initial_kv) load_state(in.initial_kv, sequence.index, head, s.key_dim, 0, s.value_dim, state, ldv);
+      if (in.initial_z) this->load_z(in.initial_z, sequence.index, head, state + z_at);
+    }
+  }
+
+  void finish(const Sequence& sequence, i64 key_head) {
+    for (i64 i = 0; i < group.states; ++i) {
+      const i64 head = key_head * group.states + i;
+      const A* state = states.start + i * states.size;
+      if (out.final_kv) store_state(out.final_kv, sequence.index, head, s.key_dim, 0, s.value_dim, state, ldv);
+      if (out.final_z) this->store_z(out.final_z, sequence.index, head, state + z_at);
+    }
+  }
+
+  void add_keys(const Tokens& tokens) {
+    for (i64 i = 0; i < group.states; ++i) {
+      const A* keys = this->decayed_keys(tokens, i);
+      A* state = states.sum + i * states.size;
+      product(ldk, ldv, tokens.padded, keys, 1, ldk, v, ldv, state, ldv, true);
+      if (s.normalize || out.final_z) this->add_key_sum(tokens, keys, state + z_at);
+    }
+  }
+
+  void sum(const Sequence& sequence, i64 segment, i64 key_head) {
+    this->for_each_chunk(sequence, segment, reverse, [&](const Tokens& tokens, i64) {
+      this->load_keys(tokens, key_head);
+      add_keys(tokens);
+    });
+  }
+
+  void run(const Sequence& sequence, i64 segment, i64, i64 key_head) {
+    const A scale = static_cast<A>(in.scale), eps = static_cast<A>(in.eps);
+    this->for_each_chunk(sequence, segment, reverse, [&](const Tokens& tokens, i64) {
+      this->load_keys(tokens, key_head);
       transpose(tokens.padded, ldk, k, ldk, k_transposed, chunk);
       const i64 score_columns = round_up(tokens.count, pad);
       for (i64 i = 0; i < ldk; ++i) {
         for (i64 j = tokens.padded; j < score_columns; ++j) k_transposed[i * chunk + j] = 0;
       }
-      for (i64 i = 0; i < group.states; ++i) {
-        decays[i].compute(s, in.log_decay, tokens, key_head * group.states + i, chunk, all_live);
-      }
+      const A* state = nullptr;
       for (i64 r = 0; r < group.heads; ++r) {
         const i64 head = key_head * group.heads + r, i = group.state_of(r);
         const ChunkDecay<A>& decay = decays[i];
-        const A* state = states + i * ldk * ldv;
-        load_rows(in.q, tokens, head, 0, s.key_dim, q, ldk);
+        if (r == 0 || group.states > 1) state = states.now(i);
+        this->load_features(in.q, tokens, head, this->query_rows, q);
         scale_row(tokens.padded * ldk, scale, q);
         product(tokens.padded, score_columns, ldk, q, ldk, 1, k_transposed, chunk, scores, chunk, false,
                 Band::lower_result);
@@ -476,48 +933,15 @@ struct Forward {
         product(tokens.padded, ldv, tokens.padded, scores, chunk, 1, v, ldv, o, ldv, true, Band::lower);
         if (s.normalize) {
           for (i64 t = 0; t < tokens.count; ++t) {
-            A denominator = decay.from_start[t] * dot(ldk, q + t * ldk, z + i * ldk);
-            for (i64 j = 0; j <= t; ++j) denominator += scores[t * chunk + j];
-            const A reciprocal = 1 / (denominator + eps);
-            scale_row(ldv, reciprocal, o + t * ldv);
+            const A denominator = decay.from_start[t] * dot(ldk, q + t * ldk, state + z_at) +
+                                  total(round_up(t + 1, pad), scores + t * chunk);
+            scale_row(ldv, 1 / (denominator + eps), o + t * ldv);
           }
         }
-        store_rows(out.o, tokens, head, column, columns, o, ldv);
+        store_rows(out.o, tokens, head, 0, s.value_dim, o, ldv);
       }
-      for (i64 i = 0; i < group.states; ++i) {
-        const ChunkDecay<A>& decay = decays[i];
-        const A* keys = k;
-        if (s.decay != Decay::none) {
-          for (i64 t = 0; t < tokens.padded; ++t) {
-            const A factor = decay.to_end[t];
-            for (i64 d = 0; d < ldk; ++d) k_scaled[t * ldk + d] = k[t * ldk + d] * factor;
-          }
-          keys = k_scaled;
-          scale_row(ldk * ldv, decay.whole, states + i * ldk * ldv);
-          scale_row(ldk, decay.whole, z + i * ldk);
-        }
-        product(ldk, ldv, tokens.padded, keys, 1, ldk, v, ldv, states + i * ldk * ldv, ldv, true);
-        if (with_z) add_key_sum(tokens, keys, z + i * ldk);
-      }
-    }
-
-    for (i64 i = 0; i < group.states; ++i) {
-      const i64 head = key_head * group.states + i;
-      if (out.final_kv) {
-        store_state(out.final_kv, sequence.index, head, s.key_dim, column, columns, states + i * ldk * ldv, ldv);
-      }
-      if (out.final_z && tile == 0) {
-        for (i64 d = 0; d < s.key_dim; ++d) element<A>(out.final_z, sequence.index, head, d) = z[i * ldk + d];
-      }
-    }
-  }
-
-  // z += the sum of the chunk's keys, added up on its own first so that a long z loses nothing
-  void add_key_sum(const Tokens& tokens, const A* keys, A* to) {
-    A* sum = q;  // free by now
-    fill_zero(ldk, sum);
-    for (i64 t = 0; t < tokens.count; ++t) add_scaled(ldk, A(1), keys + t * ldk, sum);
-    add_scaled(ldk, A(1), sum, to);
+      add_keys(tokens);
+    });
   }
 };
 
@@ -525,79 +949,72 @@ struct Forward {
 
 // dq, forward in time. The state is kept transposed, [V, K]: dq takes do S^T, and a right factor must have rows.
 template <class A>
-struct BackwardQuery {
-  i64 chunk, ldk, ldv;
-  A *q, *k, *k_scaled, *v, *v_transposed, *grad_o, *scores, *dq, *inter, *states, *z, *z_running, *z_sum;
-  ChunkDecay<A>* decays;
+struct BackwardQuery : Pass<A> {
+  using Base = Pass<A>;
+  using Base::chunk, Base::ldk, Base::ldv, Base::z_at, Base::s, Base::in, Base::plan, Base::group, Base::states;
+  using Base::k, Base::v, Base::decays, Base::shared;
+  static constexpr bool reverse = false;
 
-  BackwardQuery(const Plan& plan, Arena& arena) {
-    const Sizes& s = plan.sizes;
-    const Group group(s);
-    chunk = plan.chunk;
-    ldk = round_up(s.key_dim, pad);
-    ldv = round_up(s.value_dim, pad);
+  const BackwardArguments& args;
+  A *q, *v_transposed, *grad_o, *scores, *dq, *inter, *z_running;
+
+  BackwardQuery(const Plan& plan, const Inputs& in, const Shared& shared, const BackwardArguments& args, Arena& arena)
+      : Base(plan, in, shared, arena), args(args) {
     q = arena.take<A>(chunk * ldk);
-    k = arena.take<A>(chunk * ldk);
-    k_scaled = arena.take<A>(chunk * ldk);
-    v = arena.take<A>(chunk * ldv);
     v_transposed = arena.take<A>(chunk * ldv);
     grad_o = arena.take<A>(chunk * ldv);
     scores = arena.take<A>(chunk * chunk);
     dq = arena.take<A>(chunk * ldk);
     inter = arena.take<A>(chunk * ldk);
-    states = arena.take<A>(group.states * ldk * ldv);
-    z = arena.take<A>(group.states * ldk);
     z_running = arena.take<A>(group.states * chunk * ldk);
-    z_sum = arena.take<A>(ldk);
-    decays = arena.take<ChunkDecay<A>>(group.states);
-    for (i64 i = 0; i < group.states; ++i) {
-      ChunkDecay<A> decay;
-      decay.lay_out(arena, chunk);
-      if (decays != nullptr) decays[i] = decay;
-    }
   }
 
-  void run(const Plan& plan, const Inputs& in, const BackwardArguments& args, const Shared& shared, i64 task) {
-    const Sizes& s = plan.sizes;
-    const Group group(s);
-    const i64 key_head = task % s.key_heads;
-    const Sequence sequence = sequence_of(s, in, task / s.key_heads);
-    const bool with_z = s.normalize || static_cast<bool>(args.grad_z);
-    const A scale = static_cast<A>(in.scale), eps = static_cast<A>(in.eps);
-    A* reciprocals = static_cast<A*>(shared.reciprocal);
-    A* ddenominators = static_cast<A*>(shared.ddenominator);
-
-    fill_zero(group.states * ldk * ldv, states);
-    fill_zero(group.states * ldk, z);
+  void load_start(const Sequence& sequence, i64 key_head) {
+    fill_zero(states.count * states.size, states.start);
+    states.started = in.initial_kv || in.initial_z;
     for (i64 i = 0; i < group.states; ++i) {
       const i64 head = key_head * group.states + i;
+      A* state = states.start + i * states.size;
       if (in.initial_kv) {
         for (i64 d = 0; d < s.key_dim; ++d) {
           const A* row = &element<A>(in.initial_kv, sequence.index, head, d);
-          for (i64 e = 0; e < s.value_dim; ++e) states[(i * ldv + e) * ldk + d] = row[e * in.initial_kv.stride[3]];
+          for (i64 e = 0; e < s.value_dim; ++e) state[e * ldk + d] = row[e * in.initial_kv.stride[3]];
         }
       }
-      if (in.initial_z) {
-        for (i64 d = 0; d < s.key_dim; ++d) z[i * ldk + d] = element<A>(in.initial_z, sequence.index, head, d);
-      }
+      if (in.initial_z) this->load_z(in.initial_z, sequence.index, head, state + z_at);
     }
+  }
 
-    for (i64 begin = 0; begin < sequence.length; begin += chunk) {
-      const Tokens tokens = tokens_of(in, sequence, begin, chunk);
-      const bool all_live = tokens.all_live();
-      if (s.decay_gradient && begin > 0) {
-        const i64 slot = state_slot(plan, in, sequence, begin);
-        for (i64 i = 0; i < group.states; ++i) save_state(s, shared, slot, key_head * group.states + i, i);
-      }
-      load_rows(in.k, tokens, key_head, 0, s.key_dim, k, ldk);
-      load_rows(in.v, tokens, key_head, 0, s.value_dim, v, ldv);
+  void finish(const Sequence&, i64) {}
+
+  void add_keys(const Tokens& tokens) {
+    for (i64 i = 0; i < group.states; ++i) {
+      const A* keys = this->decayed_keys(tokens, i);
+      A* state = states.sum + i * states.size;
+      product(ldv, ldk, tokens.padded, v, 1, ldv, keys, ldk, state, ldk, true);
+      if (s.normalize || args.grad_z) this->add_key_sum(tokens, keys, state + z_at);
+    }
+  }
+
+  void sum(const Sequence& sequence, i64 segment, i64 key_head) {
+    this->for_each_chunk(sequence, segment, reverse, [&](const Tokens& tokens, i64) {
+      this->load_keys(tokens, key_head);
+      add_keys(tokens);
+    });
+  }
+
+  void run(const Sequence& sequence, i64 segment, i64, i64 key_head) {
+    const A scale = static_cast<A>(in.scale), eps = static_cast<A>(in.eps);
+    A* reciprocals = static_cast<A*>(shared.reciprocal);
+    A* ddenominators = static_cast<A*>(shared.ddenominator);
+    this->for_each_chunk(sequence, segment, reverse, [&](const Tokens& tokens, i64 begin) {
+      this->load_keys(tokens, key_head);
       transpose(tokens.padded, ldv, v, ldv, v_transposed, chunk);
       const i64 score_columns = round_up(tokens.count, pad);
       for (i64 i = 0; i < ldv; ++i) {
         for (i64 j = tokens.padded; j < score_columns; ++j) v_transposed[i * chunk + j] = 0;
       }
       for (i64 i = 0; i < group.states; ++i) {
-        decays[i].compute(s, in.log_decay, tokens, key_head * group.states + i, chunk, all_live);
         if (s.normalize) {  // sum of the decayed keys of this chunk up to each token
           A* running = z_running + i * chunk * ldk;
           for (i64 t = 0; t < tokens.count; ++t) {
@@ -607,22 +1024,27 @@ struct BackwardQuery {
             }
           }
         }
-      }
-      if (s.decay_gradient) {
-        for (i64 i = 0; i < group.states; ++i) {
-          for (i64 t = 0; t < tokens.count; ++t) q_dq(s, shared, tokens, t, key_head * group.states + i) = 0;
+        if (s.decay_gradient) {
+          for (i64 t = 0; t < tokens.count; ++t) q_dq(tokens, t, key_head * group.states + i) = 0;
         }
       }
+      const A* state = nullptr;
       for (i64 r = 0; r < group.heads; ++r) {
         const i64 head = key_head * group.heads + r, i = group.state_of(r);
         const ChunkDecay<A>& decay = decays[i];
+        if (r == 0 || group.states > 1) {
+          state = states.now(i);
+          if (s.decay_gradient && begin > 0) save_state(sequence, begin, key_head * group.states + i, state);
+        }
         load_rows(args.grad_o, tokens, head, 0, s.value_dim, grad_o, ldv);
         product(tokens.padded, score_columns, ldv, grad_o, ldv, 1, v_transposed, chunk, scores, chunk, false,
                 Band::lower_result);
         decay.apply(s, tokens, chunk, scores);
         product(tokens.padded, ldk, tokens.padded, scores, chunk, 1, k, ldk, dq, ldk, false, Band::lower);
-        product(tokens.padded, ldk, ldv, grad_o, ldv, 1, states + i * ldk * ldv, ldk, inter, ldk, false);
-        if (s.normalize || s.decay_gradient) load_rows(in.q, tokens, head, 0, s.key_dim, q, ldk);
+        product(tokens.padded, ldk, ldv, grad_o, ldv, 1, state, ldk, inter, ldk, false);
+        if (s.normalize || s.decay_gradient || this->map) {
+          this->load_features(in.q, tokens, head, this->query_rows, q);
+        }
         for (i64 t = 0; t < tokens.count; ++t) {
           A* row = dq + t * ldk;
           const A* query = q + t * ldk;
@@ -632,7 +1054,7 @@ struct BackwardQuery {
           if (s.normalize) {
             const i64 at = (tokens.batch * s.time + tokens.first + t) * s.heads + head;
             const A* running = z_running + (i * chunk + t) * ldk;
-            const A* before = z + i * ldk;
+            const A* before = state + z_at;
             if (tokens.live(t)) {
               const A denominator = scale * (dot(ldk, query, running) + start * dot(ldk, query, before)) + eps;
               reciprocal = 1 / denominator;
@@ -649,65 +1071,46 @@ struct BackwardQuery {
           if (s.decay_gradient && tokens.live(t)) {
             double sum = static_cast<double>(reciprocal) * static_cast<double>(dot(ldk, query, inter + t * ldk));
             if (s.normalize) {
-              sum += static_cast<double>(ddenominator) * static_cast<double>(dot(ldk, query, z + i * ldk));
+              sum += static_cast<double>(ddenominator) * static_cast<double>(dot(ldk, query, state + z_at));
             }
-            q_dq(s, shared, tokens, t, key_head * group.states + i) += static_cast<double>(scale * start) * sum;
+            q_dq(tokens, t, key_head * group.states + i) += static_cast<double>(scale * start) * sum;
           }
         }
-        store_rows(args.dq, tokens, head, 0, s.key_dim, dq, ldk);
+        this->store_gradient(args.dq, tokens, head, this->query_rows, dq);
       }
-      for (i64 i = 0; i < group.states; ++i) {
-        const ChunkDecay<A>& decay = decays[i];
-        const A* keys = k;
-        if (s.decay != Decay::none) {
-          for (i64 t = 0; t < tokens.padded; ++t) {
-            const A factor = decay.to_end[t];
-            for (i64 d = 0; d < ldk; ++d) k_scaled[t * ldk + d] = k[t * ldk + d] * factor;
-          }
-          keys = k_scaled;
-          scale_row(ldk * ldv, decay.whole, states + i * ldk * ldv);
-          scale_row(ldk, decay.whole, z + i * ldk);
-        }
-        product(ldv, ldk, tokens.padded, v, 1, ldv, keys, ldk, states + i * ldk * ldv, ldk, true);
-        if (with_z) {
-          fill_zero(ldk, z_sum);
-          for (i64 t = 0; t < tokens.count; ++t) add_scaled(ldk, A(1), keys + t * ldk, z_sum);
-          add_scaled(ldk, A(1), z_sum, z + i * ldk);
-        }
-      }
-    }
+      add_keys(tokens);
+    });
   }
 
-  static double& q_dq(const Sizes& s, const Shared& shared, const Tokens& tokens, i64 t, i64 state_head) {
+  double& q_dq(const Tokens& tokens, i64 t, i64 state_head) const {
     return shared.q_dq[(tokens.batch * s.time + tokens.first + t) * s.state_heads + state_head];
   }
 
-  void save_state(const Sizes& s, const Shared& shared, i64 slot, i64 state_head, i64 i) {
-    A* to = static_cast<A*>(shared.states) + (slot * s.state_heads + state_head) * ldk * (s.value_dim + 1);
-    std::memcpy(to, states + i * ldv * ldk, static_cast<std::size_t>(s.value_dim * ldk) * sizeof(A));
-    std::memcpy(to + s.value_dim * ldk, z + i * ldk, static_cast<std::size_t>(ldk) * sizeof(A));
+  void save_state(const Sequence& sequence, i64 begin, i64 state_head, const A* state) {
+    A* to = static_cast<A*>(shared.states) +
+            (this->chunk_slot(sequence, begin) * s.state_heads + state_head) * ldk * (s.value_dim + 1);
+    std::copy_n(state, s.value_dim * ldk, to);
+    std::copy_n(state + z_at, ldk, to + s.value_dim * ldk);
   }
 };
 
-// dk, dv, the decay's gradient and that of the initial state, backward in time.
+// dk, dv, the decay's gradient and that of the initial state, backward in time. The states are gradients of states.
 template <class A>
-struct BackwardKey {
-  i64 chunk, ldk, ldv;
-  A *q, *k, *k_transposed, *v, *v_transposed, *grad_o, *scores, *dscores, *dk, *dv, *inter_k, *inter_v, *states,
-      *states_transposed, *z, *columns;
-  double *dlog, *k_dk, *across;
-  ChunkDecay<A>* decays;
+struct BackwardKey : Pass<A> {
+  using Base = Pass<A>;
+  using Base::chunk, Base::ldk, Base::ldv, Base::z_at, Base::s, Base::in, Base::plan, Base::group, Base::states;
+  using Base::k, Base::v, Base::decays, Base::shared;
+  static constexpr bool reverse = true;
 
-  BackwardKey(const Plan& plan, Arena& arena) {
-    const Sizes& s = plan.sizes;
-    const Group group(s);
-    chunk = plan.chunk;
-    ldk = round_up(s.key_dim, pad);
-    ldv = round_up(s.value_dim, pad);
+  const BackwardArguments& args;
+  A *q, *k_transposed, *v_transposed, *grad_o, *scores, *dscores, *dk, *dv, *inter_k, *inter_v, *after_transposed,
+      *columns;
+  double *dlog, *k_dk, *across, *decay_sums;
+
+  BackwardKey(const Plan& plan, const Inputs& in, const Shared& shared, const BackwardArguments& args, Arena& arena)
+      : Base(plan, in, shared, arena), args(args) {
     q = arena.take<A>(chunk * ldk);
-    k = arena.take<A>(chunk * ldk);
     k_transposed = arena.take<A>(chunk * ldk);
-    v = arena.take<A>(chunk * ldv);
     v_transposed = arena.take<A>(chunk * ldv);
     grad_o = arena.take<A>(chunk * ldv);
     scores = arena.take<A>(chunk * chunk);
@@ -716,50 +1119,81 @@ struct BackwardKey {
     dv = arena.take<A>(chunk * ldv);
     inter_k = arena.take<A>(chunk * ldk);
     inter_v = arena.take<A>(chunk * ldv);
-    states = arena.take<A>(group.states * ldk * ldv);
-    states_transposed = arena.take<A>(ldk * ldv);
-    z = arena.take<A>(group.states * ldk);
+    after_transposed = arena.take<A>(ldk * ldv);
     columns = arena.take<A>(chunk);
     dlog = arena.take<double>(group.states * chunk);
     k_dk = arena.take<double>(group.states * chunk);
     across = arena.take<double>(group.states);
-    decays = arena.take<ChunkDecay<A>>(group.states);
+    decay_sums = arena.take<double>(group.states);
+  }
+
+  void load_start(const Sequence& sequence, i64 key_head) {
+    fill_zero(states.count * states.size, states.start);
+    states.started = args.grad_kv || args.grad_z;
     for (i64 i = 0; i < group.states; ++i) {
-      ChunkDecay<A> decay;
-      decay.lay_out(arena, chunk);
-      if (decays != nullptr) decays[i] = decay;
+      const i64 head = key_head * group.states + i;
+      A* state = states.start + i * states.size;
+      if (args.grad_kv) load_state(args.grad_kv, sequence.index, head, s.key_dim, 0, s.value_dim, state, ldv);
+      if (args.grad_z) this->load_z(args.grad_z, sequence.index, head, state + z_at);
     }
   }
 
-  void run(const Plan& plan, const Inputs& in, const BackwardArguments& args, const Shared& shared, i64 task) {
-    const Sizes& s = plan.sizes;
-    const Group group(s);
-    const i64 key_head = task % s.key_heads;
-    const Sequence sequence = sequence_of(s, in, task / s.key_heads);
-    const A scale = static_cast<A>(in.scale);
-    const A* reciprocals = static_cast<const A*>(shared.reciprocal);
-    const A* ddenominators = static_cast<const A*>(shared.ddenominator);
-
-    fill_zero(group.states * ldk * ldv, states);
-    fill_zero(group.states * ldk, z);
+  void finish(const Sequence& sequence, i64 key_head) {
     for (i64 i = 0; i < group.states; ++i) {
       const i64 head = key_head * group.states + i;
-      if (args.grad_kv) {
-        load_state(args.grad_kv, sequence.index, head, s.key_dim, 0, s.value_dim, states + i * ldk * ldv, ldv);
-      }
-      if (args.grad_z) {
-        for (i64 d = 0; d < s.key_dim; ++d) z[i * ldk + d] = element<A>(args.grad_z, sequence.index, head, d);
-      }
-      if (s.decay_gradient) shared.head_sums[sequence.index * s.state_heads + head] = 0;
+      const A* state = states.start + i * states.size;
+      if (args.dinitial_kv) store_state(args.dinitial_kv, sequence.index, head, s.key_dim, 0, s.value_dim, state, ldv);
+      if (args.dinitial_z) this->store_z(args.dinitial_z, sequence.index, head, state + z_at);
     }
+  }
 
-    const i64 last = sequence.length <= 0 ? -1 : (sequence.length - 1) / chunk;
-    for (i64 c = last; c >= 0; --c) {
-      const i64 begin = c * chunk;
-      const Tokens tokens = tokens_of(in, sequence, begin, chunk);
-      const bool all_live = tokens.all_live();
-      load_rows(in.k, tokens, key_head, 0, s.key_dim, k, ldk);
-      load_rows(in.v, tokens, key_head, 0, s.value_dim, v, ldv);
+  // q, scaled, and grad_o, divided by the denominator
+  void load_queries(const Tokens& tokens, i64 head) {
+    this->load_features(in.q, tokens, head, this->query_rows, q);
+    scale_row(tokens.padded * ldk, static_cast<A>(in.scale), q);
+    load_rows(args.grad_o, tokens, head, 0, s.value_dim, grad_o, ldv);
+    if (!s.normalize) return;
+    const A* reciprocals = static_cast<const A*>(shared.reciprocal) + place(tokens, head);
+    for (i64 t = 0; t < tokens.count; ++t) scale_row(ldv, reciprocals[t * s.heads], grad_o + t * ldv);
+  }
+
+  const A* ddenominators(const Tokens& tokens, i64 head) const {
+    return static_cast<const A*>(shared.ddenominator) + place(tokens, head);
+  }
+  i64 place(const Tokens& tokens, i64 head) const { return (tokens.batch * s.time + tokens.first) * s.heads + head; }
+
+  // what the chunk's queries add to the gradient of the state before it; overwrites them
+  void add_queries(const Tokens& tokens, i64 head, i64 i) {
+    A* state = states.sum + i * states.size;
+    if (s.decay != Decay::none) {
+      for (i64 t = 0; t < tokens.count; ++t) scale_row(ldk, decays[i].from_start[t], q + t * ldk);
+    }
+    product(ldk, ldv, tokens.padded, q, 1, ldk, grad_o, ldv, state, ldv, true);
+    if (s.normalize) {
+      const A* factors = ddenominators(tokens, head);
+      fill_zero(ldk, this->row);
+      for (i64 t = 0; t < tokens.count; ++t) add_scaled(ldk, factors[t * s.heads], q + t * ldk, this->row);
+      add_scaled(ldk, A(1), this->row, state + z_at);
+    }
+  }
+
+  void sum(const Sequence& sequence, i64 segment, i64 key_head) {
+    this->for_each_chunk(sequence, segment, reverse, [&](const Tokens& tokens, i64) {
+      this->compute_decays(tokens, key_head);
+      if (s.decay != Decay::none) {
+        for (i64 i = 0; i < group.states; ++i) states.forget(i, decays[i].whole);
+      }
+      for (i64 r = 0; r < group.heads; ++r) {
+        load_queries(tokens, key_head * group.heads + r);
+        add_queries(tokens, key_head * group.heads + r, group.state_of(r));
+      }
+    });
+  }
+
+  void run(const Sequence& sequence, i64 segment, i64 slot, i64 key_head) {
+    std::fill_n(decay_sums, group.states, 0.0);
+    this->for_each_chunk(sequence, segment, reverse, [&](const Tokens& tokens, i64 begin) {
+      this->load_keys(tokens, key_head);
       transpose(tokens.padded, ldk, k, ldk, k_transposed, chunk);
       transpose(tokens.padded, ldv, v, ldv, v_transposed, chunk);
       const i64 score_columns = round_up(tokens.count, pad);
@@ -773,15 +1207,14 @@ struct BackwardKey {
 
       // what reaches the chunk's keys and values from later chunks, through the state after it
       for (i64 i = 0; i < group.states; ++i) {
-        decays[i].compute(s, in.log_decay, tokens, key_head * group.states + i, chunk, all_live);
         const ChunkDecay<A>& decay = decays[i];
-        A* state = states + i * ldk * ldv;
-        transpose(ldk, ldv, state, ldv, states_transposed, ldk);
-        product(tokens.padded, ldk, ldv, v, ldv, 1, states_transposed, ldk, inter_k, ldk, false);
-        product(tokens.padded, ldv, ldk, k, ldk, 1, state, ldv, inter_v, ldv, false);
+        const A* after = states.now(i);
+        transpose(ldk, ldv, after, ldv, after_transposed, ldk);
+        product(tokens.padded, ldk, ldv, v, ldv, 1, after_transposed, ldk, inter_k, ldk, false);
+        product(tokens.padded, ldv, ldk, k, ldk, 1, after, ldv, inter_v, ldv, false);
         for (i64 t = 0; t < tokens.count; ++t) {
           const A end = decay.to_end[t];
-          add_scaled(ldk, A(1), z + i * ldk, inter_k + t * ldk);
+          add_scaled(ldk, A(1), after + z_at, inter_k + t * ldk);
           add_scaled(ldk, end, inter_k + t * ldk, dk + t * ldk);
           add_scaled(ldv, end, inter_v + t * ldv, dv + t * ldv);
           if (s.decay_gradient) {
@@ -790,33 +1223,24 @@ struct BackwardKey {
           }
         }
         if (s.decay_gradient) {
-          across[i] = static_cast<double>(decay.whole) *
-                      dot_with_state_before(plan, in, shared, sequence, begin, key_head * group.states + i, i);
+          across[i] = decay.whole * dot_with_state_before(sequence, begin, key_head * group.states + i, after + z_at);
         }
-        if (s.decay != Decay::none) {
-          scale_row(ldk * ldv, decay.whole, state);
-          scale_row(ldk, decay.whole, z + i * ldk);
-        }
+        if (s.decay != Decay::none) states.forget(i, decay.whole);
       }
 
       for (i64 r = 0; r < group.heads; ++r) {
         const i64 head = key_head * group.heads + r, i = group.state_of(r);
         const ChunkDecay<A>& decay = decays[i];
-        load_rows(in.q, tokens, head, 0, s.key_dim, q, ldk);
-        scale_row(tokens.padded * ldk, scale, q);
-        load_rows(args.grad_o, tokens, head, 0, s.value_dim, grad_o, ldv);
-        const i64 at = (tokens.batch * s.time + tokens.first) * s.heads + head;
-        if (s.normalize) {
-          for (i64 t = 0; t < tokens.count; ++t) scale_row(ldv, reciprocals[at + t * s.heads], grad_o + t * ldv);
-        }
+        load_queries(tokens, head);
         product(tokens.padded, score_columns, ldk, q, ldk, 1, k_transposed, chunk, scores, chunk, false,
                 Band::lower_result);
         product(tokens.padded, score_columns, ldv, grad_o, ldv, 1, v_transposed, chunk, dscores, chunk, false,
                 Band::lower_result);
         if (s.normalize) {
+          const A* factors = ddenominators(tokens, head);
           for (i64 t = 0; t < tokens.count; ++t) {
-            const A ddenominator = ddenominators[at + t * s.heads];
-            for (i64 j = 0; j <= t; ++j) dscores[t * chunk + j] += ddenominator;
+            const A factor = factors[t * s.heads];
+            for (i64 j = 0; j <= t; ++j) dscores[t * chunk + j] += factor;
           }
         }
         decay.apply(s, tokens, chunk, scores);
@@ -825,34 +1249,16 @@ struct BackwardKey {
         // both factors are lower triangular and read transposed
         product(tokens.padded, ldv, tokens.padded, scores, 1, chunk, grad_o, ldv, dv, ldv, true, Band::upper);
         product(tokens.padded, ldk, tokens.padded, dscores, 1, chunk, q, ldk, dk, ldk, true, Band::upper);
-        if (s.decay != Decay::none) {
-          for (i64 t = 0; t < tokens.count; ++t) scale_row(ldk, decay.from_start[t], q + t * ldk);
-        }
-        product(ldk, ldv, tokens.padded, q, 1, ldk, grad_o, ldv, states + i * ldk * ldv, ldv, true);
-        if (s.normalize) {
-          A* sum = inter_k;  // free by now
-          fill_zero(ldk, sum);
-          for (i64 t = 0; t < tokens.count; ++t) add_scaled(ldk, ddenominators[at + t * s.heads], q + t * ldk, sum);
-          add_scaled(ldk, A(1), sum, z + i * ldk);
-        }
+        add_queries(tokens, head, i);
       }
-      store_rows(args.dk, tokens, key_head, 0, s.key_dim, dk, ldk);
+      this->store_gradient(args.dk, tokens, key_head, this->key_rows, dk);
       store_rows(args.dv, tokens, key_head, 0, s.value_dim, dv, ldv);
       if (s.decay_gradient) {
-        for (i64 i = 0; i < group.states; ++i) {
-          finish_decay_gradient(plan, args, shared, sequence, tokens, key_head * group.states + i, i);
-        }
+        for (i64 i = 0; i < group.states; ++i) finish_decay_gradient(tokens, key_head * group.states + i, i);
       }
-    }
-
-    for (i64 i = 0; i < group.states; ++i) {
-      const i64 head = key_head * group.states + i;
-      if (args.dinitial_kv) {
-        store_state(args.dinitial_kv, sequence.index, head, s.key_dim, 0, s.value_dim, states + i * ldk * ldv, ldv);
-      }
-      if (args.dinitial_z) {
-        for (i64 d = 0; d < s.key_dim; ++d) element<A>(args.dinitial_z, sequence.index, head, d) = z[i * ldk + d];
-      }
+    });
+    if (s.decay_gradient) {
+      std::copy_n(decay_sums, group.states, shared.decay_sums + slot * s.state_heads + key_head * group.states);
     }
   }
 
@@ -869,30 +1275,27 @@ struct BackwardKey {
     }
   }
 
-  // <state before the chunk, gradient of the state after it>; states_transposed holds the latter.
-  double dot_with_state_before(const Plan& plan, const Inputs& in, const Shared& shared, const Sequence& sequence,
-                               i64 begin, i64 state_head, i64 i) {
-    const Sizes& s = plan.sizes;
+  // <state before the chunk, gradient of the state after it>; after_transposed holds the latter, z its z.
+  double dot_with_state_before(const Sequence& sequence, i64 begin, i64 state_head, const A* z) const {
     double sum = 0;
     if (begin > 0) {
       const A* saved = static_cast<const A*>(shared.states) +
-                       (state_slot(plan, in, sequence, begin) * s.state_heads + state_head) * ldk * (s.value_dim + 1);
+                       (this->chunk_slot(sequence, begin) * s.state_heads + state_head) * ldk * (s.value_dim + 1);
       for (i64 e = 0; e < s.value_dim; ++e) {
-        sum += static_cast<double>(dot(ldk, saved + e * ldk, states_transposed + e * ldk));
+        sum += static_cast<double>(dot(ldk, saved + e * ldk, after_transposed + e * ldk));
       }
-      return sum + static_cast<double>(dot(ldk, saved + s.value_dim * ldk, z + i * ldk));
+      return sum + static_cast<double>(dot(ldk, saved + s.value_dim * ldk, z));
     }
     for (i64 d = 0; d < s.key_dim; ++d) {
       if (in.initial_kv) {
         const A* row = &element<A>(in.initial_kv, sequence.index, state_head, d);
         for (i64 e = 0; e < s.value_dim; ++e) {
           sum += static_cast<double>(row[e * in.initial_kv.stride[3]]) *
-                 static_cast<double>(states_transposed[e * ldk + d]);
+                 static_cast<double>(after_transposed[e * ldk + d]);
         }
       }
       if (in.initial_z) {
-        sum += static_cast<double>(element<A>(in.initial_z, sequence.index, state_head, d)) *
-               static_cast<double>(z[i * ldk + d]);
+        sum += static_cast<double>(element<A>(in.initial_z, sequence.index, state_head, d)) * static_cast<double>(z[d]);
       }
     }
     return sum;
@@ -901,9 +1304,7 @@ struct BackwardKey {
   // The other pairs: i here and j before, j here and i after, and those on both sides of the chunk. Every one is added
   // up from products that carry its decay: a running difference over the chunks would save the memory of the states,
   // but leaves an error that a strong decay's small gradient drowns in.
-  void finish_decay_gradient(const Plan& plan, const BackwardArguments& args, const Shared& shared,
-                             const Sequence& sequence, const Tokens& tokens, i64 state_head, i64 i) {
-    const Sizes& s = plan.sizes;
+  void finish_decay_gradient(const Tokens& tokens, i64 state_head, i64 i) {
     const double* from_before = shared.q_dq + (tokens.batch * s.time + tokens.first) * s.state_heads + state_head;
     double* gradient = dlog + i * chunk;
     double later = 0;
@@ -911,17 +1312,16 @@ struct BackwardKey {
       later += from_before[t * s.state_heads];
       gradient[t] += across[i] + later;
     }
-    double earlier = 0, head_sum = 0;
+    double earlier = 0;
     for (i64 t = 0; t < tokens.count; ++t) {
       gradient[t] += earlier;
       earlier += k_dk[i * chunk + t];
       if (!tokens.live(t)) gradient[t] = 0;
-      head_sum += gradient[t];
+      decay_sums[i] += gradient[t];
       if (s.decay == Decay::per_token) {
         element<A>(args.dlog_decay, tokens.batch, tokens.first + t, state_head) = static_cast<A>(gradient[t]);
       }
     }
-    shared.head_sums[sequence.index * s.state_heads + state_head] += head_sum;
   }
 };
 
@@ -981,54 +1381,61 @@ void step(const Sizes& s, const StepArguments& args, i64 task) {
   }
 }
 
-template <class Pass>
-Pass pass_in(const Plan& plan, void* lane) {
+template <class P, class... Arguments>
+void run_in(void* lane, Stage stage, std::int64_t task, const Arguments&... arguments) {
   Arena arena{static_cast<char*>(lane)};
-  return Pass(plan, arena);
+  P pass(arguments..., arena);
+  run_stage(pass, stage, task);
 }
 
-template <class Pass>
+template <class P, class Arguments>
 std::size_t bytes_of(const Plan& plan) {
   Arena arena{nullptr};
-  Pass pass(plan, arena);
+  static const Inputs in;
+  static const Shared shared;
+  static const Arguments arguments;
+  P pass(plan, in, shared, arguments, arena);
   return arena.used;
 }
 
 }  // namespace
 
 std::size_t forward_lane_bytes(const Plan& plan) {
-  return plan.sizes.double_precision ? bytes_of<Forward<double>>(plan) : bytes_of<Forward<float>>(plan);
+  return plan.sizes.double_precision ? bytes_of<Forward<double>, ForwardOutputs>(plan)
+                                     : bytes_of<Forward<float>, ForwardOutputs>(plan);
 }
 
 std::size_t backward_lane_bytes(const Plan& plan) {
-  return plan.sizes.double_precision
-             ? std::max(bytes_of<BackwardQuery<double>>(plan), bytes_of<BackwardKey<double>>(plan))
-             : std::max(bytes_of<BackwardQuery<float>>(plan), bytes_of<BackwardKey<float>>(plan));
+  return plan.sizes.double_precision ? std::max(bytes_of<BackwardQuery<double>, BackwardArguments>(plan),
+                                                bytes_of<BackwardKey<double>, BackwardArguments>(plan))
+                                     : std::max(bytes_of<BackwardQuery<float>, BackwardArguments>(plan),
+                                                bytes_of<BackwardKey<float>, BackwardArguments>(plan));
 }
 
-void forward_task(const Plan& plan, const Inputs& in, const ForwardOutputs& out, std::int64_t task, void* lane) {
+void forward_task(const Plan& plan, const Inputs& in, const ForwardOutputs& out, const Shared& shared, Stage stage,
+                  std::int64_t task, void* lane) {
   if (plan.sizes.double_precision) {
-    pass_in<Forward<double>>(plan, lane).run(plan, in, out, task);
+    run_in<Forward<double>>(lane, stage, task, plan, in, shared, out);
   } else {
-    pass_in<Forward<float>>(plan, lane).run(plan, in, out, task);
+    run_in<Forward<float>>(lane, stage, task, plan, in, shared, out);
   }
 }
 
 void backward_query_task(const Plan& plan, const Inputs& in, const BackwardArguments& args, const Shared& shared,
-                         std::int64_t task, void* lane) {
+                         Stage stage, std::int64_t task, void* lane) {
   if (plan.sizes.double_precision) {
-    pass_in<BackwardQuery<double>>(plan, lane).run(plan, in, args, shared, task);
+    run_in<BackwardQuery<double>>(lane, stage, task, plan, in, shared, args);
   } else {
-    pass_in<BackwardQuery<float>>(plan, lane).run(plan, in, args, shared, task);
+    run_in<BackwardQuery<float>>(lane, stage, task, plan, in, shared, args);
   }
 }
 
 void backward_key_task(const Plan& plan, const Inputs& in, const BackwardArguments& args, const Shared& shared,
-                       std::int64_t task, void* lane) {
+                       Stage stage, std::int64_t task, void* lane) {
   if (plan.sizes.double_precision) {
-    pass_in<BackwardKey<double>>(plan, lane).run(plan, in, args, shared, task);
+    run_in<BackwardKey<double>>(lane, stage, task, plan, in, shared, args);
   } else {
-    pass_in<BackwardKey<float>>(plan, lane).run(plan, in, args, shared, task);
+    run_in<BackwardKey<float>>(lane, stage, task, plan, in, shared, args);
   }
 }
 

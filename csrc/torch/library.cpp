@@ -30,6 +30,17 @@ STABLE_TORCH_LIBRARY(freqrank, m) {
       "Tensor? log_decay, Tensor? mask, Tensor? cu_seqlens, Tensor? initial_kv, Tensor? initial_z, float scale, "
       "bool normalize, float eps, bool decay_gradient) -> "
       "(Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor dinitial_kv, Tensor dinitial_z)");
+  // The same over features of q and k; feature: 0 softmax, 1 exp, 2 softmax_pm.
+  m.def(
+      "feature_map_attention(Tensor q, Tensor k, Tensor v, Tensor projection, Tensor? weights, int feature, "
+      "Tensor? log_decay, Tensor? mask, Tensor? cu_seqlens, Tensor? initial_kv, Tensor? initial_z, bool normalize, "
+      "float eps, bool output_final_state) -> (Tensor o, Tensor kv, Tensor z)");
+  m.def(
+      "feature_map_attention_backward(Tensor grad_o, Tensor? grad_kv, Tensor? grad_z, Tensor q, Tensor k, Tensor v, "
+      "Tensor projection, Tensor? weights, int feature, Tensor? log_decay, Tensor? mask, Tensor? cu_seqlens, "
+      "Tensor? initial_kv, Tensor? initial_z, bool normalize, float eps, bool decay_gradient, bool map_gradient) -> "
+      "(Tensor dq, Tensor dk, Tensor dv, Tensor dprojection, Tensor dweights, Tensor dlog_decay, Tensor dinitial_kv, "
+      "Tensor dinitial_z)");
   m.def(
       "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!)? z, Tensor? log_decay, "
       "Tensor? mask, float scale, bool normalize, float eps) -> Tensor");

@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "torch/adapter.h"
@@ -57,11 +58,33 @@ void check_shape(const OptionalTensor& x, std::vector<std::int64_t> shape, const
   STD_TORCH_CHECK(same, "linear_attention: ", name, " has a wrong shape");
 }
 
+// What feature_map_attention has beside the arguments of linear_attention.
+struct Map {
+  Tensor projection;
+  OptionalTensor weights;
+  la::Feature feature;
+};
+
+la::Feature feature_of(std::int64_t feature) {
+  STD_TORCH_CHECK(feature >= 0 && feature <= 2, "feature_map_attention: feature must be 0, 1 or 2");
+  constexpr la::Feature features[] = {la::Feature::softmax, la::Feature::exp, la::Feature::softmax_pm};
+  return features[feature];
+}
+
+// A tensor of `dims` dimensions, or of one more in front: the key heads.
+void check_by_head(const Tensor& x, std::int64_t dims, std::int64_t key_heads, const char* name) {
+  STD_TORCH_CHECK(x.dim() == dims || (x.dim() == dims + 1 && x.size(0) == key_heads), "feature_map_attention: ", name,
+                  " has a wrong shape");
+}
+
+// As [Hk, ...]; all heads share one without that dimension.
+la::View by_head(const Tensor& x, std::int64_t dims) { return view_of(x, x.dim() == dims ? 1 : 0); }
+
 // The op can be called directly, so everything that memory safety rests on is checked here; the messages that people
 // see come from the Python wrapper.
 la::Sizes sizes_of(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& log_decay,
                    const OptionalTensor& mask, const OptionalTensor& cu_seqlens, const OptionalTensor& initial_kv,
-                   const OptionalTensor& initial_z, bool normalize) {
+                   const OptionalTensor& initial_z, bool normalize, const Map* map) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "linear_attention: q, k, v must have 4 dimensions");
   la::Sizes s;
   s.batch = q.size(0), s.time = q.size(1), s.heads = q.size(2), s.key_dim = q.size(3);
@@ -70,9 +93,23 @@ la::Sizes sizes_of(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
   check_shape(v, {s.batch, s.time, s.key_heads, s.value_dim}, "v");
   STD_TORCH_CHECK(s.key_heads > 0 && s.heads > 0 && s.heads % s.key_heads == 0,
                   "linear_attention: heads of q must be a multiple of those of k");
+  s.double_precision = q.scalar_type() == ScalarType::Double;
+  if (map != nullptr) {
+    check_by_head(map->projection, 2, s.key_heads, "projection");
+    check_exact(map->projection, s.double_precision, "projection");
+    s.feature = map->feature;
+    s.channels = s.key_dim;
+    STD_TORCH_CHECK(s.channels > 0 && s.channels <= la::max_dim && map->projection.size(-2) == s.channels,
+                    "feature_map_attention: projection must be [K,M] or [Hk,K,M] with K of q between 1 and 512");
+    s.key_dim = map->projection.size(-1) * (s.feature == la::Feature::softmax_pm ? 2 : 1);
+    if (map->weights) {
+      check_by_head(*map->weights, 1, s.key_heads, "weights");
+      check_exact(map->weights, s.double_precision, "weights");
+      STD_TORCH_CHECK(map->weights->size(-1) == s.key_dim, "feature_map_attention: one weight a feature expected");
+    }
+  }
   STD_TORCH_CHECK(s.key_dim > 0 && s.value_dim > 0 && s.key_dim <= la::max_dim && s.value_dim <= la::max_dim,
                   "linear_attention: K and V must be between 1 and 512");
-  s.double_precision = q.scalar_type() == ScalarType::Double;
   dtype_of(q);
   check_real(k, s.double_precision, "k");
   check_real(v, s.double_precision, "v");
@@ -112,7 +149,7 @@ la::Sizes sizes_of(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
 
 la::Inputs inputs_of(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& log_decay,
                      const OptionalTensor& mask, const OptionalTensor& cu_seqlens, const OptionalTensor& initial_kv,
-                     const OptionalTensor& initial_z, double scale, double eps) {
+                     const OptionalTensor& initial_z, double scale, double eps, const Map* map) {
   la::Inputs in;
   in.q = view_of(q), in.k = view_of(k), in.v = view_of(v);
   if (log_decay) in.log_decay = view_of(log_decay, log_decay->dim() == 1 ? 2 : 0);
@@ -120,6 +157,10 @@ la::Inputs inputs_of(const Tensor& q, const Tensor& k, const Tensor& v, const Op
   in.initial_kv = view_of(initial_kv), in.initial_z = view_of(initial_z);
   if (cu_seqlens) in.cu_seqlens = static_cast<const std::int64_t*>(cu_seqlens->data_ptr());
   in.scale = scale, in.eps = eps;
+  if (map != nullptr) {
+    in.projection = by_head(map->projection, 2);
+    if (map->weights) in.weights = by_head(*map->weights, 1);
+  }
   return in;
 }
 
@@ -133,14 +174,13 @@ Tensor workspace_of(const Tensor& like, std::size_t bytes) {
 
 ScalarType real_of(const la::Sizes& s) { return s.double_precision ? ScalarType::Double : ScalarType::Float; }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor> linear_attention(Tensor q, Tensor k, Tensor v, OptionalTensor log_decay,
-                                                    OptionalTensor mask, OptionalTensor cu_seqlens,
-                                                    OptionalTensor initial_kv, OptionalTensor initial_z, double scale,
-                                                    bool normalize, double eps, bool output_final_state) {
-  const la::Sizes s = sizes_of(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, normalize);
-  const la::Inputs in = inputs_of(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, eps);
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                           const OptionalTensor& log_decay, const OptionalTensor& mask,
+                                           const OptionalTensor& cu_seqlens, const OptionalTensor& initial_kv,
+                                           const OptionalTensor& initial_z, double scale, bool normalize, double eps,
+                                           bool output_final_state, const Map* map) {
+  const la::Sizes s = sizes_of(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, normalize, map);
+  const la::Inputs in = inputs_of(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, eps, map);
   const bool with_z = output_final_state && (normalize || initial_z);
   Tensor o = make(v, {s.batch, s.time, s.heads, s.value_dim});
   Tensor kv = output_final_state ? make(v, {s.sequences, s.state_heads, s.key_dim, s.value_dim}, real_of(s))
@@ -156,38 +196,96 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention(Tensor q, Tensor k, Tensor v
   return {o, kv, z};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
-    Tensor grad_o, OptionalTensor grad_kv, OptionalTensor grad_z, Tensor q, Tensor k, Tensor v,
-    OptionalTensor log_decay, OptionalTensor mask, OptionalTensor cu_seqlens, OptionalTensor initial_kv,
-    OptionalTensor initial_z, double scale, bool normalize, double eps, bool decay_gradient) {
-  la::Sizes s = sizes_of(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, normalize);
+struct Gradients {
+  Tensor q, k, v, projection, weights, log_decay, initial_kv, initial_z;
+};
+
+Gradients backward(const Tensor& grad_o, const OptionalTensor& grad_kv, const OptionalTensor& grad_z, const Tensor& q,
+                   const Tensor& k, const Tensor& v, const OptionalTensor& log_decay, const OptionalTensor& mask,
+                   const OptionalTensor& cu_seqlens, const OptionalTensor& initial_kv, const OptionalTensor& initial_z,
+                   double scale, bool normalize, double eps, bool decay_gradient, const Map* map, bool map_gradient) {
+  la::Sizes s = sizes_of(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, normalize, map);
   s.decay_gradient = decay_gradient && log_decay.has_value();
-  const la::Inputs in = inputs_of(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, eps);
+  s.map_gradient = map_gradient && map != nullptr;
+  const la::Inputs in = inputs_of(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, eps, map);
   check_shape(grad_o, {s.batch, s.time, s.heads, s.value_dim}, "grad_o");
   check_real(grad_o, s.double_precision, "grad_o");
   check_exact(grad_kv, s.double_precision, "grad_kv");
   check_exact(grad_z, s.double_precision, "grad_z");
   check_shape(grad_kv, {s.sequences, s.state_heads, s.key_dim, s.value_dim}, "grad_kv");
   check_shape(grad_z, {s.sequences, s.state_heads, s.key_dim}, "grad_z");
-  const auto nothing = [&] { return make(q, {0}, real_of(s)); };
-  Tensor dq = make(q, {s.batch, s.time, s.heads, s.key_dim});
-  Tensor dk = make(k, {s.batch, s.time, s.key_heads, s.key_dim});
-  Tensor dv = make(v, {s.batch, s.time, s.key_heads, s.value_dim});
-  Tensor dlog_decay = !s.decay_gradient                ? nothing()
-                      : s.decay == la::Decay::per_head ? make(q, {s.state_heads}, real_of(s))
-                                                       : make(q, {s.batch, s.time, s.state_heads}, real_of(s));
-  Tensor dkv = initial_kv ? make(q, {s.sequences, s.state_heads, s.key_dim, s.value_dim}, real_of(s)) : nothing();
-  Tensor dz = initial_z ? make(q, {s.sequences, s.state_heads, s.key_dim}, real_of(s)) : nothing();
+  const auto real = [&](bool wanted, std::vector<std::int64_t> shape) {
+    return make(q, wanted ? std::move(shape) : std::vector<std::int64_t>{0}, real_of(s));
+  };
+  const auto like = [&](bool wanted, const Tensor* x) {
+    std::vector<std::int64_t> shape;
+    for (int i = 0; wanted && i < x->dim(); ++i) shape.push_back(x->size(i));
+    return real(wanted, std::move(shape));
+  };
+  const bool with_weights = s.map_gradient && map->weights.has_value();
+  Gradients out{
+      make(q, {s.batch, s.time, s.heads, q.size(3)}),
+      make(k, {s.batch, s.time, s.key_heads, k.size(3)}),
+      make(v, {s.batch, s.time, s.key_heads, s.value_dim}),
+      like(s.map_gradient, s.map_gradient ? &map->projection : nullptr),
+      like(with_weights, with_weights ? &*map->weights : nullptr),
+      like(s.decay_gradient, s.decay_gradient ? &*log_decay : nullptr),
+      real(initial_kv.has_value(), {s.sequences, s.state_heads, s.key_dim, s.value_dim}),
+      real(initial_z.has_value(), {s.sequences, s.state_heads, s.key_dim}),
+  };
   la::BackwardArguments args;
   args.grad_o = view_of(grad_o), args.grad_kv = view_of(grad_kv), args.grad_z = view_of(grad_z);
-  args.dq = view_of(dq), args.dk = view_of(dk), args.dv = view_of(dv);
-  if (s.decay_gradient) args.dlog_decay = view_of(dlog_decay, s.decay == la::Decay::per_head ? 2 : 0);
-  if (initial_kv) args.dinitial_kv = view_of(dkv);
-  if (initial_z) args.dinitial_z = view_of(dz);
+  args.dq = view_of(out.q), args.dk = view_of(out.k), args.dv = view_of(out.v);
+  if (s.decay_gradient) args.dlog_decay = view_of(out.log_decay, s.decay == la::Decay::per_head ? 2 : 0);
+  if (initial_kv) args.dinitial_kv = view_of(out.initial_kv);
+  if (initial_z) args.dinitial_z = view_of(out.initial_z);
+  if (s.map_gradient) args.dprojection = by_head(out.projection, 2);
+  if (with_weights) args.dweights = by_head(out.weights, 1);
   const la::Plan plan = la::plan_backward(s, torch::stable::get_num_threads());
   Tensor workspace = workspace_of(q, la::workspace_bytes_backward(plan));
   la::run_backward(plan, in, args, workspace.data_ptr(), torch_parallel_for());
-  return {dq, dk, dv, dlog_decay, dkv, dz};
+  return out;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> linear_attention(Tensor q, Tensor k, Tensor v, OptionalTensor log_decay,
+                                                    OptionalTensor mask, OptionalTensor cu_seqlens,
+                                                    OptionalTensor initial_kv, OptionalTensor initial_z, double scale,
+                                                    bool normalize, double eps, bool output_final_state) {
+  return forward(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, normalize, eps, output_final_state,
+                 nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
+    Tensor grad_o, OptionalTensor grad_kv, OptionalTensor grad_z, Tensor q, Tensor k, Tensor v,
+    OptionalTensor log_decay, OptionalTensor mask, OptionalTensor cu_seqlens, OptionalTensor initial_kv,
+    OptionalTensor initial_z, double scale, bool normalize, double eps, bool decay_gradient) {
+  const Gradients d = backward(grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z,
+                               scale, normalize, eps, decay_gradient, nullptr, false);
+  return {d.q, d.k, d.v, d.log_decay, d.initial_kv, d.initial_z};
+}
+
+std::tuple<Tensor, Tensor, Tensor> feature_map_attention(Tensor q, Tensor k, Tensor v, Tensor projection,
+                                                         OptionalTensor weights, std::int64_t feature,
+                                                         OptionalTensor log_decay, OptionalTensor mask,
+                                                         OptionalTensor cu_seqlens, OptionalTensor initial_kv,
+                                                         OptionalTensor initial_z, bool normalize, double eps,
+                                                         bool output_final_state) {
+  const Map map{projection, weights, feature_of(feature)};
+  return forward(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, 1.0, normalize, eps, output_final_state,
+                 &map);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feature_map_attention_backward(
+    Tensor grad_o, OptionalTensor grad_kv, OptionalTensor grad_z, Tensor q, Tensor k, Tensor v, Tensor projection,
+    OptionalTensor weights, std::int64_t feature, OptionalTensor log_decay, OptionalTensor mask,
+    OptionalTensor cu_seqlens, OptionalTensor initial_kv, OptionalTensor initial_z, bool normalize, double eps,
+    bool decay_gradient, bool map_gradient) {
+  const Map map{projection, weights, feature_of(feature)};
+  const Gradients d = backward(grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z,
+                               1.0, normalize, eps, decay_gradient, &map, map_gradient);
+  return {d.q, d.k, d.v, d.projection, d.weights, d.log_decay, d.initial_kv, d.initial_z};
 }
 
 Tensor linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor kv, OptionalTensor z, OptionalTensor log_decay,
@@ -251,5 +349,7 @@ Tensor linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor kv, OptionalTe
 STABLE_TORCH_LIBRARY_IMPL(freqrank, CPU, m) {
   m.impl("linear_attention", TORCH_BOX(&freqrank::torch_adapter::linear_attention));
   m.impl("linear_attention_backward", TORCH_BOX(&freqrank::torch_adapter::linear_attention_backward));
+  m.impl("feature_map_attention", TORCH_BOX(&freqrank::torch_adapter::feature_map_attention));
+  m.impl("feature_map_attention_backward", TORCH_BOX(&freqrank::torch_adapter::feature_map_attention_backward));
   m.impl("linear_attention_step", TORCH_BOX(&freqrank::torch_adapter::linear_attention_step));
 }

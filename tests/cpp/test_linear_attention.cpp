@@ -345,9 +345,10 @@ TEST(LinearAttention, GradientsMatchDifferences) {
   }
 }
 
+// 2 sequences of 2 heads for up to 8 threads: also segments of a sequence are computed at the same time.
 TEST(LinearAttention, ThreadsDoNotChangeABit) {
   for (const Options& options : all_options()) {
-    Problem<float, float> problem(shape(2, 140, 4, 2, 20, 130), options);
+    Problem<float, float> problem(shape(2, 600, 4, 2, 20, 34), options);
     const auto once = problem.run(serial(), 1);
     const std::vector<float> grad_o(once.o.size(), 0.5f), grad_kv(once.kv.size(), 0.25f), grad_z(once.z.size(), 1.0f);
     const auto gradients = problem.backward(grad_o, grad_kv, grad_z, serial(), 1);
@@ -362,6 +363,134 @@ TEST(LinearAttention, ThreadsDoNotChangeABit) {
       EXPECT_EQ(gradients.dv, same.dv);
       EXPECT_EQ(gradients.dlog_decay, same.dlog_decay);
       EXPECT_EQ(gradients.dkv, same.dkv);
+    }
+  }
+}
+
+// A feature map is the scan over features: outputs and gradients against those of features made here.
+TEST(LinearAttention, FeatureMapsEqualTheScanOfFeatures) {
+  for (Feature feature : {Feature::softmax, Feature::exp, Feature::softmax_pm}) {
+    for (const Options& options : all_options()) {
+      for (bool shared : {false, true}) {
+        const i64 channels = 5, columns = 6, features = feature == Feature::softmax_pm ? 12 : 6, key_heads = 2;
+        Problem<double, double> raw(shape(2, 530, 4, key_heads, channels, 7), options, 2);
+        raw.scale = 1;
+        Problem<double, double> mapped(shape(2, 530, 4, key_heads, features, 7), options, 2);
+        mapped.scale = 1;
+        mapped.v = raw.v, mapped.log_decay = raw.log_decay, mapped.mask = raw.mask;
+        std::mt19937 random(7);
+        std::uniform_real_distribution<double> uniform(-0.7, 0.7);
+        std::vector<double> projection(static_cast<std::size_t>((shared ? 1 : key_heads) * channels * columns));
+        std::vector<double> weights(static_cast<std::size_t>((shared ? 1 : key_heads) * features));
+        for (auto& x : projection) x = uniform(random);
+        for (auto& x : weights) x = 1 + uniform(random);
+        const auto map_of = [&](i64 key_head) {
+          return std::make_pair(projection.data() + (shared ? 0 : key_head * channels * columns),
+                                weights.data() + (shared ? 0 : key_head * features));
+        };
+        // features of every row, and those before the weights
+        const auto make = [&](const std::vector<double>& x, i64 heads, std::vector<double>& to,
+                              std::vector<double>& plain) {
+          const i64 rows = static_cast<i64>(x.size()) / channels;
+          to.resize(static_cast<std::size_t>(rows * features)), plain.resize(to.size());
+          for (i64 i = 0; i < rows; ++i) {
+            const auto [matrix, weight] = map_of(i % heads * key_heads / heads);
+            double sum = 0;
+            for (i64 j = 0; j < features; ++j) {
+              double p = 0;
+              for (i64 c = 0; c < channels; ++c) {
+                p += x[static_cast<std::size_t>(i * channels + c)] * matrix[c * columns + j % columns];
+              }
+              plain[static_cast<std::size_t>(i * features + j)] = std::exp(j < columns ? p : -p);
+              sum += plain[static_cast<std::size_t>(i * features + j)];
+            }
+            for (i64 j = 0; j < features; ++j) {
+              const auto at = static_cast<std::size_t>(i * features + j);
+              if (feature != Feature::exp) plain[at] /= sum;
+              to[at] = plain[at] * weight[j];
+            }
+          }
+        };
+        std::vector<double> plain_q, plain_k;
+        make(raw.q, 4, mapped.q, plain_q);
+        make(raw.k, key_heads, mapped.k, plain_k);
+
+        const auto with_map = [&](Sizes s) {
+          s.channels = channels, s.key_dim = features, s.feature = feature;
+          s.sequences = raw.sizes.sequences, s.map_gradient = true, s.decay_gradient = options.decay != Decay::none;
+          return s;
+        };
+        Inputs in = mapped.inputs();
+        in.q = raw.queries(raw.q, channels), in.k = raw.keys(raw.k, channels);
+        in.projection.data = projection.data(), in.weights.data = weights.data();
+        in.projection.dtype = in.weights.dtype = Dtype::float64;
+        in.projection.stride[0] = shared ? 0 : channels * columns;
+        in.projection.stride[1] = columns, in.projection.stride[2] = 1;
+        in.weights.stride[0] = shared ? 0 : features, in.weights.stride[1] = 1;
+        const Sizes s = with_map(mapped.sizes);
+        const auto expected = mapped.run(serial(), 1);
+        std::vector<double> o(expected.o.size()), kv(expected.kv.size()), z(expected.z.size());
+        const std::vector<double> grad_o(o.size(), 0.5), grad_kv(kv.size(), 0.25), grad_z(z.size(), 1.0);
+        const auto gradients = mapped.backward(grad_o, grad_kv, grad_z, serial(), 1);
+        std::vector<double> want_projection(projection.size()), want_weights(weights.size());
+        const auto chain = [&](const std::vector<double>& x, const std::vector<double>& plain,
+                               const std::vector<double>& gradient, i64 heads) {
+          std::vector<double> out(x.size());
+          for (i64 i = 0; i < static_cast<i64>(x.size()) / channels; ++i) {
+            const i64 key_head = i % heads * key_heads / heads;
+            const auto [matrix, weight] = map_of(key_head);
+            const double *g = gradient.data() + i * features, *p = plain.data() + i * features;
+            double mean = 0;
+            for (i64 j = 0; j < features; ++j) {
+              want_weights[static_cast<std::size_t>((shared ? 0 : key_head * features) + j)] += g[j] * p[j];
+              if (feature != Feature::exp) mean += g[j] * weight[j] * p[j];
+            }
+            for (i64 j = 0; j < features; ++j) {
+              const double dp = (j < columns ? 1 : -1) * p[j] * (g[j] * weight[j] - mean);
+              for (i64 c = 0; c < channels; ++c) {
+                out[static_cast<std::size_t>(i * channels + c)] += dp * matrix[c * columns + j % columns];
+                want_projection[static_cast<std::size_t>((shared ? 0 : key_head * channels * columns) + c * columns +
+                                                         j % columns)] +=
+                    dp * x[static_cast<std::size_t>(i * channels + c)];
+              }
+            }
+          }
+          return out;
+        };
+        const auto want_q = chain(raw.q, plain_q, gradients.dq, 4);
+        const auto want_k = chain(raw.k, plain_k, gradients.dk, key_heads);
+        for (int threads : {1, 8}) {
+          const auto pool = threads == 1 ? serial() : thread_pool(threads);
+          const Plan forward = plan_forward(s, threads);
+          EXPECT_EQ(forward.split, threads > 1);
+          const std::unique_ptr<char[]> workspace(new char[workspace_bytes_forward(forward)]);
+          run_forward(forward, in, {mapped.queries(o, 7), mapped.state_view(kv), mapped.z_view(z)}, workspace.get(),
+                      pool);
+          EXPECT_LT(relative_error(o, expected.o), 1e-12);
+          EXPECT_LT(relative_error(kv, expected.kv), 1e-12);
+          EXPECT_LT(relative_error(z, expected.z), 1e-12);
+
+          std::vector<double> dq(raw.q.size()), dk(raw.k.size()), dv(raw.v.size()), dg(raw.log_decay.size());
+          std::vector<double> dprojection(projection.size()), dweights(weights.size());
+          auto do_o = grad_o, do_kv = grad_kv, do_z = grad_z;
+          BackwardArguments args;
+          args.grad_o = mapped.queries(do_o, 7), args.grad_kv = mapped.state_view(do_kv);
+          args.grad_z = mapped.z_view(do_z);
+          args.dq = raw.queries(dq, channels), args.dk = raw.keys(dk, channels), args.dv = raw.keys(dv, 7);
+          args.dlog_decay = mapped.decay_view(dg);
+          args.dprojection = in.projection, args.dprojection.data = dprojection.data();
+          args.dweights = in.weights, args.dweights.data = dweights.data();
+          const Plan backward = plan_backward(s, threads);
+          const std::unique_ptr<char[]> scratch(new char[workspace_bytes_backward(backward)]);
+          run_backward(backward, in, args, scratch.get(), pool);
+          EXPECT_LT(relative_error(dq, want_q), 1e-11);
+          EXPECT_LT(relative_error(dk, want_k), 1e-11);
+          EXPECT_LT(relative_error(dv, gradients.dv), 1e-12);
+          EXPECT_LT(relative_error(dg, gradients.dlog_decay), 1e-11);
+          EXPECT_LT(relative_error(dprojection, want_projection), 1e-11);
+          EXPECT_LT(relative_error(dweights, want_weights), 1e-11);
+        }
+      }
     }
   }
 }

@@ -235,6 +235,27 @@ def linear_attention(
     return _scan(q, k, v, log_decay, scale, normalize, eps, mask, initial_state, output_final_state, cu_seqlens)
 
 
+def _check_options(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_dim: int,
+    log_decay: Tensor | None,
+    normalize: bool,
+    mask: Tensor | None,
+    initial_state: LinearAttentionState | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Checked and converted (log_decay, mask, cu_seqlens, kv, z), for keys of key_dim numbers in the scan."""
+    log_decay = _check_log_decay(log_decay, q, k.shape[2], "B,T")
+    _check_mask(mask, q, "B,T")
+    cu_seqlens = _check_cu_seqlens(cu_seqlens, q)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state_heads = k.shape[2] if log_decay is None else log_decay.shape[-1]
+    kv, z = _check_state("initial_state", initial_state, q, (sequences, state_heads, key_dim, v.shape[3]), normalize)
+    return log_decay, mask, cu_seqlens, kv, z
+
+
 def _scan(
     q: Tensor,
     k: Tensor,
@@ -250,18 +271,18 @@ def _scan(
 ) -> tuple[Tensor, LinearAttentionState | None]:
     """:func:`linear_attention` behind the checks of q, k and v; v may be of a smaller dtype than q and k."""
     _check_numbers(scale, eps)
-    log_decay = _check_log_decay(log_decay, q, k.shape[2], "B,T")
-    _check_mask(mask, q, "B,T")
-    cu_seqlens = _check_cu_seqlens(cu_seqlens, q)
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state_heads = k.shape[2] if log_decay is None else log_decay.shape[-1]
-    kv, z = _check_state("initial_state", initial_state, q, (sequences, state_heads, q.shape[3], v.shape[3]), normalize)
-    o, final_kv, final_z = torch.ops.freqrank.linear_attention(
-        q, k, v, log_decay, mask, cu_seqlens, kv, z, float(scale), bool(normalize), float(eps), bool(output_final_state)
+    options = _check_options(q, k, v, q.shape[3], log_decay, normalize, mask, initial_state, cu_seqlens)
+    outputs = torch.ops.freqrank.linear_attention(
+        q, k, v, *options, float(scale), bool(normalize), float(eps), bool(output_final_state)
     )
-    if not output_final_state:
-        return o, None
-    return o, LinearAttentionState(final_kv, final_z if normalize or z is not None else None)
+    return _with_state(outputs, output_final_state, normalize or options[-1] is not None)
+
+
+def _with_state(
+    outputs: tuple[Tensor, Tensor, Tensor], wanted: bool, with_z: bool
+) -> tuple[Tensor, LinearAttentionState | None]:
+    o, kv, z = outputs
+    return o, LinearAttentionState(kv, z if with_z else None) if wanted else None
 
 
 def linear_attention_step(
@@ -335,18 +356,28 @@ FEATURES = ("softmax", "exp", "softmax_pm")
 
 def _features(x: Tensor, key_heads: int, projection: Tensor, feature: str, weights: Tensor | None) -> Tensor:
     """phi(x) for x [B, T, H, K], in the dtype of the projection."""
-    groups = x.to(projection.dtype).unflatten(2, (key_heads, -1))
-    if projection.dim() == 2:
-        p = groups @ projection
-    else:
-        p = torch.einsum("bthrk,hkm->bthrm", groups, projection)
-    if feature == "exp":
-        p = p.exp()
-    else:
-        p = torch.softmax(p if feature == "softmax" else torch.cat([p, -p], -1), -1)
-    if weights is not None:
-        p = p * (weights if weights.dim() == 1 else weights.unsqueeze(1))
-    return p.flatten(2, 3)
+    with torch.autocast(x.device.type, enabled=False):
+        groups = x.to(projection.dtype).unflatten(2, (key_heads, -1))
+        if projection.dim() == 2:
+            p = groups @ projection
+        else:
+            p = torch.einsum("bthrk,hkm->bthrm", groups, projection)
+        if feature == "exp":
+            p = p.exp()
+        else:
+            p = torch.softmax(p if feature == "softmax" else torch.cat([p, -p], -1), -1)
+        if weights is not None:
+            p = p * (weights if weights.dim() == 1 else weights.unsqueeze(1))
+        return p.flatten(2, 3)
+
+
+def _query_and_key_features(
+    q: Tensor, k: Tensor, projection: Tensor, weights: Tensor | None, feature: str, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if mask is not None:  # what a masked token holds, NaN included, must not reach the gradients of the map
+        q, k = (torch.where(mask[:, :, None, None], x, 0) for x in (q, k))
+    key_heads = k.shape[2]
+    return _features(q, key_heads, projection, feature, weights), _features(k, key_heads, projection, feature, weights)
 
 
 def feature_map_attention(
@@ -383,9 +414,10 @@ def feature_map_attention(
     Raises:
         TypeError, ValueError: as :func:`linear_attention`, and for projection, feature and weights.
 
-    Gradients reach q, k, v, projection, weights, log_decay and the initial state. The features are float32 (float64)
-    tensors of their own: on the CPU they are written to memory, and with ``mask`` q and k are copied. The softmax
-    features are those of the released DiJiang code (arXiv 2403.19928), "exp" those of its paper.
+    Gradients reach q, k, v, projection, weights, log_decay and the initial state, and do not depend on the number of
+    threads. Features are float32 (float64 for float64). They are made a few tokens at a time, in forward and backward
+    alike, and never written to memory as a whole; on CUDA they still are tensors. The softmax features are those of the
+    released DiJiang code (arXiv 2403.19928), "exp" those of its paper.
 
     >>> q = torch.randn(1, 5, 2, 4); v = torch.ones(1, 5, 2, 3)
     >>> o, _ = feature_map_attention(q, q, v, torch.eye(4), normalize=True, eps=0.0)
@@ -422,17 +454,22 @@ def feature_map_attention(
                 f"weights must be [{features}] or [Hk, {features}] = {[key_heads, features]}, one weight a feature; "
                 f"got shape {tuple(weights.shape)}"
             )
-    _check_mask(mask, q, "B,T")
+    _check_numbers(None, eps)
     q, k, v = _autocast(q, k, v)
-    if mask is not None:  # what a masked token holds, NaN included, must not reach the gradients of the map
-        q, k = (torch.where(mask[:, :, None, None], x, 0) for x in (q, k))
+    options = _check_options(q, k, v, features, log_decay, normalize, mask, initial_state, cu_seqlens)
     real = _real(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
-        projection = projection.to(real)
-        weights = None if weights is None else weights.to(real)
-        phi_q = _features(q, key_heads, projection, feature, weights)
-        phi_k = _features(k, key_heads, projection, feature, weights)
-    return _scan(phi_q, phi_k, v, log_decay, 1.0, normalize, eps, mask, initial_state, output_final_state, cu_seqlens)
+    projection = projection.to(real)
+    weights = None if weights is None else weights.to(real)
+    if q.device.type == "cuda":  # no fused kernels: features are tensors
+        phi_q, phi_k = _query_and_key_features(q, k, projection, weights, feature, mask)
+        return _scan(
+            phi_q, phi_k, v, log_decay, 1.0, normalize, eps, mask, initial_state, output_final_state, cu_seqlens
+        )
+    outputs = torch.ops.freqrank.feature_map_attention(
+        q, k, v, projection, weights, FEATURES.index(feature), *options,
+        bool(normalize), float(eps), bool(output_final_state),
+    )  # fmt: skip
+    return _with_state(outputs, output_final_state, normalize or options[-1] is not None)
 
 
 def _dct_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -518,10 +555,9 @@ def dijiang_attention(
 # --- fakes --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("freqrank::linear_attention")
-def _(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, normalize, eps, output_final_state):
+def _fake_forward(q, k, v, key_dim, log_decay, cu_seqlens, initial_z, normalize, output_final_state):
     real = _real(q.dtype)
-    batch, time, heads, key_dim = q.shape
+    batch, time, heads, _ = q.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state_heads = k.shape[2] if log_decay is None else log_decay.shape[-1]
     with_z = output_final_state and (normalize or initial_z is not None)
@@ -533,24 +569,42 @@ def _(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, normal
     )
 
 
+def _fake_gradient(x: Tensor | None, q: Tensor) -> Tensor:
+    """Of something in the dtype of the arithmetic; empty for None."""
+    return q.new_empty((0,) if x is None else x.shape, dtype=_real(q.dtype))
+
+
+@torch.library.register_fake("freqrank::linear_attention")
+def _(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, normalize, eps, output_final_state):
+    return _fake_forward(q, k, v, q.shape[3], log_decay, cu_seqlens, initial_z, normalize, output_final_state)
+
+
 @torch.library.register_fake("freqrank::linear_attention_backward")
 def _(
     grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, normalize, eps,
     decay_gradient,
 ):  # fmt: skip
-    real = _real(q.dtype)
+    rest = (log_decay if decay_gradient else None, initial_kv, initial_z)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *(_fake_gradient(x, q) for x in rest)
 
-    def state_like(x: Tensor | None) -> Tensor:
-        return q.new_empty((0,) if x is None else x.shape, dtype=real)
 
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        state_like(log_decay if decay_gradient else None),
-        state_like(initial_kv),
-        state_like(initial_z),
-    )
+@torch.library.register_fake("freqrank::feature_map_attention")
+def _(
+    q, k, v, projection, weights, feature, log_decay, mask, cu_seqlens, initial_kv, initial_z, normalize, eps,
+    output_final_state,
+):  # fmt: skip
+    features = projection.shape[-1] * (2 if FEATURES[feature] == "softmax_pm" else 1)
+    return _fake_forward(q, k, v, features, log_decay, cu_seqlens, initial_z, normalize, output_final_state)
+
+
+@torch.library.register_fake("freqrank::feature_map_attention_backward")
+def _(
+    grad_o, grad_kv, grad_z, q, k, v, projection, weights, feature, log_decay, mask, cu_seqlens, initial_kv, initial_z,
+    normalize, eps, decay_gradient, map_gradient,
+):  # fmt: skip
+    of_map = (projection, weights) if map_gradient else (None, None)
+    rest = (*of_map, log_decay if decay_gradient else None, initial_kv, initial_z)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *(_fake_gradient(x, q) for x in rest)
 
 
 @torch.library.register_fake("freqrank::linear_attention_step")
@@ -569,18 +623,24 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_o, grad_kv, grad_z):
-    q, k, v, log_decay, mask, cu_seqlens, kv, z = ctx.saved_tensors
+def _directions(ctx, grad_o, grad_kv, grad_z, q, v, normalize, z):
+    """The gradients of the outputs, without those of outputs that are empty because nobody asked for them."""
     if not ctx.output_final_state:
         grad_kv = None
-    if not (ctx.output_final_state and (ctx.options[1] or z is not None)):
+    if not (ctx.output_final_state and (normalize or z is not None)):
         grad_z = None
     if grad_o is None:
         grad_o = v.new_zeros(()).expand(*q.shape[:-1], v.shape[-1])
+    return grad_o, grad_kv, grad_z
+
+
+def _backward(ctx, *grads):
+    q, k, v, log_decay, mask, cu_seqlens, kv, z = ctx.saved_tensors
     wants_decay = log_decay is not None and ctx.needs_input_grad[3]
     dq, dk, dv, dlog_decay, dkv, dz = torch.ops.freqrank.linear_attention_backward(
-        grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, kv, z, *ctx.options, wants_decay
-    )
+        *_directions(ctx, *grads, q, v, ctx.options[1], z),
+        q, k, v, log_decay, mask, cu_seqlens, kv, z, *ctx.options, wants_decay,
+    )  # fmt: skip
     return (
         dq, dk, dv, dlog_decay if wants_decay else None, None, None,
         None if kv is None else dkv, None if z is None else dz, None, None, None, None,
@@ -588,6 +648,34 @@ def _backward(ctx, grad_o, grad_kv, grad_z):
 
 
 register_derivatives("linear_attention", _backward, setup_context=_setup)
+
+
+def _setup_features(ctx, inputs, output):
+    *tensors, normalize, eps, output_final_state = inputs
+    ctx.feature = tensors.pop(5)
+    ctx.save_for_backward(*tensors)
+    ctx.options = (normalize, eps)
+    ctx.output_final_state = output_final_state
+    ctx.set_materialize_grads(False)
+
+
+def _backward_features(ctx, *grads):
+    q, k, v, projection, weights, log_decay, mask, cu_seqlens, kv, z = ctx.saved_tensors
+    wants_map = any(ctx.needs_input_grad[3:5])
+    wants_decay = log_decay is not None and ctx.needs_input_grad[6]
+    dq, dk, dv, dprojection, dweights, dlog_decay, dkv, dz = torch.ops.freqrank.feature_map_attention_backward(
+        *_directions(ctx, *grads, q, v, ctx.options[0], z),
+        q, k, v, projection, weights, ctx.feature, log_decay, mask, cu_seqlens, kv, z, *ctx.options, wants_decay,
+        wants_map,
+    )  # fmt: skip
+    return (
+        dq, dk, dv, dprojection if wants_map else None, dweights if wants_map and weights is not None else None, None,
+        dlog_decay if wants_decay else None, None, None,
+        None if kv is None else dkv, None if z is None else dz, None, None, None,
+    )  # fmt: skip
+
+
+register_derivatives("feature_map_attention", _backward_features, setup_context=_setup_features)
 
 
 def _chunked(q, k, v, log_decay, mask, cu_seqlens, kv, z, scale, normalize, eps):
@@ -646,15 +734,35 @@ def _chunked(q, k, v, log_decay, mask, cu_seqlens, kv, z, scale, normalize, eps)
     return o, kv, z
 
 
+def _composed(q, k, v, projection, weights, feature, log_decay, mask, cu_seqlens, kv, z, normalize, eps):
+    """:func:`_chunked` over features as tensors."""
+    phi_q, phi_k = _query_and_key_features(q, k, projection, weights, FEATURES[feature], mask)
+    return _chunked(phi_q, phi_k, v, log_decay, mask, cu_seqlens, kv, z, 1.0, normalize, eps)
+
+
 def _setup_second(ctx, inputs, output):
     *tensors, scale, normalize, eps, _ = inputs
     ctx.save_for_backward(*tensors)
-    ctx.options = (scale, normalize, eps)
+    ctx.formula = lambda *variables: _chunked(*variables, scale, normalize, eps)
+    ctx.wanted = (0, 1, 2, 3, 6, 7)
+    ctx.set_materialize_grads(False)
+
+
+def _setup_second_features(ctx, inputs, output):
+    *tensors, normalize, eps, _, _ = inputs
+    feature, tensors[8] = tensors[8], None  # saved as an absent tensor, so that places stay those of the arguments
+    ctx.save_for_backward(*tensors)
+    ctx.formula = lambda *variables: _composed(*variables[:5], feature, *variables[6:], normalize, eps)
+    ctx.wanted = (0, 1, 2, 3, 4, 6, 9, 10)
     ctx.set_materialize_grads(False)
 
 
 def _second_backward(ctx, *directions):
-    """Gradients of the first-order gradients, from the chunked torch form, which can be differentiated on and on."""
+    """Gradients of the first-order gradients, from a form in torch operations, which can be differentiated on and on.
+
+    ``ctx.formula`` maps the arguments behind the three gradients to the op's outputs; ``ctx.wanted`` are the places
+    among them of what the directions belong to.
+    """
     inputs = list(ctx.saved_tensors)
     outer = torch.is_grad_enabled()
     differentiable = [i for i, x in enumerate(inputs) if x is not None and x.is_floating_point()]
@@ -665,9 +773,9 @@ def _second_backward(ctx, *directions):
             x = inputs[i]
             nodes[i] = x.view_as(x) if outer and x.requires_grad else x.detach().requires_grad_()
         grads, variables = nodes[:3], nodes[3:]
-        outputs = _chunked(*variables, *ctx.options)
+        outputs = ctx.formula(*variables)
         pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-        wanted = [variables[i] for i in (0, 1, 2, 3, 6, 7)]
+        wanted = [variables[i] for i in ctx.wanted]
         used = [i for i, x in enumerate(wanted) if x is not None and directions[i] is not None]
         if not pairs or not used:
             return (None,) * len(ctx.needs_input_grad)
@@ -696,3 +804,4 @@ def _second_backward(ctx, *directions):
 
 
 register_derivatives("linear_attention_backward", _second_backward, setup_context=_setup_second)
+register_derivatives("feature_map_attention_backward", _second_backward, setup_context=_setup_second_features)

@@ -623,8 +623,9 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _directions(ctx, grad_o, grad_kv, grad_z, q, v, normalize, z):
+def _directions(ctx, grads, q, v, normalize, z):
     """The gradients of the outputs, without those of outputs that are empty because nobody asked for them."""
+    grad_o, grad_kv, grad_z = grads
     if not ctx.output_final_state:
         grad_kv = None
     if not (ctx.output_final_state and (normalize or z is not None)):
@@ -638,7 +639,7 @@ def _backward(ctx, *grads):
     q, k, v, log_decay, mask, cu_seqlens, kv, z = ctx.saved_tensors
     wants_decay = log_decay is not None and ctx.needs_input_grad[3]
     dq, dk, dv, dlog_decay, dkv, dz = torch.ops.freqrank.linear_attention_backward(
-        *_directions(ctx, *grads, q, v, ctx.options[1], z),
+        *_directions(ctx, grads, q, v, ctx.options[1], z),
         q, k, v, log_decay, mask, cu_seqlens, kv, z, *ctx.options, wants_decay,
     )  # fmt: skip
     return (
@@ -664,7 +665,7 @@ def _backward_features(ctx, *grads):
     wants_map = any(ctx.needs_input_grad[3:5])
     wants_decay = log_decay is not None and ctx.needs_input_grad[6]
     dq, dk, dv, dprojection, dweights, dlog_decay, dkv, dz = torch.ops.freqrank.feature_map_attention_backward(
-        *_directions(ctx, *grads, q, v, ctx.options[0], z),
+        *_directions(ctx, grads, q, v, ctx.options[0], z),
         q, k, v, projection, weights, ctx.feature, log_decay, mask, cu_seqlens, kv, z, *ctx.options, wants_decay,
         wants_map,
     )  # fmt: skip
@@ -741,18 +742,24 @@ def _composed(q, k, v, projection, weights, feature, log_decay, mask, cu_seqlens
 
 
 def _setup_second(ctx, inputs, output):
-    *tensors, scale, normalize, eps, _ = inputs
+    tensors, options = inputs[:-4], inputs[-4:-1]
     ctx.save_for_backward(*tensors)
-    ctx.formula = lambda *variables: _chunked(*variables, scale, normalize, eps)
+    ctx.formula = lambda *variables: _chunked(*variables, *options)
     ctx.wanted = (0, 1, 2, 3, 6, 7)
     ctx.set_materialize_grads(False)
 
 
 def _setup_second_features(ctx, inputs, output):
-    *tensors, normalize, eps, _, _ = inputs
+    tensors, options = list(inputs[:-4]), inputs[-4:-2]
     feature, tensors[8] = tensors[8], None  # saved as an absent tensor, so that places stay those of the arguments
     ctx.save_for_backward(*tensors)
-    ctx.formula = lambda *variables: _composed(*variables[:5], feature, *variables[6:], normalize, eps)
+
+    def formula(*variables):
+        arguments = [*variables, *options]
+        arguments[5] = feature
+        return _composed(*arguments)
+
+    ctx.formula = formula
     ctx.wanted = (0, 1, 2, 3, 4, 6, 9, 10)
     ctx.set_materialize_grads(False)
 

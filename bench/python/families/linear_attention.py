@@ -1,87 +1,171 @@
-"""Causal linear attention."""
+"""Causal linear attention: forward, forward and backward, behind DiJiang's feature map, and one step of decoding."""
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import freqrank
 import torch
+from freqrank.ops import reference as twins
 from torch import Tensor
 
 from bench.python.registry import Case, Family, Inputs, NotApplicable
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+CHUNKS = (64, 128, 256)
+LONGEST_PAIRS = 8192
 
 
 def _inputs(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
-    batch, time, heads, dim = case.shape
+    batch, length, heads, dim = case.shape
     q, k, v = (
-        torch.randn(batch, time, heads, dim, generator=generator, device=device).to(case.torch_dtype) for _ in range(3)
+        torch.randn(batch, length, heads, dim, generator=generator, device=device).to(case.torch_dtype)
+        for _ in range(3)
     )
+    if case.options.get("normalize"):  # else the denominators come close to 0
+        q, k = q.abs(), k.abs()
     log_decay = torch.linspace(-0.1, -0.001, heads, device=device) if case.options.get("decay") else None
-    return q, k, v, log_decay
+    if case.op != "linear_attention backward":
+        return q, k, v, log_decay
+    return q, k, v, log_decay, torch.randn(v.shape, generator=generator, device=device).to(v.dtype)
 
 
 def reference(case: Case, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, block: int = 512) -> Tensor:
-    """Every pair of tokens, some rows of the matrix of pairs at a time."""
-    batch, time, heads, dim = case.shape
-    o = torch.empty(batch, time, heads, dim, dtype=torch.float64, device=q.device)
+    """Every pair of tokens, some rows of the matrix of pairs at a time; for long sequences the chunked form."""
+    batch, length, heads, dim = q.shape
+    if length > LONGEST_PAIRS:
+        q, k, v = (x.double() for x in (q, k, v))
+        return _chunked_forward(case, 64, q, k, v, log_decay)(q, k, v, log_decay)
+    scale = 1.0 if case.op == "dijiang_attention" else dim**-0.5
+    o = torch.empty(batch, length, heads, v.shape[-1], dtype=torch.float64, device=q.device)
     for b, h in itertools.product(range(batch), range(heads)):
         query, key, value = (x[b, :, h].double() for x in (q, k, v))
-        for begin in range(0, time, block):
-            end = min(begin + block, time)
-            pairs = (query[begin:end] @ key[:end].mT * dim**-0.5).tril_(begin)
+        for begin in range(0, length, block):
+            end = min(begin + block, length)
+            pairs = (query[begin:end] @ key[:end].mT * scale).tril_(begin)
             if log_decay is not None:
                 i = torch.arange(end, device=q.device)
                 pairs *= (log_decay[h].double() * (i[begin:, None] - i).clamp(min=0)).exp()
-            o[b, begin:end, h] = pairs @ value[:end]
+            total = pairs.sum(-1, keepdim=True) + 1e-6 if case.options.get("normalize") else 1.0
+            o[b, begin:end, h] = pairs @ value[:end] / total
     return o
 
 
+def _gradient_reference(case: Case, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, do: Tensor) -> Inputs:
+    """The chunked form and its gradients, in float64."""
+    q, k, v, do = (x.double() for x in (q, k, v, do))
+    return _with_gradients(_chunked_forward(case, 64, q, k, v, g), q, k, v, g, do)
+
+
+def _feature_reference(case: Case, q: Tensor, k: Tensor, v: Tensor, scales: Tensor) -> Tensor:
+    projection = twins.dijiang_projection(scales.cpu()).to(q.device)
+    phi_q, phi_k = (twins.feature_map(x, q.shape[2], projection) for x in (q, k))
+    return reference(case, phi_q, phi_k, v, None)
+
+
+def _feature_inputs(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
+    q, k, v, _ = _inputs(case, generator, device)
+    return q, k, v, torch.rand(case.shape[3], generator=generator, device=device) + 0.5
+
+
+def _step_inputs(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
+    batch, heads, dim = case.shape
+    q, v = (torch.randn(batch, heads, dim, generator=generator, device=device) for _ in range(2))
+    # keys of 0: the state is read and written, and stays what it is from call to call
+    return q, torch.zeros_like(q), v, torch.randn(batch, heads, dim, dim, generator=generator, device=device)
+
+
+def _step_reference(case: Case, q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> Tensor:
+    q, k, v, kv = (x.double() for x in (q, k, v, kv))
+    return torch.einsum("bhk,bhkv->bhv", q * case.shape[2] ** -0.5, kv + k[..., None] * v[..., None, :])
+
+
+def _case(op: str, shape: tuple[int, ...], dtype: str, series: str, **options: Any) -> Case:
+    """One of whole sequences."""
+    _, length, heads, dim = shape
+    backward = op.endswith("backward")
+    passes = 3 if backward else 1
+    # once each: q, k, v, o; and backward q, k, v, do, dq, dk, dv
+    size = (11 if backward else 4) * length * heads * dim * (2 if dtype == "bfloat16" else 4)
+    mapped = op == "dijiang_attention"
+    inputs, check = (_feature_inputs, _feature_reference) if mapped else (_inputs, reference)
+    return Case(
+        op=op, shape=shape, dtype=dtype, n=length, series=series, bytes=size, tolerance=TOLERANCE[dtype], inputs=inputs,
+        reference=_gradient_reference if backward else check, options=options,
+        # one update and one read of the state for each token, and with a map two products of q and k
+        flops=passes * (8.0 if mapped else 4.0) * length * heads * dim * dim,
+        quick=(op, length, dim, dtype, heads, bool(options)) == (op, 2048, 64, "float32", 8, False),
+    )  # fmt: skip
+
+
 def cases(device: str) -> Iterator[Case]:
-    heads, dtypes = (8, ("float32",)) if device == "cpu" else (64, ("bfloat16", "float32"))
-    for dtype in dtypes:
-        for dim, times in ((64, (512, 1024, 2048, 4096, 8192)), (128, (2048,))):
-            for time in times:
-                for options in ({}, {"decay": "head"}) if time == 2048 else ({},):
-                    yield Case(
-                        op="linear_attention",
-                        shape=(1, time, heads, dim),
-                        dtype=dtype,
-                        n=time,
-                        series=f"forward, heads of {dim}, {dtype}" + (", with decay" if options else ""),
-                        bytes=4 * time * heads * dim * (2 if dtype == "bfloat16" else 4),
-                        tolerance=TOLERANCE[dtype],
-                        inputs=_inputs,
-                        reference=reference,
-                        options=options,
-                        flops=4.0 * time * heads * dim * dim,  # one update and one read of the state for each token
-                        quick=(time, dim) == (2048, 64),
-                    )
+    heads, dtypes = (8, ("float32", "bfloat16")) if device == "cpu" else (64, ("bfloat16", "float32"))
+    for op, what in (("linear_attention", "forward"), ("linear_attention backward", "forward and backward")):
+        for dtype in dtypes:
+            for dim, times in ((64, (512, 1024, 2048, 4096, 8192)), (128, (2048, 4096)), (256, (2048,))):
+                for length in times:
+                    if device == "cpu" and dtype == "bfloat16" and length != 2048:
+                        continue
+                    yield _case(op, (1, length, heads, dim), dtype, f"{what}, heads of {dim}, {dtype}")
+        for name, options in (("decay", {"decay": "head"}), ("normalised", {"normalize": True})):
+            for dim in (64, 128):
+                series = f"{what}, heads of {dim}, {dtypes[0]}, {name}"
+                yield _case(op, (1, 2048, heads, dim), dtypes[0], series, **options)
+        for few, length in itertools.product((1, 2), (16384, 65536)):
+            if few == 2 and length == 65536 and device == "cpu":
+                continue
+            yield _case(op, (1, length, few, 64), dtypes[0], f"{what}, heads of 64, {dtypes[0]}, {few} of them")
+    for dim in (64, 128):
+        series = f"behind DiJiang's map, heads of {dim}, {dtypes[0]}"
+        yield _case("dijiang_attention", (1, 2048, heads, dim), dtypes[0], series)
+    for batch in (1, 8, 32, 256):
+        yield Case(
+            op="linear_attention_step", shape=(batch, heads, 64), dtype="float32", n=batch, series="decoding step",
+            bytes=batch * heads * (2 * 64 * 64 + 4 * 64) * 4, tolerance=1e-5, inputs=_step_inputs,
+            reference=_step_reference, quick=batch == 8,
+        )  # fmt: skip
 
 
-family = Family("linear_attention", "Causal linear attention", "T", cases)
+family = Family("linear_attention", "Causal linear attention", "T", cases, minutes=5)
+
+
+def _with_gradients(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, g: Any, do: Tensor) -> Inputs:
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad():
+        o = attention(*leaves, g)
+    return (o.detach(), *torch.autograd.grad(o, leaves, do))
 
 
 @family.implementation("freqrank")
-def _freqrank(case: Case, *_: Any) -> Callable[..., Tensor]:
-    return lambda q, k, v, g: freqrank.linear_attention(q, k, v, log_decay=g)[0]
+def _freqrank(case: Case, *inputs: Any) -> Callable[..., Any]:
+    normalize = bool(case.options.get("normalize"))
+    if case.op == "dijiang_attention":
+        return lambda q, k, v, scales: freqrank.dijiang_attention(q, k, v, scales)[0]
+    if case.op == "linear_attention_step":
+        step = freqrank.linear_attention_step
+        return lambda q, k, v, kv: step(q, k, v, freqrank.LinearAttentionState(kv))
+    attention = lambda q, k, v, g: freqrank.linear_attention(q, k, v, log_decay=g, normalize=normalize)[0]  # noqa: E731
+    if case.op == "linear_attention backward":
+        return lambda q, k, v, g, do: _with_gradients(attention, q, k, v, g, do)
+    return attention
 
 
-@family.implementation("torch matmuls, chunked")
-def _chunked(case: Case, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Callable[..., Tensor]:
-    batch, time, heads, dim = case.shape
-    size = 128 if dim > 64 else 64
-    chunks = time // size
-    if time % size:
+def _chunked_forward(case: Case, size: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Callable[..., Tensor]:
+    """The chunked formula in matrix products, with what depends on the sizes alone made before."""
+    batch, length, heads, dim = q.shape
+    chunks = length // size
+    if length % size:
         raise NotApplicable(f"takes multiples of {size} tokens")
-    scale = dim**-0.5
-    causal = torch.ones(size, size, device=q.device).tril()
-    before = torch.ones(chunks, chunks, device=q.device).tril(-1)
-    weight, enter, leave = causal * scale, None, None
+    real = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale = 1.0 if case.op == "dijiang_attention" else dim**-0.5
+    weight = torch.ones(size, size, device=q.device, dtype=real).tril() * scale
+    before = torch.ones(chunks, chunks, device=q.device, dtype=real).tril(-1)
+    enter, leave = None, None
     if g is not None:
+        g = g.to(real)
         i = torch.arange(size, device=q.device)
         weight = weight * (g[:, None, None] * (i[:, None] - i).clamp(min=0)).exp()  # [H, C, C]
         enter = (g[:, None] * (i + 1)).exp()[..., None] * scale  # state -> token
@@ -91,15 +175,79 @@ def _chunked(case: Case, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> C
         weight, enter, leave = (x[:, None].to(q.dtype) for x in (weight, enter, leave))
     weight = weight.to(q.dtype)
 
+    def sum_before(x: Tensor) -> Tensor:
+        """[B, H, chunks, ...]: of all chunks before each."""
+        x = x.to(real)
+        if g is None and chunks > 128:  # where the square of the number of chunks is no longer small
+            return (x.cumsum(2) - x).to(q.dtype)
+        return torch.matmul(before, x.flatten(3)).view_as(x).to(q.dtype)
+
     def attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
-        q, k, v = (x.view(batch, chunks, size, heads, dim).permute(0, 3, 1, 2, 4).contiguous() for x in (q, k, v))
-        states = torch.matmul((k if leave is None else k * leave).mT, v).float()  # [B, H, chunks, K, V]
-        states = torch.matmul(before, states.flatten(3)).view_as(states).to(q.dtype)
-        o = torch.matmul((q @ k.mT).mul_(weight), v)
-        o += torch.matmul(q * (scale if enter is None else enter), states)
-        return o.permute(0, 2, 3, 1, 4).reshape(batch, time, heads, dim)
+        q, k, v = (x.reshape(batch, chunks, size, heads, -1).permute(0, 3, 1, 2, 4).contiguous() for x in (q, k, v))
+        keys = k if leave is None else k * leave
+        scores = (q @ k.mT) * weight
+        queries = q * (scale if enter is None else enter)
+        o = torch.matmul(scores, v) + torch.matmul(queries, sum_before(torch.matmul(keys.mT, v)))
+        if case.options.get("normalize"):
+            z = sum_before(keys.sum(3)[..., None])
+            o = o / (scores.sum(-1, keepdim=True) + torch.matmul(queries, z) + 1e-6)
+        return o.permute(0, 2, 3, 1, 4).reshape(batch, length, heads, -1)
 
     return attention
+
+
+def _best(candidates: list[Callable[..., Any]], inputs: Inputs) -> Callable[..., Any]:
+    """The fastest of them on these inputs."""
+
+    def seconds(call: Callable[..., Any]) -> float:
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            call(*inputs)
+            if inputs[0].is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    return min(candidates, key=seconds)
+
+
+@family.implementation("torch matmuls, chunked")
+def _chunked(case: Case, *inputs: Any) -> Callable[..., Any]:
+    if case.op == "linear_attention_step":
+        raise NotApplicable("is for whole sequences")
+    q, k, v = inputs[:3]
+    g = None if case.op == "dijiang_attention" else inputs[3]
+    forms = [_chunked_forward(case, size, q, k, v, g) for size in CHUNKS if q.shape[1] % size == 0]
+    if case.op == "linear_attention backward":
+        return _best([lambda *x, f=f: _with_gradients(f, *x) for f in forms], inputs)
+    if case.op == "linear_attention":
+        return _best(forms, inputs)
+    matrix = twins.dijiang_projection(torch.ones(q.shape[3])).to(q.device, torch.float32)
+
+    def behind_map(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def attention(q: Tensor, k: Tensor, v: Tensor, scales: Tensor) -> Tensor:
+            projection = matrix * scales
+            return f(torch.softmax(q @ projection, -1), torch.softmax(k @ projection, -1), v, None)
+
+        return attention
+
+    return _best([behind_map(f) for f in forms], inputs)
+
+
+@family.implementation("torch, the same step")
+def _torch_step(case: Case, *inputs: Any) -> Callable[..., Tensor]:
+    if case.op != "linear_attention_step":
+        raise NotApplicable("is for one token")
+    batch, heads, dim = case.shape
+    scale = dim**-0.5
+
+    def step(q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> Tensor:
+        state = kv.view(batch * heads, dim, dim)
+        state.baddbmm_(k.reshape(-1, dim, 1), v.reshape(-1, 1, dim))
+        return torch.bmm(q.reshape(-1, 1, dim) * scale, state).view(batch, heads, dim)
+
+    return step
 
 
 def _softmax_reference(case: Case, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
@@ -111,12 +259,14 @@ def _softmax_reference(case: Case, q: Tensor, k: Tensor, v: Tensor, g: Tensor | 
     return torch.stack(heads, 1)[None]
 
 
-# Another function: what linear attention takes the place of.
+# Other functions: what linear attention takes the place of.
 @family.implementation("softmax attention (SDPA)", reference=_softmax_reference)
-def _sdpa(case: Case, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Callable[..., Tensor]:
-    if g is not None:
-        raise NotApplicable("has no decay")
-    if case.n > 4096 and q.device.type == "cpu":
+def _sdpa(case: Case, *inputs: Any) -> Callable[..., Tensor]:
+    if case.op != "linear_attention":
+        raise NotApplicable("is shown beside the forward pass")
+    if case.options:
+        raise NotApplicable("has neither decay nor another normalisation")
+    if case.n > 4096 and inputs[0].device.type == "cpu":
         raise NotApplicable("is measured up to 4096 tokens")
 
     def attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
@@ -124,3 +274,31 @@ def _sdpa(case: Case, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Call
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
     return attention
+
+
+CACHE_LIMIT = 1 << 30  # bytes
+
+
+def _add_cached_softmax(length: int) -> None:
+    """One token of softmax attention over a cache of constant keys and values: its output is that value."""
+
+    def expected(case: Case, q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> Tensor:
+        return torch.ones(case.shape, dtype=torch.float64, device=q.device)
+
+    @family.implementation(f"softmax attention over {length} cached tokens", reference=expected)
+    def _cached(case: Case, *inputs: Any) -> Callable[..., Tensor]:
+        if case.op != "linear_attention_step":
+            raise NotApplicable("is for one token")
+        batch, heads, dim = case.shape
+        if 2 * 4 * batch * heads * length * dim > CACHE_LIMIT:
+            raise NotApplicable(f"is measured with caches up to {CACHE_LIMIT >> 30} GiB")
+        keys, values = (torch.ones(batch, heads, length, dim, device=inputs[0].device) for _ in range(2))
+
+        def step(q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(q[:, :, None], keys, values)[:, :, 0]
+
+        return step
+
+
+for _length in (2048, 16384, 65536):
+    _add_cached_softmax(_length)

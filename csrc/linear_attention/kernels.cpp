@@ -141,6 +141,17 @@ void transpose(i64 rows, i64 columns, const A* x, i64 ldx, A* y, i64 ldy) {
   }
 }
 
+// All lanes of a vector into one, halving: a chain from lane to lane would take longer than the loop before it.
+template <class A, class F>
+inline A fold(typename Vector<A>::type x, F f) {
+  A lanes[Vector<A>::lanes];
+  std::memcpy(lanes, &x, sizeof(x));
+  for (int half = Vector<A>::lanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = f(lanes[i], lanes[i + half]);
+  }
+  return lanes[0];
+}
+
 template <class A>
 inline A dot(i64 n, const A* x, const A* y) {  // n a multiple of pad
   using V = typename Vector<A>::type;
@@ -149,9 +160,7 @@ inline A dot(i64 n, const A* x, const A* y) {  // n a multiple of pad
   for (i64 i = 0; i < n; i += lanes) {
     sum += *reinterpret_cast<const V*>(x + i) * *reinterpret_cast<const V*>(y + i);
   }
-  A out = 0;
-  for (int i = 0; i < lanes; ++i) out += sum[i];
-  return out;
+  return fold<A>(sum, [](A a, A b) { return a + b; });
 }
 
 template <class A>
@@ -160,9 +169,7 @@ inline A total(i64 n, const A* x) {  // n a multiple of pad
   constexpr int lanes = Vector<A>::lanes;
   V sum{};
   for (i64 i = 0; i < n; i += lanes) sum += *reinterpret_cast<const V*>(x + i);
-  A out = 0;
-  for (int i = 0; i < lanes; ++i) out += sum[i];
-  return out;
+  return fold<A>(sum, [](A a, A b) { return a + b; });
 }
 
 template <class A>
@@ -174,9 +181,7 @@ inline A largest(i64 n, const A* x) {  // n a multiple of pad
     const V next = *reinterpret_cast<const V*>(x + i);
     most = next > most ? next : most;
   }
-  A out = most[0];
-  for (int i = 1; i < lanes; ++i) out = std::max<A>(out, most[i]);
-  return out;
+  return fold<A>(most, [](A a, A b) { return b > a ? b : a; });
 }
 
 // y += x * a

@@ -818,7 +818,7 @@ def test_opcheck():
     plain = [x.detach() for x in leaves]
     torch.library.opcheck(
         backward,
-        (torch.randn(1, 9, 2, 4), *state, *plain, mask, offsets, *state, 0.5, True, 1e-6, True),
+        (torch.randn(1, 9, 2, 4), *state, *plain, mask, offsets, *state, None, None, 0.5, True, 1e-6, True),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
     projection, weights = torch.randn(1, 3, 2, requires_grad=True), torch.rand(4, requires_grad=True)

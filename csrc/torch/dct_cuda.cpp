@@ -1,19 +1,12 @@
 // CUDA adapter of the dct family: the plan, memory through torch, the current stream.
-#include <torch/csrc/stable/accelerator.h>
-
 #include "common/cuda_device.h"
 #include "dct/launch.h"
+#include "torch/cuda_adapter.h"
 #include "torch/dct_problem.h"
 
 namespace freqrank::torch_adapter {
 
 namespace {
-
-CUstream_st* current_stream(std::int32_t device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<CUstream_st*>(stream);
-}
 
 Tensor dct_cuda(const Tensor& x, Sizes dims, std::optional<Sizes> lengths, std::optional<Sizes> sizes,
                 std::int64_t type, std::int64_t norm, std::int64_t in_ends, std::int64_t out_ends) {

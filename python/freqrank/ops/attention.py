@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -272,14 +273,14 @@ def _scan(
     """:func:`linear_attention` behind the checks of q, k and v; v may be of a smaller dtype than q and k."""
     _check_numbers(scale, eps)
     options = _check_options(q, k, v, q.shape[3], log_decay, normalize, mask, initial_state, cu_seqlens)
-    outputs = torch.ops.freqrank.linear_attention(
+    *outputs, _ = torch.ops.freqrank.linear_attention(
         q, k, v, *options, float(scale), bool(normalize), float(eps), bool(output_final_state)
     )
     return _with_state(outputs, output_final_state, normalize or options[-1] is not None)
 
 
 def _with_state(
-    outputs: tuple[Tensor, Tensor, Tensor], wanted: bool, with_z: bool
+    outputs: Sequence[Tensor], wanted: bool, with_z: bool
 ) -> tuple[Tensor, LinearAttentionState | None]:
     o, kv, z = outputs
     return o, LinearAttentionState(kv, z if with_z else None) if wanted else None
@@ -462,6 +463,8 @@ def feature_map_attention(
     weights = None if weights is None else weights.to(real)
     if q.device.type == "cuda":  # no fused kernels: features are tensors
         phi_q, phi_k = _query_and_key_features(q, k, projection, weights, feature, mask)
+        if v.dtype.itemsize == 2:  # tensor cores take q, k and v of one dtype
+            phi_q, phi_k = phi_q.to(v.dtype), phi_k.to(v.dtype)
         return _scan(
             phi_q, phi_k, v, log_decay, 1.0, normalize, eps, mask, initial_state, output_final_state, cu_seqlens
         )
@@ -569,6 +572,11 @@ def _fake_forward(q, k, v, key_dim, log_decay, cu_seqlens, initial_z, normalize,
     )
 
 
+def _keeps_denominators(q: Tensor, normalize: bool) -> bool:
+    """Whether backward takes forward's output and denominators; on the CPU it makes them again."""
+    return normalize and q.device.type == "cuda"
+
+
 def _fake_gradient(x: Tensor | None, q: Tensor) -> Tensor:
     """Of something in the dtype of the arithmetic; empty for None."""
     return q.new_empty((0,) if x is None else x.shape, dtype=_real(q.dtype))
@@ -576,13 +584,15 @@ def _fake_gradient(x: Tensor | None, q: Tensor) -> Tensor:
 
 @torch.library.register_fake("freqrank::linear_attention")
 def _(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, normalize, eps, output_final_state):
-    return _fake_forward(q, k, v, q.shape[3], log_decay, cu_seqlens, initial_z, normalize, output_final_state)
+    outputs = _fake_forward(q, k, v, q.shape[3], log_decay, cu_seqlens, initial_z, normalize, output_final_state)
+    denominators = (q.shape[0], q.shape[2], q.shape[1]) if _keeps_denominators(q, normalize) else (0,)
+    return *outputs, v.new_empty(denominators, dtype=_real(q.dtype))
 
 
 @torch.library.register_fake("freqrank::linear_attention_backward")
 def _(
-    grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, normalize, eps,
-    decay_gradient,
+    grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, o, denominator, scale,
+    normalize, eps, decay_gradient,
 ):  # fmt: skip
     rest = (log_decay if decay_gradient else None, initial_kv, initial_z)
     return *(x.new_empty(x.shape) for x in (q, k, v)), *(_fake_gradient(x, q) for x in rest)
@@ -617,7 +627,9 @@ def _(q, k, v, kv, z, log_decay, mask, scale, normalize, eps):
 
 def _setup(ctx, inputs, output):
     *tensors, scale, normalize, eps, output_final_state = inputs
-    ctx.save_for_backward(*tensors)
+    o, _, _, denominator = output
+    ctx.mark_non_differentiable(denominator)
+    ctx.save_for_backward(*tensors, *((o, denominator) if _keeps_denominators(tensors[0], normalize) else (None, None)))
     ctx.options = (scale, normalize, eps)
     ctx.output_final_state = output_final_state
     ctx.set_materialize_grads(False)
@@ -636,11 +648,11 @@ def _directions(ctx, grads, q, v, normalize, z):
 
 
 def _backward(ctx, *grads):
-    q, k, v, log_decay, mask, cu_seqlens, kv, z = ctx.saved_tensors
+    q, k, v, log_decay, mask, cu_seqlens, kv, z, o, denominator = ctx.saved_tensors
     wants_decay = log_decay is not None and ctx.needs_input_grad[3]
     dq, dk, dv, dlog_decay, dkv, dz = torch.ops.freqrank.linear_attention_backward(
-        *_directions(ctx, grads, q, v, ctx.options[1], z),
-        q, k, v, log_decay, mask, cu_seqlens, kv, z, *ctx.options, wants_decay,
+        *_directions(ctx, grads[:3], q, v, ctx.options[1], z),
+        q, k, v, log_decay, mask, cu_seqlens, kv, z, o, denominator, *ctx.options, wants_decay,
     )  # fmt: skip
     return (
         dq, dk, dv, dlog_decay if wants_decay else None, None, None,
@@ -742,7 +754,8 @@ def _composed(q, k, v, projection, weights, feature, log_decay, mask, cu_seqlens
 
 
 def _setup_second(ctx, inputs, output):
-    tensors, options = inputs[:-4], inputs[-4:-1]
+    # without o and the denominators, which follow from the others
+    tensors, options = inputs[:-6], inputs[-4:-1]
     ctx.save_for_backward(*tensors)
     ctx.formula = lambda *variables: _chunked(*variables, *options)
     ctx.wanted = (0, 1, 2, 3, 6, 7)

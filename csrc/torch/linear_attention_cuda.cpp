@@ -1,0 +1,90 @@
+// CUDA adapters of the linear_attention family: check, allocate through torch, run on the current stream.
+#include "common/cuda_device.h"
+#include "linear_attention/launch.h"
+#include "torch/cuda_adapter.h"
+#include "torch/linear_attention_problem.h"
+
+namespace freqrank::torch_adapter {
+
+namespace {
+
+bool is_half(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16;
+}
+
+la::DevicePlan plan_of(const la::Sizes& s, const Tensor& q, const Tensor& k, const Tensor& v, bool same_dtypes,
+                       bool backward, bool with_offsets, bool with_z) {
+  la::DeviceProblem problem;
+  problem.sizes = s;
+  problem.backward = backward;
+  problem.half = same_dtypes && is_half(q) && k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type();
+  problem.with_offsets = with_offsets;
+  problem.with_z = with_z;
+  return la::plan_device(problem, gpu_limits(q.get_device_index()));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
+    Tensor q, Tensor k, Tensor v, OptionalTensor log_decay, OptionalTensor mask, OptionalTensor cu_seqlens,
+    OptionalTensor initial_kv, OptionalTensor initial_z, double scale, bool normalize, double eps,
+    bool output_final_state) {
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const ForwardCall call = forward_call(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, normalize,
+                                        eps, output_final_state, nullptr, false);
+  const la::Sizes& s = call.sizes;
+  const Tensor denominator =
+      normalize ? make(v, {s.batch, s.heads, s.time}, real_of(s)) : make(v, {0}, real_of(s));
+  const la::DevicePlan plan = plan_of(s, q, k, v, true, false, cu_seqlens.has_value(), initial_z.has_value());
+  const Tensor workspace = workspace_of(q, la::workspace_bytes(plan));
+  la::Normalizer normalizer;
+  if (normalize) normalizer.denominator = view_of(denominator);
+  la::run_forward(plan, call.in, call.out, normalizer, workspace.mutable_data_ptr(),
+                  current_stream(q.get_device_index()));
+  return {call.o, call.kv, call.z, denominator};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward_cuda(
+    Tensor grad_o, OptionalTensor grad_kv, OptionalTensor grad_z, Tensor q, Tensor k, Tensor v,
+    OptionalTensor log_decay, OptionalTensor mask, OptionalTensor cu_seqlens, OptionalTensor initial_kv,
+    OptionalTensor initial_z, OptionalTensor o, OptionalTensor denominator, double scale, bool normalize, double eps,
+    bool decay_gradient) {
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const BackwardCall call =
+      backward_call(grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale,
+                    normalize, eps, decay_gradient, nullptr, false, false);
+  const la::Sizes& s = call.sizes;
+  la::Normalizer normalizer;
+  if (normalize) {
+    STD_TORCH_CHECK(o && denominator, "linear_attention_backward: normalize needs o and denominator on CUDA");
+    check_shape(o, {s.batch, s.time, s.heads, s.value_dim}, "o");
+    check_real(*o, s.double_precision, "o");
+    check_shape(denominator, {s.batch, s.heads, s.time}, "denominator");
+    check_exact(denominator, s.double_precision, "denominator");
+    STD_TORCH_CHECK(denominator->is_contiguous(), "linear_attention_backward: denominator must be contiguous");
+    normalizer = {view_of(o), view_of(denominator)};
+  }
+  const la::DevicePlan plan = plan_of(s, q, k, v, grad_o.scalar_type() == q.scalar_type(), true,
+                                      cu_seqlens.has_value(), grad_z.has_value() || initial_z.has_value());
+  const Tensor workspace = workspace_of(q, la::workspace_bytes(plan));
+  la::run_backward(plan, call.in, call.args, normalizer, workspace.mutable_data_ptr(),
+                   current_stream(q.get_device_index()));
+  const Gradients& d = call.out;
+  return {d.q, d.k, d.v, d.log_decay, d.initial_kv, d.initial_z};
+}
+
+Tensor linear_attention_step_cuda(Tensor q, Tensor k, Tensor v, Tensor kv, OptionalTensor z, OptionalTensor log_decay,
+                                  OptionalTensor mask, double scale, bool normalize, double eps) {
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const Step step = step_of(q, k, v, kv, z, log_decay, mask, scale, normalize, eps);
+  la::run_step(step.sizes, step.args, current_stream(q.get_device_index()));
+  return step.o;
+}
+
+}  // namespace
+
+}  // namespace freqrank::torch_adapter
+
+STABLE_TORCH_LIBRARY_IMPL(freqrank, CUDA, m) {
+  m.impl("linear_attention", TORCH_BOX(&freqrank::torch_adapter::linear_attention_cuda));
+  m.impl("linear_attention_backward", TORCH_BOX(&freqrank::torch_adapter::linear_attention_backward_cuda));
+  m.impl("linear_attention_step", TORCH_BOX(&freqrank::torch_adapter::linear_attention_step_cuda));
+}

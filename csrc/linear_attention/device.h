@@ -43,11 +43,11 @@ constexpr MmaShape kMmaShapes[] = {{64, 64, 4, 64, 64, 3}, {128, 128, 4, 64, 32,
 
 // What a GPU's plan must know beside the sizes.
 struct DeviceProblem {
-  Sizes sizes;                          // decay_gradient: of the backward pass
+  Sizes sizes;  // decay_gradient: of the backward pass
   bool backward = false;
-  bool half = false;                    // q, k, v (and grad_o) all have this one 16-bit dtype
-  bool with_offsets = false;            // cu_seqlens are given
-  bool with_z = false;                  // forward: z is given or asked for; backward: its gradient is given
+  bool half = false;          // q, k, v (and grad_o) all have this one 16-bit dtype
+  bool with_offsets = false;  // cu_seqlens are given
+  bool with_z = false;        // forward: z is given or asked for; backward: its gradient is given
 };
 
 struct DevicePlan {
@@ -66,7 +66,7 @@ struct DevicePlan {
     int tile = 0, width_tiles = 1, row_heads = 1, column_heads = 1, rows_per_block = 1, row_blocks = 1;
     int chunk = 0, threads = 0, shared_bytes = 0;
     std::int64_t blocks = 0;
-    std::int64_t read_bytes = 0, write_bytes = 0;  // of q, k, v, o and their gradients; for one full-length batch
+    std::int64_t read_bytes = 0, write_bytes = 0;  // of q, k, v, o and their gradients; fma reads parts again
   };
   // In the order in which they run; `states` and `state_gradients` only where the sequences are split.
   static constexpr int max_scans = 5;

@@ -70,9 +70,9 @@ DevicePlan::Scan scan_of(const DevicePlan& plan, Role role) {
   }
   scan.width_tiles = static_cast<int>(ceil_div(scan.width, scan.tile));
   if (scan.shared_bytes > plan.limits.shared_bytes)
-    throw std::invalid_argument("linear_attention: K = " + std::to_string(s.key_dim) + " and V = " +
-                                std::to_string(s.value_dim) + " need more shared memory than this GPU's " +
-                                std::to_string(plan.limits.shared_bytes) + " bytes a block");
+    throw std::invalid_argument(
+        "linear_attention: K = " + std::to_string(s.key_dim) + " and V = " + std::to_string(s.value_dim) +
+        " need more shared memory than this GPU's " + std::to_string(plan.limits.shared_bytes) + " bytes a block");
   return scan;
 }
 
@@ -83,6 +83,20 @@ void spread_rows(const DevicePlan& plan, DevicePlan::Scan& scan, i64 segments) {
   while (scan.rows_per_block > 1 && blocks * ceil_div(scan.row_heads, scan.rows_per_block) < wanted)
     scan.rows_per_block = (scan.rows_per_block + 1) / 2;
   scan.row_blocks = static_cast<int>(ceil_div(scan.row_heads, scan.rows_per_block));
+}
+
+// Rows are read by every tile of the width, columns and values by every block of rows too, values a tile each.
+void count_bytes(const DevicePlan& plan, DevicePlan::Scan& scan) {
+  const Sizes& s = plan.problem.sizes;
+  const i64 element = plan.problem.half ? 2 : s.double_precision ? 8 : 4;
+  const i64 numbers = s.batch * s.time * s.state_heads * element;
+  const bool out = scan.role != Role::states && scan.role != Role::state_gradients;
+  const i64 written = plan.parts() && !roles_of(scan.role, s).rows_are_queries ? (s.double_precision ? 8 : 4) : element;
+  scan.read_bytes = numbers * scan.row_blocks * scan.column_heads * (scan.depth * scan.width_tiles + scan.width);
+  if (out) {
+    scan.read_bytes += numbers * scan.row_heads * scan.depth * scan.width_tiles;
+    scan.write_bytes = numbers / element * written * scan.row_heads * scan.width;
+  }
 }
 
 // How many segments a sequence is cut into: by the waves of blocks that the GPU would see, each as long as a segment.
@@ -131,7 +145,8 @@ DevicePlan plan_device(const DeviceProblem& problem, const GpuLimits& limits) {
   i64 segments = segments_of(plan, scan_of(plan, main));
   const i64 chunk = scan_of(plan, main).chunk;
   const i64 average = s.sequences == 0 ? 0 : ceil_div(s.batch * s.time, s.sequences);
-  plan.why = segments > 1 ? "few heads: the sequence is split over blocks" : "enough heads: a block a sequence and head";
+  plan.why =
+      segments > 1 ? "few heads: the sequence is split over blocks" : "enough heads: a block a sequence and head";
   if (s.decay_gradient) {
     segments = std::max(segments, ceil_div(average, kDecayTokens));
     plan.split = true;
@@ -153,6 +168,7 @@ DevicePlan plan_device(const DeviceProblem& problem, const GpuLimits& limits) {
     scan = scan_of(plan, role);
     spread_rows(plan, scan, plan.slots);
     scan.blocks = plan.slots * s.state_heads * scan.row_blocks * scan.width_tiles;
+    count_bytes(plan, scan);
   };
   if (plan.split) add(Role::states);
   if (plan.split && problem.backward) add(Role::state_gradients);

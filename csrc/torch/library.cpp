@@ -21,7 +21,8 @@ STABLE_TORCH_LIBRARY(freqrank, m) {
   m.def("dct_cuda_limits(int device) -> int[]");
 
   // linear_attention
-  // On CUDA with `normalize` forward returns the denominators [B,H,T] and backward takes them and o; else they are empty.
+  // On CUDA with `normalize` forward returns the denominators [B,H,T] and backward takes them and o; else they are
+  // empty.
   m.def(
       "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? mask, Tensor? cu_seqlens, "
       "Tensor? initial_kv, Tensor? initial_z, float scale, bool normalize, float eps, bool output_final_state) -> "

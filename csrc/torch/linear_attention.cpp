@@ -21,9 +21,8 @@ Gradients backward(const Tensor& grad_o, const OptionalTensor& grad_kv, const Op
                    const Tensor& k, const Tensor& v, const OptionalTensor& log_decay, const OptionalTensor& mask,
                    const OptionalTensor& cu_seqlens, const OptionalTensor& initial_kv, const OptionalTensor& initial_z,
                    double scale, bool normalize, double eps, bool decay_gradient, const Map* map, bool map_gradient) {
-  const BackwardCall call =
-      backward_call(grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale,
-                    normalize, eps, decay_gradient, map, map_gradient, true);
+  const BackwardCall call = backward_call(grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv,
+                                          initial_z, scale, normalize, eps, decay_gradient, map, map_gradient, true);
   const la::Plan plan = la::plan_backward(call.sizes, torch::stable::get_num_threads());
   const Tensor workspace = workspace_of(q, la::workspace_bytes_backward(plan));
   la::run_backward(plan, call.in, call.args, workspace.mutable_data_ptr(), torch_parallel_for());

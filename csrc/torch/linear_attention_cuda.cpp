@@ -8,9 +8,7 @@ namespace freqrank::torch_adapter {
 
 namespace {
 
-bool is_half(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16;
-}
+bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16; }
 
 la::DevicePlan plan_of(const la::Sizes& s, const Tensor& q, const Tensor& k, const Tensor& v, bool same_dtypes,
                        bool backward, bool with_offsets, bool with_z) {
@@ -23,16 +21,16 @@ la::DevicePlan plan_of(const la::Sizes& s, const Tensor& q, const Tensor& k, con
   return la::plan_device(problem, gpu_limits(q.get_device_index()));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
-    Tensor q, Tensor k, Tensor v, OptionalTensor log_decay, OptionalTensor mask, OptionalTensor cu_seqlens,
-    OptionalTensor initial_kv, OptionalTensor initial_z, double scale, bool normalize, double eps,
-    bool output_final_state) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor log_decay,
+                                                                 OptionalTensor mask, OptionalTensor cu_seqlens,
+                                                                 OptionalTensor initial_kv, OptionalTensor initial_z,
+                                                                 double scale, bool normalize, double eps,
+                                                                 bool output_final_state) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const ForwardCall call = forward_call(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, normalize,
                                         eps, output_final_state, nullptr, false);
   const la::Sizes& s = call.sizes;
-  const Tensor denominator =
-      normalize ? make(v, {s.batch, s.heads, s.time}, real_of(s)) : make(v, {0}, real_of(s));
+  const Tensor denominator = normalize ? make(v, {s.batch, s.heads, s.time}, real_of(s)) : make(v, {0}, real_of(s));
   const la::DevicePlan plan = plan_of(s, q, k, v, true, false, cu_seqlens.has_value(), initial_z.has_value());
   const Tensor workspace = workspace_of(q, la::workspace_bytes(plan));
   la::Normalizer normalizer;
@@ -48,9 +46,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
     OptionalTensor initial_z, OptionalTensor o, OptionalTensor denominator, double scale, bool normalize, double eps,
     bool decay_gradient) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const BackwardCall call =
-      backward_call(grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale,
-                    normalize, eps, decay_gradient, nullptr, false, false);
+  const BackwardCall call = backward_call(grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv,
+                                          initial_z, scale, normalize, eps, decay_gradient, nullptr, false, false);
   const la::Sizes& s = call.sizes;
   la::Normalizer normalizer;
   if (normalize) {
@@ -62,8 +59,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
     STD_TORCH_CHECK(denominator->is_contiguous(), "linear_attention_backward: denominator must be contiguous");
     normalizer = {view_of(o), view_of(denominator)};
   }
-  const la::DevicePlan plan = plan_of(s, q, k, v, grad_o.scalar_type() == q.scalar_type(), true,
-                                      cu_seqlens.has_value(), grad_z.has_value() || initial_z.has_value());
+  const la::DevicePlan plan = plan_of(s, q, k, v, grad_o.scalar_type() == q.scalar_type(), true, cu_seqlens.has_value(),
+                                      grad_z.has_value() || initial_z.has_value());
   const Tensor workspace = workspace_of(q, la::workspace_bytes(plan));
   la::run_backward(plan, call.in, call.args, normalizer, workspace.mutable_data_ptr(),
                    current_stream(q.get_device_index()));

@@ -82,8 +82,9 @@ inline la::View by_head(const Tensor& x, std::int64_t dims) { return view_of(x, 
 
 inline void check_offsets(const Tensor& cu_seqlens, const la::Sizes& s) {
   const auto* offsets = static_cast<const std::int64_t*>(cu_seqlens.data_ptr());
-  STD_TORCH_CHECK(offsets[0] == 0 && offsets[s.sequences] == s.time, "cu_seqlens must start at 0 and end at T = ", s.time,
-                  "; got ", offsets[0], " and ", offsets[s.sequences]);
+  STD_TORCH_CHECK(offsets[0] == 0 && offsets[s.sequences] == s.time,
+                  "cu_seqlens must start at 0 and end at T = ", s.time, "; got ", offsets[0], " and ",
+                  offsets[s.sequences]);
   for (std::int64_t i = 0; i < s.sequences; ++i)
     STD_TORCH_CHECK(offsets[i] <= offsets[i + 1], "cu_seqlens must not decrease; it does at entry ", i + 1);
 }
@@ -91,8 +92,9 @@ inline void check_offsets(const Tensor& cu_seqlens, const la::Sizes& s) {
 // The op can be called directly, so everything that memory safety rests on is checked here; the messages that people
 // see come from the Python wrapper. `on_host`: values can be read.
 inline la::Sizes sizes_of(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& log_decay,
-                   const OptionalTensor& mask, const OptionalTensor& cu_seqlens, const OptionalTensor& initial_kv,
-                   const OptionalTensor& initial_z, bool normalize, const Map* map, bool on_host) {
+                          const OptionalTensor& mask, const OptionalTensor& cu_seqlens,
+                          const OptionalTensor& initial_kv, const OptionalTensor& initial_z, bool normalize,
+                          const Map* map, bool on_host) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "linear_attention: q, k, v must have 4 dimensions");
   la::Sizes s;
   s.batch = q.size(0), s.time = q.size(1), s.heads = q.size(2), s.key_dim = q.size(3);
@@ -150,8 +152,9 @@ inline la::Sizes sizes_of(const Tensor& q, const Tensor& k, const Tensor& v, con
 }
 
 inline la::Inputs inputs_of(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& log_decay,
-                     const OptionalTensor& mask, const OptionalTensor& cu_seqlens, const OptionalTensor& initial_kv,
-                     const OptionalTensor& initial_z, double scale, double eps, const Map* map) {
+                            const OptionalTensor& mask, const OptionalTensor& cu_seqlens,
+                            const OptionalTensor& initial_kv, const OptionalTensor& initial_z, double scale, double eps,
+                            const Map* map) {
   la::Inputs in;
   in.q = view_of(q), in.k = view_of(k), in.v = view_of(v);
   if (log_decay) in.log_decay = view_of(log_decay, log_decay->dim() == 1 ? 2 : 0);
@@ -166,7 +169,8 @@ inline la::Inputs inputs_of(const Tensor& q, const Tensor& k, const Tensor& v, c
   return in;
 }
 
-inline Tensor make(const Tensor& like, std::vector<std::int64_t> shape, std::optional<ScalarType> dtype = std::nullopt) {
+inline Tensor make(const Tensor& like, std::vector<std::int64_t> shape,
+                   std::optional<ScalarType> dtype = std::nullopt) {
   return torch::stable::new_empty(like, shape, dtype);
 }
 
@@ -216,10 +220,12 @@ struct BackwardCall {
   Gradients out;
 };
 
-inline BackwardCall backward_call(const Tensor& grad_o, const OptionalTensor& grad_kv, const OptionalTensor& grad_z, const Tensor& q,
-                   const Tensor& k, const Tensor& v, const OptionalTensor& log_decay, const OptionalTensor& mask,
-                   const OptionalTensor& cu_seqlens, const OptionalTensor& initial_kv, const OptionalTensor& initial_z,
-                   double scale, bool normalize, double eps, bool decay_gradient, const Map* map, bool map_gradient, bool on_host) {
+inline BackwardCall backward_call(const Tensor& grad_o, const OptionalTensor& grad_kv, const OptionalTensor& grad_z,
+                                  const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& log_decay,
+                                  const OptionalTensor& mask, const OptionalTensor& cu_seqlens,
+                                  const OptionalTensor& initial_kv, const OptionalTensor& initial_z, double scale,
+                                  bool normalize, double eps, bool decay_gradient, const Map* map, bool map_gradient,
+                                  bool on_host) {
   la::Sizes s = sizes_of(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, normalize, map, on_host);
   s.decay_gradient = decay_gradient && log_decay.has_value();
   s.map_gradient = map_gradient && map != nullptr;

@@ -99,6 +99,8 @@ py::dict described(const la::DevicePlan& plan) {
     scan["shared_bytes"] = plan.scan[i].shared_bytes;
     scan["rows_per_block"] = plan.scan[i].rows_per_block;
     scan["width_tiles"] = plan.scan[i].width_tiles;
+    scan["read_bytes"] = plan.scan[i].read_bytes;
+    scan["write_bytes"] = plan.scan[i].write_bytes;
     scans.append(scan);
   }
   d["scans"] = scans;

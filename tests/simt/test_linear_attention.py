@@ -9,9 +9,9 @@ from freqrank.ops import reference
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES = HALF | {"float32": torch.float32, "float64": torch.float64}
 TOLERANCE = {"bfloat16": 3.3e-3, "float16": 3.3e-3, "float32": 1e-5, "float64": 1e-12}
-# With a normalizer dq is a difference of two sums that have the mean of the keys in common. bfloat16's rounding of o and
-# of the scores is then up to twice as large beside it, where all keys are positive as here.
-NORMALIZED_DQ_TOLERANCE = TOLERANCE | {"bfloat16": 6e-3}
+# With a normalizer dq and the gradient of z are differences of two sums that have the mean of the keys in common.
+# bfloat16's rounding of o and of the scores is then several times as large beside it, where all keys are positive as here.
+NORMALIZED_TOLERANCE = TOLERANCE | {"bfloat16": 8e-3}
 DECAY_TOLERANCE = {"bfloat16": 2e-2, "float16": 2e-2, "float32": 3e-5, "float64": 1e-11}
 MANY_SMS = {"sms": 132}  # a split wherever it helps
 ONE_SM = {"sms": 1, "shared_bytes_per_sm": 0}  # a block at a time: never split
@@ -115,7 +115,9 @@ class Case:
         arrays = self.arrays() | {name: array(x) for name, x in grads.items()}
         if self.normalize:
             arrays |= {name: array(outputs[name]) for name in ("o", "denominator")}
-        results = {"d" + name: None if x is None else torch.empty(x.shape, dtype=x.dtype) for name, x in self.leaves().items()}
+        results = {
+            "d" + name: None if x is None else torch.empty(x.shape, dtype=x.dtype) for name, x in self.leaves().items()
+        }
         return results, *self.run(arrays, results, limits, seed)
 
     def expected(self, grads=None):
@@ -128,12 +130,17 @@ class Case:
         )  # fmt: skip
         if grads is None:
             return results
-        pairs = [(x, grads[n].double()) for n, x in zip(("grad_o", "grad_kv", "grad_z"), results, strict=True)
-                 if n in grads and x.requires_grad]
+        pairs = [
+            (x, grads[n].double())
+            for n, x in zip(("grad_o", "grad_kv", "grad_z"), results, strict=True)
+            if n in grads and x.requires_grad
+        ]
         wanted = {n: x for n, x in leaves.items() if x is not None}
         if not pairs:
             return results, {"d" + n: torch.zeros_like(x) for n, x in wanted.items()}
-        found = torch.autograd.grad([x for x, _ in pairs], list(wanted.values()), [g for _, g in pairs], allow_unused=True)
+        found = torch.autograd.grad(
+            [x for x, _ in pairs], list(wanted.values()), [g for _, g in pairs], allow_unused=True
+        )
         return results, {
             "d" + n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(wanted.items(), found, strict=True)
         }
@@ -156,8 +163,8 @@ def check(case, limits=ONE_SM, *, backward=True, final=True, seed=0, tolerance=1
     results, plan, executor = case.backward(grads, outputs, limits, seed)
     _, wanted = case.expected(grads)
     for name, e in wanted.items():
-        normalized_dq = name == "dq" and case.normalize
-        table = DECAY_TOLERANCE if name == "dlog_decay" else NORMALIZED_DQ_TOLERANCE if normalized_dq else TOLERANCE
+        difference = case.normalize and name in ("dq", "dinitial_z")
+        table = DECAY_TOLERANCE if name == "dlog_decay" else NORMALIZED_TOLERANCE if difference else TOLERANCE
         allowed = table[case.name]
         assert error(results[name], e) <= tolerance * allowed, (name, error(results[name], e))
     return outputs | results, plan, executor
@@ -172,14 +179,14 @@ def test_every_shape(dtype, dim):
 ODD = {"key_dim": 36, "value_dim": 20}
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("decay", [None, "H", "Hk", "BTH", "BTHk"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_decay_normalizer_and_grouped_heads(dtype, decay, normalize):
     check(Case(dtype, 2, 70, 4, 2, **ODD, decay=decay, normalize=normalize, state=True, seed=1))
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_mask_and_several_sequences(dtype, normalize):
     check(Case(dtype, 2, 90, 2, **ODD, decay="BTH", normalize=normalize, mask=True, state=True))
@@ -196,10 +203,11 @@ def test_lengths_around_a_chunk(dtype, time):
 
 @pytest.mark.parametrize("dims", [(1, 1), (3, 5), (16, 100), (100, 16), (7, 200), (200, 130), (256, 9)])
 def test_head_sizes_that_are_padded(dims):
-    # of one number, a state's rounding is not averaged over others
-    tolerance = 1.5 if dims == (1, 1) else 1.0
-    check(Case("bfloat16", 1, 70, 2, key_dim=dims[0], value_dim=dims[1], decay="H", state=True), tolerance=tolerance)
-    check(Case("float16", 1, 40, 2, key_dim=dims[0], value_dim=dims[1], normalize=True))
+    # of one number, a state's rounding is not averaged over others, and a normalized output does not depend on q
+    one = dims == (1, 1)
+    sizes = {"key_dim": dims[0], "value_dim": dims[1]}
+    check(Case("bfloat16", 1, 70, 2, **sizes, decay="H", state=True), tolerance=3.0 if one else 1.0)
+    check(Case("float16", 1, 40, 2, **sizes, normalize=not one))
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -210,11 +218,12 @@ def test_strides_and_broadcast_gradients(normalize):
     check(case)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("decay", [None, "H", "BTHk"])
-def test_split_over_blocks(normalize, decay):
+def test_split_over_blocks(dtype, normalize, decay):
     for options in ({}, {"state": True, "mask": True}, {"lengths": [300, 0, 400, 68]}):
-        case = Case("bfloat16", 1, 768, 2, 1, **ODD, decay=decay, strength=0.05, normalize=normalize, **options)
+        case = Case(dtype, 1, 768, 2, 1, **ODD, decay=decay, strength=0.05, normalize=normalize, **options)
         check(case, MANY_SMS)
         assert case.forward(MANY_SMS)[1]["split"] == ("lengths" not in options)
         assert not case.forward(ONE_SM)[1]["split"]
@@ -232,7 +241,7 @@ def test_z_is_carried_without_a_normalizer():
     check(Case("bfloat16", 1, 70, 2, **ODD, decay="H", state="z"))
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_strong_decay_and_a_reset(dtype):
     case = Case(dtype, 1, 130, 2, **ODD, decay="BTH", strength=20.0, state=True)
     check(case)
@@ -349,12 +358,28 @@ def test_an_a100_has_room():
 @pytest.mark.parametrize("normalize", [False, True])
 def test_each_element_crosses_memory_once(dim, normalize):
     case = Case("bfloat16", 1, 128, 2, key_dim=dim, value_dim=dim, normalize=normalize, state=True)
-    _, _, executor = case.forward()
+    _, plan, executor = case.forward()
     counts = executor.counters[f"linear_attention_bfloat16_{dim}"]
+    assert (plan["scans"][0]["read_bytes"], plan["scans"][0]["write_bytes"]) == (
+        3 * 2 * 128 * dim * 2,
+        2 * 128 * dim * 2,
+    )
     tokens, states, zs = 2 * 128 * dim * 2, 2 * dim * dim * 4, 2 * dim * 4 if normalize else 0
     assert counts["global_read_bytes"] == counts["global_read_unique_bytes"] == 3 * tokens + states + zs
     assert counts["global_written_bytes"] == tokens + states + zs + (2 * 128 * 4 if normalize else 0)
     executor.require_full_sectors(f"linear_attention_bfloat16_{dim}")
+
+
+def test_scans_move_the_bytes_that_the_plan_states():
+    case = Case("bfloat16", 2, 128, 4, 2, key_dim=64, value_dim=200)
+    outputs, plan, executor = case.forward(MANY_SMS)
+    kernel = "linear_attention_bfloat16_256"
+    states = 2 * 2 * 64 * 200 * 4
+    assert executor.counters[kernel]["global_read_bytes"] == sum(s["read_bytes"] for s in plan["scans"])
+    assert executor.counters[kernel]["global_written_bytes"] == sum(s["write_bytes"] for s in plan["scans"]) + states
+    results, plan, executor = case.backward({"grad_o": torch.randn(2, 128, 4, 200).to(case.dtype)}, outputs, MANY_SMS)
+    assert executor.counters[kernel]["global_read_bytes"] == sum(s["read_bytes"] for s in plan["scans"])
+    assert executor.counters[kernel]["global_written_bytes"] == sum(s["write_bytes"] for s in plan["scans"])
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])

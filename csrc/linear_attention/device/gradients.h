@@ -54,24 +54,24 @@ void enqueue_normalizer(const typename NormalizerKernel<A>::Params& p, Queue& qu
 }
 
 // The gradient of log_decay at t sums score x dscore over the pairs of tokens j < t <= i. In a segment, from its end
-// backwards: the pairs across its end, <state there, its gradient>; and of each token, what its query has with the chunks
-// before, minus what its key has with the chunks after (the scans' dots), and the pairs inside its chunk (pairs.h). Begun
-// anew at every segment, this difference of sums stays nearly as exact as its parts.
+// backwards: the pairs across its end, <state there, its gradient>; and of each token, what its query has with the
+// chunks before, minus what its key has with the chunks after (the scans' dots), and the pairs inside its chunk
+// (pairs.h). Begun anew at every segment, this difference of sums stays nearly as exact as its parts.
 template <class A>
 struct DecayGradientKernel {
   static constexpr const char* name =
       sizeof(A) == 8 ? "linear_attention_decay_gradient_double" : "linear_attention_decay_gradient";
-  static constexpr int max_threads = 256, min_blocks = 4, warps = max_threads / 32;
+  static constexpr int max_threads = 256, min_blocks = 3, warps = max_threads / 32;
   struct Params {
     Segments segments;
     int state_heads, query_heads, key_heads;  // key_heads: of key_dots
     int query_tiles, key_tiles;
     int depth, width;
-    simt::global<const A> query_dots, key_dots;      // [tiles,B,heads,T]
-    simt::global<const A> pairs;                     // [B,Hs,T]
-    simt::global<const A> states, states_z;          // [slots,Hs,depth,width] before each segment
-    simt::global<const A> final, final_z;            // [N,Hs,depth,width] after the last one
-    simt::global<const A> gradients, gradients_z;    // after each segment
+    simt::global<const A> query_dots, key_dots;    // [tiles,B,heads,T]
+    simt::global<const A> pairs;                   // [B,Hs,T]
+    simt::global<const A> states, states_z;        // [slots,Hs,depth,width] before each segment
+    simt::global<const A> final, final_z;          // [N,Hs,depth,width] after the last one
+    simt::global<const A> gradients, gradients_z;  // after each segment
     simt::global<const unsigned char> mask;
     Index mask_stride[2];
     simt::global<A> by_token;  // [B,T,Hs] of any strides, or null
@@ -100,8 +100,9 @@ struct DecayGradientKernel {
                   static_cast<double>(p.gradients.load(here * size + e));
       if (p.gradients_z) {
         for (int e = simt::thread(); e < p.depth; e += max_threads)
-          across += static_cast<double>(last ? p.final_z.load(after * p.depth + e) : p.states_z.load(after * p.depth + e)) *
-                    static_cast<double>(p.gradients_z.load(here * p.depth + e));
+          across +=
+              static_cast<double>(last ? p.final_z.load(after * p.depth + e) : p.states_z.load(after * p.depth + e)) *
+              static_cast<double>(p.gradients_z.load(here * p.depth + e));
       }
     } else {
       across = not_a_number<double>();
@@ -134,9 +135,9 @@ struct DecayGradientKernel {
       const double gradient = live ? running + (before + x) : 0.0;
       running += all;
       if (inside && p.by_token)
-        p.by_token.store(segment.batch * p.by_token_stride[0] + token * p.by_token_stride[1] +
-                             head * p.by_token_stride[2],
-                         static_cast<A>(gradient));
+        p.by_token.store(
+            segment.batch * p.by_token_stride[0] + token * p.by_token_stride[1] + head * p.by_token_stride[2],
+            static_cast<A>(gradient));
       if (p.head_sums) sum += simt::block_sum(gradient, scratch);
     }
     if (p.head_sums && simt::thread() == 0) p.head_sums.store(slot * p.state_heads + head, sum);

@@ -17,7 +17,7 @@ void enqueue_scan_mma(int shape, const DevicePlan::Scan& scan, const ScanParams<
 template <class A, class Queue>
 void enqueue_scan_fma(const DevicePlan::Scan& scan, const ScanParams<A>& p, Queue& queue);
 template <class E, class Queue>
-void enqueue_pairs_mma(int shape, const PairsParams<float>& p, Queue& queue);
+void enqueue_pairs_mma(int chunk, const PairsParams<float>& p, Queue& queue);
 template <class A, class Queue>
 void enqueue_pairs_fma(const PairsParams<A>& p, Queue& queue);
 
@@ -114,17 +114,11 @@ class Call {
   }
 
   // --- Where things are ---
-  Matrix queries(const View& x, Index width) const {
-    return matrix_of(x, s_.batch, s_.time, s_.heads, width, queue_);
-  }
-  Matrix keys(const View& x, Index width) const {
-    return matrix_of(x, s_.batch, s_.time, s_.key_heads, width, queue_);
-  }
+  Matrix queries(const View& x, Index width) const { return matrix_of(x, s_.batch, s_.time, s_.heads, width, queue_); }
+  Matrix keys(const View& x, Index width) const { return matrix_of(x, s_.batch, s_.time, s_.key_heads, width, queue_); }
   const Sizes4& state_sizes() const { return state_sizes_; }
   const Sizes4& z_sizes() const { return z_sizes_; }
-  simt::global<A> row(void* data) const {
-    return queue_.view(static_cast<A*>(data), 0, s_.batch * s_.time * s_.heads);
-  }
+  simt::global<A> row(void* data) const { return queue_.view(static_cast<A*>(data), 0, s_.batch * s_.time * s_.heads); }
   // A tensor of the arithmetic's type in the workspace.
   View contiguous(std::size_t at, const Index (&sizes)[4]) const {
     View v;
@@ -254,8 +248,8 @@ class Call {
     p.initial_state = plan_.split ? workspace_states<const A>(plan_.states_at, true)
                                   : states_of<const A>(in_.initial_kv, state_sizes(), queue_, true);
     if (s_.normalize)
-      p.initial_z = plan_.split ? workspace_z<const A>(plan_.states_z_at)
-                                : states_of<const A>(in_.initial_z, z_sizes(), queue_);
+      p.initial_z =
+          plan_.split ? workspace_z<const A>(plan_.states_z_at) : states_of<const A>(in_.initial_z, z_sizes(), queue_);
     if (s_.decay_gradient) {
       p.with = queries(in_.q, s_.key_dim);
       p.dots = dots(plan_.query_dots_at, p);
@@ -281,8 +275,8 @@ class Call {
     p.initial_state = plan_.split ? workspace_states<const A>(plan_.gradients_at, true)
                                   : states_of<const A>(args.grad_kv, state_sizes(), queue_, true);
     if (plan_.with_z) {
-      p.initial_z = plan_.split ? workspace_z<const A>(plan_.gradients_z_at)
-                                : states_of<const A>(args.grad_z, z_sizes(), queue_);
+      p.initial_z =
+          plan_.split ? workspace_z<const A>(plan_.gradients_z_at) : states_of<const A>(args.grad_z, z_sizes(), queue_);
       if (!plan_.split) p.final_z = states_of<A>(args.dinitial_z, z_sizes(), queue_);
     }
     if (s_.decay_gradient) {
@@ -338,9 +332,9 @@ class Call {
     if constexpr (sizeof(A) == 4) {
       if (plan_.kernel == ScanKernel::tensor_cores) {
         if (p.q.dtype == Dtype::float16) {
-          enqueue_pairs_mma<float16>(plan_.shape, p, queue_);
+          enqueue_pairs_mma<float16>(chunk, p, queue_);
         } else {
-          enqueue_pairs_mma<bfloat16>(plan_.shape, p, queue_);
+          enqueue_pairs_mma<bfloat16>(chunk, p, queue_);
         }
         return;
       }
@@ -358,8 +352,8 @@ class Call {
     p.key_tiles = planned(Role::key_gradient).width_tiles;
     p.depth = static_cast<int>(s_.key_dim), p.width = static_cast<int>(s_.value_dim);
     const Index tokens = s_.batch * s_.time;
-    p.query_dots = queue_.view(reinterpret_cast<const A*>(base_ + plan_.query_dots_at), 0,
-                               p.query_tiles * tokens * p.query_heads);
+    p.query_dots =
+        queue_.view(reinterpret_cast<const A*>(base_ + plan_.query_dots_at), 0, p.query_tiles * tokens * p.query_heads);
     p.key_dots =
         queue_.view(reinterpret_cast<const A*>(base_ + plan_.key_dots_at), 0, p.key_tiles * tokens * p.key_heads);
     p.pairs = pairs();
@@ -378,8 +372,7 @@ class Call {
     const Extent e = extent_of(out, decay_sizes_);
     const auto to = queue_.view(static_cast<A*>(out.data), e.begin, e.end);
     if (per_head) {
-      p.head_sums =
-          queue_.view(reinterpret_cast<double*>(base_ + plan_.head_sums_at), 0, plan_.slots * s_.state_heads);
+      p.head_sums = queue_.view(reinterpret_cast<double*>(base_ + plan_.head_sums_at), 0, plan_.slots * s_.state_heads);
     } else {
       p.by_token = to;
       std::copy(out.stride, out.stride + 3, p.by_token_stride);

@@ -9,18 +9,18 @@ struct MmaLayout {
   int rows, columns, values;  // two buffers each, the second `*_bytes` behind the first
   int rows_bytes, values_bytes;
   int scores;
-  int decay;       // float [2 chunks][4][chunk]: running sum, factor of the state, factor to the state, live
-  int whole;       // float [2]
-  int query;       // float [2 steps][2][chunk]: scale_t, add_t
-  int weight;      // float [chunk]: what token j's column counts in the state
-  int denominator; // float [parts][chunk]
-  int exponent;    // float [parts][chunk]: of a row of scores, float16 only
-  int z;           // float [max(depth, tile)]
-  int dots;        // float [warps][chunk]
-  int total;       // double: the segment's sum of log decays
-  int facts;       // int64 [5], int32 [5]: what the block works on
-  int bytes;       // but for `parked`
-  int parked;      // float [values of a thread's accumulators][threads]: with several column heads
+  int decay;        // float [2 chunks][4][chunk]: running sum, factor of the state, factor to the state, live
+  int whole;        // float [2]
+  int query;        // float [2 steps][2][chunk]: scale_t, add_t
+  int weight;       // float [chunk]: what token j's column counts in the state
+  int denominator;  // float [parts][chunk]
+  int exponent;     // float [parts][chunk]: of a row of scores, float16 only
+  int z;            // float [max(depth, tile)]
+  int dots;         // float [warps][chunk]
+  int total;        // double: the segment's sum of log decays
+  int facts;        // int64 [5], int32 [5]: what the block works on
+  int bytes;        // but for `parked`
+  int parked;       // float [values of a thread's accumulators][threads]: with several column heads
   int parked_bytes;
 };
 

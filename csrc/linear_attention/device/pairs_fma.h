@@ -14,8 +14,8 @@ struct PairsFma {
   static constexpr const char* name = sizeof(A) == 8 ? "linear_attention_pairs_double" : "linear_attention_pairs_float";
   static constexpr int size = static_cast<int>(sizeof(A));
   static constexpr int left_at = 0, right_at = chunk * pitch * size;  // then, in their place, A [chunk, chunk]
-  static constexpr int sums_at = (2 * chunk * pitch * size > chunk * score_pitch * size ? 2 * chunk * pitch * size
-                                                                                         : chunk * score_pitch * size);
+  static constexpr int sums_at =
+      (2 * chunk * pitch * size > chunk * score_pitch * size ? 2 * chunk * pitch * size : chunk * score_pitch * size);
   static constexpr int shared_bytes = (sums_at + 7) / 8 * 8 + chunk * 8;
 
   SIMT_DEVICE static void run(const Params& p) {
@@ -117,10 +117,9 @@ struct PairsFma {
       for (int e = simt::thread(); e < chunk * slice; e += max_threads) {
         const int row = e / slice, column = begin + e % slice;
         const bool valid = row < count && column < m.width && is_live(p, segment.batch, first + row);
-        to.store(row * pitch + e % slice,
-                 valid ? static_cast<A>(simt::to_float(from.load(m.at(segment.batch, first + row, head) +
-                                                                 column * m.stride[3])))
-                       : A(0));
+        to.store(row * pitch + e % slice, valid ? static_cast<A>(simt::to_float(from.load(
+                                                      m.at(segment.batch, first + row, head) + column * m.stride[3])))
+                                                : A(0));
       }
     });
   }
@@ -129,8 +128,8 @@ struct PairsFma {
 template <class A, class Queue>
 void enqueue_pairs_fma(const PairsParams<A>& p, Queue& queue) {
   using Kernel = PairsFma<A>;
-  queue.template launch<Kernel>({p.segments.slots * p.chunks * p.state_heads, Kernel::max_threads, Kernel::shared_bytes},
-                                p);
+  queue.template launch<Kernel>(
+      {p.segments.slots * p.chunks * p.state_heads, Kernel::max_threads, Kernel::shared_bytes}, p);
 }
 
 }  // namespace freqrank::linear_attention::device

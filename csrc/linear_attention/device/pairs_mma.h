@@ -6,26 +6,22 @@
 
 namespace freqrank::linear_attention::device {
 
-template <class E, int Shape>
+template <class E, int Chunk>
 struct PairsMma {
   using Params = PairsParams<float>;
-  static constexpr MmaShape shape = kMmaShapes[Shape];
-  static constexpr int depth = shape.depth, chunk = shape.chunk, warps = chunk / 16, depth_tiles = depth / 16;
-  static constexpr int column_tiles = chunk / 8;
-  static constexpr int max_threads = 32 * warps, min_blocks = 2;
+  // of q, k, grad_o and v, `slice` columns are in shared memory at a time
+  static constexpr int chunk = Chunk, slice = 64, warps = chunk / 16, column_tiles = chunk / 8;
+  static constexpr int max_threads = 32 * warps, min_blocks = chunk == 64 ? 3 : 6;
   static constexpr bool is_float16 = std::is_same_v<E, float16>;
-  static constexpr const char* names[2][3] = {
-      {"linear_attention_pairs_bfloat16_64", "linear_attention_pairs_bfloat16_128",
-       "linear_attention_pairs_bfloat16_256"},
-      {"linear_attention_pairs_float16_64", "linear_attention_pairs_float16_128",
-       "linear_attention_pairs_float16_256"}};
-  static constexpr const char* name = names[is_float16][Shape];
-  static constexpr int tile_bytes = chunk * depth * 2, sums_at = 4 * tile_bytes;
+  static constexpr const char* names[2][2] = {{"linear_attention_pairs_bfloat16", "linear_attention_pairs_bfloat16_32"},
+                                              {"linear_attention_pairs_float16", "linear_attention_pairs_float16_32"}};
+  static constexpr const char* name = names[is_float16][Chunk == 32];
+  static constexpr int tile_bytes = chunk * slice * 2, sums_at = 2 * tile_bytes;
   static constexpr int shared_bytes = sums_at + (1 + 1 + warps) * chunk * 4;
 
   using Sum = simt::Accumulator<E>;
 
-  SIMT_DEVICE static simt::shared<E> tile(int i) { return simt::shared_array<E>(i * tile_bytes, chunk * depth); }
+  SIMT_DEVICE static simt::shared<E> tile(int i) { return simt::shared_array<E>(i * tile_bytes, chunk * slice); }
   SIMT_DEVICE static simt::shared<float> sums(int i) {
     return simt::shared_array<float>(sums_at + i * chunk * 4, chunk);
   }
@@ -37,31 +33,22 @@ struct PairsMma {
     if (segment.sequence < 0 || segment.poisoned || left <= 0) return;
     const int count = left < chunk ? static_cast<int>(left) : chunk;
     const Index first = segment.first + Index{at.chunk} * chunk;
-    const int group = p.query_heads / p.state_heads;
-    const auto fetch = [&](const Matrix& m, int i, int r) {
-      fetch_rows<chunk, depth, max_threads>(p, m, tile(i), segment.batch, first, count,
-                                            m.head(at.state_head, p.state_heads, r), 0);
-    };
-    fetch(p.k, 1, 0);
-    fetch(p.v, 3, 0);
-    if (simt::warp() == 0)
-      ChunkDecays<chunk>::fetch(p, sums(0), sums(1), segment.batch, first, count, at.state_head);
+    if (simt::warp() == 0) ChunkDecays<chunk>::fetch(p, sums(0), sums(1), segment.batch, first, count, at.state_head);
     simt::copy_commit();
+    simt::copy_wait<0>();
     if (simt::warp() == 0) {
-      simt::copy_wait<0>();
       typename ChunkDecays<chunk>::Numbers live;
       const auto c = ChunkDecays<chunk>::sum_up(p, sums(0), sums(1), at.state_head, live);
       sums(0).store_vector(ChunkDecays<chunk>::token(0), c);
     }
+    const int group = p.query_heads / p.state_heads;
     float mine = 0;  // of token thread()
     SIMT_NO_UNROLL
     for (int r = 0; r < group; ++r) {
-      fetch(p.q, 0, r);
-      fetch(p.grad_o, 2, r);
-      simt::copy_commit();
-      simt::copy_wait<0>();
-      simt::barrier();
-      pairs_of_head(p, segment, first, count, at.state_head * group + r);
+      Sum score[column_tiles], dscore[column_tiles];
+      product(p, p.q, p.k, at, segment, first, count, r, score);
+      product(p, p.grad_o, p.v, at, segment, first, count, r, dscore);
+      sum_up(p, segment, first, count, at.state_head * group + r, score, dscore);
       simt::barrier();
       if (simt::thread() < chunk) {
         mine += sums(1).load(simt::thread());
@@ -76,11 +63,9 @@ struct PairsMma {
   }
 
   // Sums of A over rows, and over the columns of each warp's 16 rows.
-  SIMT_DEVICE static void pairs_of_head(const Params& p, const Segment& segment, Index first, int count, int head) {
+  SIMT_DEVICE static void sum_up(const Params& p, const Segment& segment, Index first, int count, int head,
+                                 const Sum (&score)[column_tiles], const Sum (&dscore)[column_tiles]) {
     const int row_tile = simt::warp();
-    Sum score[column_tiles], dscore[column_tiles];
-    product(score, 0, 1, row_tile);
-    product(dscore, 2, 3, row_tile);
     float rows[2] = {0, 0}, scale[2], add[2], row_c[2];
     int row[2];
     SIMT_UNROLL
@@ -121,41 +106,54 @@ struct PairsMma {
     }
   }
 
-  // Sixteen rows of tile `left` times all rows of tile `right` that are not later.
-  SIMT_DEVICE static void product(Sum (&out)[column_tiles], int left, int right, int row_tile) {
+  // A warp's sixteen rows of x times all rows of y that are not later.
+  SIMT_DEVICE static void product(const Params& p, const Matrix& x, const Matrix& y, const PairsPlace& at,
+                                  const Segment& segment, Index first, int count, int r, Sum (&out)[column_tiles]) {
+    const int row_tile = simt::warp();
     SIMT_UNROLL
     for (int n = 0; n < column_tiles; ++n) out[n].fill(0.0f);
-    SIMT_UNROLL
-    for (int d = 0; d < depth_tiles; ++d) {
-      simt::FragmentA<E> a;
-      simt::load_matrix_rows(a, tile(left),
-                             [&](int r, int c) { return swizzled<depth>(row_tile * 16 + r, d * 16 + c); });
+    SIMT_NO_UNROLL
+    for (int begin = 0; begin < x.width; begin += slice) {
+      simt::barrier();
+      fetch_rows<chunk, slice, max_threads>(p, x, tile(0), segment.batch, first, count,
+                                            x.head(at.state_head, p.state_heads, r), begin);
+      fetch_rows<chunk, slice, max_threads>(p, y, tile(1), segment.batch, first, count,
+                                            y.head(at.state_head, p.state_heads, 0), begin);
+      simt::copy_commit();
+      simt::copy_wait<0>();
+      simt::barrier();
       SIMT_UNROLL
-      for (int n = 0; n < column_tiles; n += 2) {
-        if (n / 2 > row_tile) continue;
-        simt::FragmentB<E> b[2];
-        simt::load_matrix_columns(b[0], b[1], tile(right),
-                                  [&](int r, int c) { return swizzled<depth>(n * 8 + c, d * 16 + r); });
-        simt::mma(out[n], a, b[0]);
-        simt::mma(out[n + 1], a, b[1]);
+      for (int d = 0; d < slice; d += 16) {
+        simt::FragmentA<E> a;
+        simt::load_matrix_rows(a, tile(0), [&](int i, int c) { return swizzled<slice>(row_tile * 16 + i, d + c); });
+        SIMT_UNROLL
+        for (int n = 0; n < column_tiles; n += 2) {
+          if (n / 2 > row_tile) continue;
+          simt::FragmentB<E> b[2];
+          simt::load_matrix_columns(b[0], b[1], tile(1),
+                                    [&](int i, int c) { return swizzled<slice>(n * 8 + c, d + i); });
+          simt::mma(out[n], a, b[0]);
+          simt::mma(out[n + 1], a, b[1]);
+        }
       }
     }
   }
 };
 
-template <class E, int Shape, class Queue>
+template <class E, int Chunk, class Queue>
 void enqueue_pairs_mma_as(const PairsParams<float>& p, Queue& queue) {
-  using Kernel = PairsMma<E, Shape>;
-  queue.template launch<Kernel>({p.segments.slots * p.chunks * p.state_heads, Kernel::max_threads, Kernel::shared_bytes},
-                                p);
+  using Kernel = PairsMma<E, Chunk>;
+  queue.template launch<Kernel>(
+      {p.segments.slots * p.chunks * p.state_heads, Kernel::max_threads, Kernel::shared_bytes}, p);
 }
 
+// `chunk`: that of the scans.
 template <class E, class Queue>
-void enqueue_pairs_mma(int shape, const PairsParams<float>& p, Queue& queue) {
-  switch (shape) {
-    case 0: enqueue_pairs_mma_as<E, 0>(p, queue); break;
-    case 1: enqueue_pairs_mma_as<E, 1>(p, queue); break;
-    default: enqueue_pairs_mma_as<E, 2>(p, queue); break;
+void enqueue_pairs_mma(int chunk, const PairsParams<float>& p, Queue& queue) {
+  if (chunk == 64) {
+    enqueue_pairs_mma_as<E, 64>(p, queue);
+  } else {
+    enqueue_pairs_mma_as<E, 32>(p, queue);
   }
 }
 

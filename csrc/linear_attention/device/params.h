@@ -105,8 +105,8 @@ struct ScanParams : TokenParams<A> {
   Output out;
   A column_factor = 1, out_factor = 1;
 
-  // The normaliser. Forward: out is divided by out_factor * (sum of P + rows . z) + eps, which is kept in `denominator`.
-  // Backward: scale_t and add_t of the queries; 1 and 0 where null.
+  // The normaliser. Forward: out is divided by out_factor * (sum of P + rows . z) + eps, which is kept in
+  // `denominator`. Backward: scale_t and add_t of the queries; 1 and 0 where null.
   bool normalize = false;
   A eps = 0;
   simt::global<A> denominator;                   // [B,H,T]
@@ -122,7 +122,8 @@ struct ScanParams : TokenParams<A> {
   States<A> final_state, final_z;
   simt::global<double> segment_decay;  // [slots, Hs]: the sum of log_decay; may be null
 
-  // For the gradient of the decay: (out_factor * what the state gives to out) . with, [tiles of the width,B,out.heads,T].
+  // For the gradient of the decay: (out_factor * what the state gives to out) . with, [tiles of the
+  // width,B,out.heads,T].
   Matrix with;
   simt::global<A> dots;
   // The state, and what it gives, to float's accuracy though tensors have 16 bits.
@@ -177,10 +178,10 @@ SIMT_DEVICE A bounded_log_decay(A g) {
 template <class A>
 SIMT_DEVICE A log_decay_of(const TokenParams<A>& p, Index batch, Index token, int state_head) {
   if (p.decay == Decay::none) return A(0);
-  return bounded_log_decay(p.decay == Decay::per_head
-                               ? p.log_decay.load(state_head * p.decay_stride[2])
-                               : p.log_decay.load(batch * p.decay_stride[0] + token * p.decay_stride[1] +
-                                                  state_head * p.decay_stride[2]));
+  return bounded_log_decay(
+      p.decay == Decay::per_head
+          ? p.log_decay.load(state_head * p.decay_stride[2])
+          : p.log_decay.load(batch * p.decay_stride[0] + token * p.decay_stride[1] + state_head * p.decay_stride[2]));
 }
 
 // Calls f with a value of the element type.
@@ -223,8 +224,8 @@ SIMT_DEVICE void poison(const ScanParams<A>& p, const Place& place, const Segmen
         if (p.normalize && place.tile == 0)
           p.denominator.store(row_of(p.segments, p.query_heads, segment.batch, query, token), nan);
         if (p.dots)
-          p.dots.store(
-              row_of(p.segments, p.out.heads, place.tile * p.segments.batch + segment.batch, head, token), nan);
+          p.dots.store(row_of(p.segments, p.out.heads, place.tile * p.segments.batch + segment.batch, head, token),
+                       nan);
       }
     }
   }

@@ -4,6 +4,8 @@
 //
 //   scores P, 16 rows a warp  ->  shared memory  ->  out = decayed rows . state + P values  ->  state update
 //
+// Registers are tight: what follows from a lane's number is computed where it is used, from an opaque copy of it.
+//
 // The state is kept transposed: its accumulators, rounded in place, are the fragments that rows . state needs. The next
 // step's tiles arrive by asynchronous copies meanwhile. float16's range is too small for the scores, for the state and
 // for the weights: each gets a power of two of its own.
@@ -29,7 +31,7 @@ struct ScanMma {
   static constexpr int own = tile / warps;  // columns of values that a warp has
   static constexpr int row_tiles = chunk / 16, depth_tiles = depth / 16, own_tiles = own / 8, state_tiles = own / 16;
   static constexpr int row_share = shape.rows / 16;  // of row_tiles, in registers at a time
-  static constexpr int parts = warps / row_tiles;  // warps that share 16 rows of the scores
+  static constexpr int parts = warps / row_tiles;    // warps that share 16 rows of the scores
   static constexpr int part = chunk / parts, part_tiles = part / 8;
   static_assert(own % 16 == 0 && warps % row_tiles == 0 && chunk % 32 == 0 && (part == 8 || part % 16 == 0));
 
@@ -321,8 +323,7 @@ struct ScanMma {
       for (int h = 0; h < 2; ++h) {
         simt::pack<E, 2> x;
         SIMT_UNROLL
-        for (int side = 0; side < 2; ++side)
-          x[side] = simt::from_float<E>(sum[n].get(2 * h + side) * shrunk[h]);
+        for (int side = 0; side < 2; ++side) x[side] = simt::from_float<E>(sum[n].get(2 * h + side) * shrunk[h]);
         b.scores().store_vector(place<chunk>(row[h], first + n * 8 + Sum::col(0)), x);
       }
     }
@@ -330,8 +331,8 @@ struct ScanMma {
   }
 
   // This part's share of sum P + rows . z, where a lane has the sums of P over its own columns of two rows.
-  SIMT_DEVICE static void add_denominators(const Block& b, simt::shared<E> rows, float (&total)[2],
-                                           const int (&row)[2], int chunk_parity) {
+  SIMT_DEVICE static void add_denominators(const Block& b, simt::shared<E> rows, float (&total)[2], const int (&row)[2],
+                                           int chunk_parity) {
     const auto out = b.denominator();
     const int own_part = simt::warp() % parts;
     SIMT_UNROLL
@@ -398,8 +399,7 @@ struct ScanMma {
       for (int half = 0; half < 2; ++half) {
         simt::pack<E, 2> x;
         SIMT_UNROLL
-        for (int k = 0; k < 2; ++k)
-          x[k] = rounded<Rest>(state.at[n / 2][2 * d + half].get(n % 2 * 2 + k) * shrunk);
+        for (int k = 0; k < 2; ++k) x[k] = rounded<Rest>(state.at[n / 2][2 * d + half].get(n % 2 * 2 + k) * shrunk);
         right.set_pack(2 * half, x);
       }
       SIMT_UNROLL
@@ -408,8 +408,7 @@ struct ScanMma {
   }
 
   // out = factors . rows . state + what z adds.
-  SIMT_DEVICE static void from_state(const Block& b, const State& state, Out& out,
-                                     const Turn& turn) {
+  SIMT_DEVICE static void from_state(const Block& b, const State& state, Out& out, const Turn& turn) {
     const Params& p = b.p;
     const auto rows = b.rows(turn.rows_parity(b));
     float shrunk = 1, grown = 1;
@@ -450,7 +449,8 @@ struct ScanMma {
           SIMT_UNROLL
           for (int k = 0; k < 2; ++k) {
             float x = out.at[r][n].get(2 * h + k) * factor;
-            if (p.value_sum) x += of_z * b.z().load(simt::warp() * own + n * 8 + simt::opaque(simt::lane()) % 4 * 2 + k);
+            if (p.value_sum)
+              x += of_z * b.z().load(simt::warp() * own + n * 8 + simt::opaque(simt::lane()) % 4 * 2 + k);
             out.at[r][n].set(2 * h + k, x);
           }
         }
@@ -476,7 +476,8 @@ struct ScanMma {
         const int row_tile = out.first / 16 + r;
         if (b.p.reverse ? c < row_tile : c > row_tile) continue;
         A left;
-        simt::load_matrix_rows(left, scores, [&](int i, int k) { return place<chunk>(out.first + r * 16 + i + here, c * 16 + k); });
+        simt::load_matrix_rows(left, scores,
+                               [&](int i, int k) { return place<chunk>(out.first + r * 16 + i + here, c * 16 + k); });
         SIMT_UNROLL
         for (int n = 0; n < own_tiles; ++n) simt::mma(out.at[r][n], left, right[n]);
       }
@@ -513,9 +514,8 @@ struct ScanMma {
     A left[state_tiles];
     SIMT_UNROLL
     for (int m = 0; m < state_tiles; ++m) {
-      simt::load_matrix_columns(left[m], values, [&](int r, int c) {
-        return place<tile>(c + here, simt::warp() * own + m * 16 + r);
-      });
+      simt::load_matrix_columns(left[m], values,
+                                [&](int r, int c) { return place<tile>(c + here, simt::warp() * own + m * 16 + r); });
     }
     if (is_weighted(b.p)) {
       SIMT_UNROLL
@@ -625,7 +625,7 @@ struct ScanMma {
     for (int rt = 0; rt < row_share; ++rt) {
       SIMT_UNROLL
       for (int h = 0; h < 2; ++h) {
-        const int row = out.first + rt * 16 + Sum::row(2 * h);
+        const int row = out.first + rt * 16 + simt::opaque(simt::lane()) / 4 + 8 * h;
         float dot = 0;
         if (b.decay(turn.chunk_parity(), 3).load(row) != 0.0f) {
           const Index base = p.with.at(b.batch(), first + row, with_head);
@@ -734,8 +734,7 @@ struct ScanMma {
         for (int item = 0; item < 4; ++item) {
           simt::pack<E, 2> x;
           SIMT_UNROLL
-          for (int k = 0; k < 2; ++k)
-            x[k] = simt::from_float<E>(out.at[rt][tile_of(item)].get(2 * half_of(item) + k));
+          for (int k = 0; k < 2; ++k) x[k] = simt::from_float<E>(out.at[rt][tile_of(item)].get(2 * half_of(item) + k));
           word[item] = simt::bits_as<unsigned>(x);
         }
         SIMT_UNROLL

@@ -5,8 +5,8 @@
 
 namespace freqrank::linear_attention::device {
 
-// Segments::table and the slots of each sequence from cu_seqlens. Where the offsets are not 0, .., T without a decrease,
-// no sequence can be told from another, and every slot is to become NaN.
+// Segments::table and the slots of each sequence from cu_seqlens. Where the offsets are not 0, .., T without a
+// decrease, no sequence can be told from another, and every slot is to become NaN.
 struct OffsetsKernel {
   static constexpr const char* name = "linear_attention_offsets";
   static constexpr int max_threads = 256, min_blocks = 1;
@@ -83,8 +83,8 @@ struct CarryKernel {
     Index sequences, per_sequence;
     simt::global<const Index> sequence_slots;  // with cu_seqlens
     int state_heads, depth, width;
-    int tiles;  // blocks that share a state
-    simt::global<A> states, z;  // [slots,Hs,depth,width], [slots,Hs,depth]; z may be null
+    int tiles;                         // blocks that share a state
+    simt::global<A> states, z;         // [slots,Hs,depth,width], [slots,Hs,depth]; z may be null
     simt::global<const double> decay;  // [slots,Hs]
     States<const A> initial, initial_z;
     States<A> final, final_z;
@@ -103,8 +103,8 @@ struct CarryKernel {
     if (e < size) {
       const int d = e / p.width, c = e - d * p.width;
       const auto& initial = p.initial;
-      A running = initial.data ? initial.data.load(initial.at(n, head) + d * initial.stride[2] + c * initial.stride[3])
-                               : A(0);
+      A running =
+          initial.data ? initial.data.load(initial.at(n, head) + d * initial.stride[2] + c * initial.stride[3]) : A(0);
       running = carry(p, p.states, from, count, head, size, e, running);
       if (p.final.data)
         p.final.data.store(p.final.at(n, head) + d * p.final.stride[2] + c * p.final.stride[3], running);

@@ -15,8 +15,8 @@ SIMT_DEVICE int swizzled(int row, int column) {
   return row * Width + (column / 8 ^ turn) * 8 + column % 8;
 }
 
-// Rows of a chunk, `Width` columns from `column` on, by asynchronous copies where their alignment allows; what is masked
-// or outside becomes 0 and is not read.
+// Rows of a chunk, `Width` columns from `column` on, by asynchronous copies where their alignment allows; what is
+// masked or outside becomes 0 and is not read.
 template <int Chunk, int Width, int Threads, class E>
 SIMT_DEVICE void fetch_rows(const TokenParams<float>& p, const Matrix& m, simt::shared<E> to, Index batch, Index first,
                             int count, int head, int column) {
@@ -68,9 +68,9 @@ struct ChunkDecays {
       const bool lives_here = t < count && is_live(p, batch, first + t);
       lives[k] = lives_here ? 1.0f : 0.0f;
       if (p.decay == Decay::per_token)
-        simt::copy_async<4>(decays, t, p.log_decay,
-                            batch * p.decay_stride[0] + (first + t) * p.decay_stride[1] + state_head * p.decay_stride[2],
-                            lives_here);
+        simt::copy_async<4>(
+            decays, t, p.log_decay,
+            batch * p.decay_stride[0] + (first + t) * p.decay_stride[1] + state_head * p.decay_stride[2], lives_here);
     }
     live.store_vector(token(0), lives);
   }

@@ -28,8 +28,8 @@ void run_forward(const DevicePlan& plan, const Inputs& in, const ForwardOutputs&
   check(queue);
 }
 
-void run_backward(const DevicePlan& plan, const Inputs& in, const BackwardArguments& args,
-                  const Normalizer& normalizer, void* workspace, CUstream_st* stream) {
+void run_backward(const DevicePlan& plan, const Inputs& in, const BackwardArguments& args, const Normalizer& normalizer,
+                  void* workspace, CUstream_st* stream) {
   simt::Queue queue(stream);
   device::run_device_backward(plan, in, args, normalizer, workspace, queue);
   check(queue);

@@ -279,9 +279,7 @@ def _scan(
     return _with_state(outputs, output_final_state, normalize or options[-1] is not None)
 
 
-def _with_state(
-    outputs: Sequence[Tensor], wanted: bool, with_z: bool
-) -> tuple[Tensor, LinearAttentionState | None]:
+def _with_state(outputs: Sequence[Tensor], wanted: bool, with_z: bool) -> tuple[Tensor, LinearAttentionState | None]:
     o, kv, z = outputs
     return o, LinearAttentionState(kv, z if with_z else None) if wanted else None
 

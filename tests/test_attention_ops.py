@@ -9,6 +9,7 @@ import sys
 
 import hypothesis.strategies as st
 import pytest
+import scipy.signal
 import torch
 import torch._dynamo.testing
 from freqrank import (
@@ -322,10 +323,30 @@ def test_a_long_sequence_stays_linear_and_accurate(decay):
     assert error(want[0][:, :500], recurrent) < 1e-12
 
 
-@pytest.mark.long
-def test_a_million_tokens():
-    o, _ = linear_attention(*(torch.rand(1, 1_000_000, 1, 8) for _ in range(3)), normalize=True)
+@pytest.mark.parametrize(("gamma", "normalize"), [(1.0, True), (31 / 32, False)])
+def test_a_million_tokens(gamma, normalize):
+    torch.manual_seed(0)
+    time = 1_000_000
+    q, k, v = (torch.rand(1, time, 1, 4) for _ in range(3))
+    options = {"log_decay": torch.tensor([math.log(gamma)]), "scale": 1.0, "normalize": normalize}
+    o, state = linear_attention(q, k, v, **options, output_final_state=True)
+    # the recurrence itself: x_t = gamma x_{t-1} + u_t, with the gamma that float32 holds
+    factors = [1.0], [1.0, -options["log_decay"].double().exp().item()]
+    q64, k64, v64 = (x[0, :, 0].double().numpy() for x in (q, k, v))
+    kv = scipy.signal.lfilter(*factors, k64[:, :, None] * v64[:, None, :], axis=0)
+    z = scipy.signal.lfilter(*factors, k64, axis=0)
+    expected = (q64[:, :, None] * kv).sum(1) / ((q64 * z).sum(1, keepdims=True) + 1e-6 if normalize else 1)
     assert o.isfinite().all()
+    assert error(o[0, :, 0], torch.from_numpy(expected)) < 1e-5
+    assert error(state.kv[0, 0], torch.from_numpy(kv[-1])) < 1e-5
+    # in two calls
+    cut = 700_001
+    first, between = linear_attention(*(x[:, :cut] for x in (q, k, v)), **options, output_final_state=True)
+    second, last = linear_attention(
+        *(x[:, cut:] for x in (q, k, v)), **options, initial_state=between, output_final_state=True
+    )
+    assert error(torch.cat([first, second], 1), o) < 1e-5
+    assert error(last.kv, state.kv) < 1e-5
 
 
 @pytest.mark.long

@@ -10,6 +10,12 @@ namespace {
 
 bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16; }
 
+// Memory of another device would be read as if it were this one's.
+void check_device(const Tensor& q, const OptionalTensor& x, const char* name) {
+  STD_TORCH_CHECK(!x || (x->is_cuda() && x->get_device_index() == q.get_device_index()), "linear_attention: ", name,
+                  " must be on the GPU of q");
+}
+
 la::DevicePlan plan_of(const la::Sizes& s, const Tensor& q, const Tensor& k, const Tensor& v, bool same_dtypes,
                        bool backward, bool with_offsets, bool with_z) {
   la::DeviceProblem problem;
@@ -26,6 +32,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(Tensor q, Tenso
                                                                  OptionalTensor initial_kv, OptionalTensor initial_z,
                                                                  double scale, bool normalize, double eps,
                                                                  bool output_final_state) {
+  check_device(q, q, "q"), check_device(q, k, "k"), check_device(q, v, "v");
+  check_device(q, log_decay, "log_decay"), check_device(q, mask, "mask"), check_device(q, cu_seqlens, "cu_seqlens");
+  check_device(q, initial_kv, "initial_kv"), check_device(q, initial_z, "initial_z");
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const ForwardCall call = forward_call(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, normalize,
                                         eps, output_final_state, nullptr, false);
@@ -45,6 +54,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
     OptionalTensor log_decay, OptionalTensor mask, OptionalTensor cu_seqlens, OptionalTensor initial_kv,
     OptionalTensor initial_z, OptionalTensor o, OptionalTensor denominator, double scale, bool normalize, double eps,
     bool decay_gradient) {
+  check_device(q, q, "q"), check_device(q, k, "k"), check_device(q, v, "v"), check_device(q, grad_o, "grad_o");
+  check_device(q, log_decay, "log_decay"), check_device(q, mask, "mask"), check_device(q, cu_seqlens, "cu_seqlens");
+  check_device(q, initial_kv, "initial_kv"), check_device(q, initial_z, "initial_z");
+  check_device(q, grad_kv, "grad_kv"), check_device(q, grad_z, "grad_z");
+  check_device(q, o, "o"), check_device(q, denominator, "denominator");
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const BackwardCall call = backward_call(grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv,
                                           initial_z, scale, normalize, eps, decay_gradient, nullptr, false, false);
@@ -70,6 +84,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
 
 Tensor linear_attention_step_cuda(Tensor q, Tensor k, Tensor v, Tensor kv, OptionalTensor z, OptionalTensor log_decay,
                                   OptionalTensor mask, double scale, bool normalize, double eps) {
+  check_device(q, q, "q"), check_device(q, k, "k"), check_device(q, v, "v"), check_device(q, kv, "kv");
+  check_device(q, z, "z"), check_device(q, log_decay, "log_decay"), check_device(q, mask, "mask");
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const Step step = step_of(q, k, v, kv, z, log_decay, mask, scale, normalize, eps);
   la::run_step(step.sizes, step.args, current_stream(q.get_device_index()));

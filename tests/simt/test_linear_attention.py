@@ -10,7 +10,7 @@ HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES = HALF | {"float32": torch.float32, "float64": torch.float64}
 TOLERANCE = {"bfloat16": 3.3e-3, "float16": 3.3e-3, "float32": 1e-5, "float64": 1e-12}
 # With a normalizer dq and the gradient of z are differences of two sums that have the mean of the keys in common.
-# bfloat16's rounding of o and of the scores is then several times as large beside it, where all keys are positive as here.
+# Beside it bfloat16's rounding of o and of the scores is several times as large where all keys are positive, as here.
 NORMALIZED_TOLERANCE = TOLERANCE | {"bfloat16": 8e-3}
 DECAY_TOLERANCE = {"bfloat16": 2e-2, "float16": 2e-2, "float32": 3e-5, "float64": 1e-11}
 MANY_SMS = {"sms": 132}  # a split wherever it helps
@@ -377,7 +377,7 @@ def test_scans_move_the_bytes_that_the_plan_states():
     states = 2 * 2 * 64 * 200 * 4
     assert executor.counters[kernel]["global_read_bytes"] == sum(s["read_bytes"] for s in plan["scans"])
     assert executor.counters[kernel]["global_written_bytes"] == sum(s["write_bytes"] for s in plan["scans"]) + states
-    results, plan, executor = case.backward({"grad_o": torch.randn(2, 128, 4, 200).to(case.dtype)}, outputs, MANY_SMS)
+    _, plan, executor = case.backward({"grad_o": torch.randn(2, 128, 4, 200).to(case.dtype)}, outputs, MANY_SMS)
     assert executor.counters[kernel]["global_read_bytes"] == sum(s["read_bytes"] for s in plan["scans"])
     assert executor.counters[kernel]["global_written_bytes"] == sum(s["write_bytes"] for s in plan["scans"])
 

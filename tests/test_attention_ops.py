@@ -833,13 +833,13 @@ def test_opcheck():
     offsets = torch.tensor([0, 4, 9])
     leaves = [x.requires_grad_() for x in (q, k, v, log_decay)]
     op = torch.ops.freqrank.linear_attention.default
-    torch.library.opcheck(op, (*leaves, mask, offsets, *state, 0.5, True, 1e-6, True))
-    torch.library.opcheck(op, (q, k, v, None, None, None, None, None, 0.5, False, 1e-6, False))
+    torch.library.opcheck(op, (*leaves, mask, offsets, *state, 0.5, True, 1e-6, True, True))
+    torch.library.opcheck(op, (q, k, v, None, None, None, None, None, 0.5, False, 1e-6, False, False))
     backward = torch.ops.freqrank.linear_attention_backward.default
     plain = [x.detach() for x in leaves]
     torch.library.opcheck(
         backward,
-        (torch.randn(1, 9, 2, 4), *state, *plain, mask, offsets, *state, None, None, 0.5, True, 1e-6, True),
+        (torch.randn(1, 9, 2, 4), *state, *plain, mask, offsets, *state, None, None, None, 0.5, True, 1e-6, True),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
     projection, weights = torch.randn(1, 3, 2, requires_grad=True), torch.rand(4, requires_grad=True)

@@ -26,15 +26,13 @@ def on_cuda(op, *arguments):
 # --- ops without a kernel for the device --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gram", "cholesky_ex", "solve_triangular", "linear_attention"])
+@pytest.mark.parametrize("name", ["gram", "cholesky_ex", "solve_triangular"])
 def test_ops_without_cuda_kernels_say_so(name):
     x = torch.eye(3)
-    q = torch.ones(1, 2, 1, 4)
     arguments = {
         "gram": (x, None, None),
         "cholesky_ex": (x, False),
         "solve_triangular": (x, x, False, True, False),
-        "linear_attention": (q, q, q, None, None, None, None, None, 1.0, False, 0.0, False),
     }[name]
     with pytest.raises(ValueError, match=rf"freqrank has kernels of {name} for the CPU alone so far; .*x\.cpu\(\)"):
         on_cuda(getattr(torch.ops.freqrank, name), *arguments)
@@ -42,8 +40,15 @@ def test_ops_without_cuda_kernels_say_so(name):
 
 @pytest.mark.skipif(_native.cuda_loaded(), reason="the CUDA library is loaded")
 def test_without_the_cuda_library_the_error_says_how_to_build_it():
-    with pytest.raises(ValueError, match=r"CUDA library is not .*FREQRANK_CUDA=1 pip install \. --no-build-isolation"):
-        on_cuda(torch.ops.freqrank.dct, torch.ones(3, 4), [1], [4], [4], 2, 0, 0, 0)
+    q = torch.ones(1, 2, 1, 4)
+    for op, arguments in (
+        (torch.ops.freqrank.dct, (torch.ones(3, 4), [1], [4], [4], 2, 0, 0, 0)),
+        (torch.ops.freqrank.linear_attention, (q, q, q, *5 * [None], 1.0, False, 0.0, False, False)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"CUDA library is not .*FREQRANK_CUDA=1 pip install \. --no-build-isolation"
+        ):
+            on_cuda(op, *arguments)
 
 
 def test_every_op_has_a_kernel_or_an_error_for_cuda():

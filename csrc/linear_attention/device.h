@@ -98,10 +98,13 @@ std::size_t workspace_bytes(const DevicePlan& plan);
 // For people: a line a launch.
 std::string describe(const DevicePlan& plan);
 
-// What Inputs, ForwardOutputs and BackwardArguments do not hold, of a call with `normalize`.
+// What Inputs, ForwardOutputs and BackwardArguments do not hold, of a call with `normalize`: forward writes the last
+// two, backward takes all. `rest`, what rounding took from o, is worth its memory on tensor cores only; it may be
+// absent.
 struct Normalizer {
-  View o;            // [B,T,H,V], what forward returned; for backward
-  View denominator;  // [B,H,T] contiguous, of the arithmetic's dtype: forward writes it, backward takes it
+  View o;            // [B,T,H,V], what forward returned
+  View denominator;  // [B,H,T] contiguous, of the arithmetic's dtype
+  View rest;         // [B,T,H,V], dtype of o
 };
 
 }  // namespace freqrank::linear_attention

@@ -62,7 +62,9 @@ DevicePlan::Scan scan_of(const DevicePlan& plan, Role role) {
     const MmaShape& shape = kMmaShapes[plan.shape];
     const MmaLayout layout = mma_layout(shape);
     scan.tile = shape.tile, scan.chunk = shape.chunk, scan.threads = 32 * shape.warps;
-    scan.shared_bytes = scan.column_heads > 1 && roles.out ? layout.parked + layout.parked_bytes : layout.bytes;
+    scan.shared_bytes = layout.bytes;
+    if (scan.column_heads > 1 && roles.out) scan.shared_bytes = layout.parked + layout.parked_bytes;
+    if (role == Role::query_gradient && s.normalize) scan.shared_bytes = layout.parked + layout.rests_bytes;
   } else {
     const FmaLayout layout = fma_layout(scan.depth, scan.width, s.double_precision, plan.limits);
     scan.tile = layout.tile, scan.chunk = layout.chunk, scan.threads = layout.threads;

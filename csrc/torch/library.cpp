@@ -21,16 +21,16 @@ STABLE_TORCH_LIBRARY(freqrank, m) {
   m.def("dct_cuda_limits(int device) -> int[]");
 
   // linear_attention
-  // On CUDA with `normalize` forward returns the denominators [B,H,T] and backward takes them and o; else they are
-  // empty.
+  // On CUDA with `normalize` forward returns the denominators [B,H,T] and, `for_backward`, what rounding took from a
+  // 16-bit o; backward takes o and them. Else they are empty. empty.
   m.def(
       "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? mask, Tensor? cu_seqlens, "
-      "Tensor? initial_kv, Tensor? initial_z, float scale, bool normalize, float eps, bool output_final_state) -> "
-      "(Tensor o, Tensor kv, Tensor z, Tensor denominator)");
+      "Tensor? initial_kv, Tensor? initial_z, float scale, bool normalize, float eps, bool output_final_state, "
+      "bool for_backward) -> (Tensor o, Tensor kv, Tensor z, Tensor denominator, Tensor rest)");
   m.def(
       "linear_attention_backward(Tensor grad_o, Tensor? grad_kv, Tensor? grad_z, Tensor q, Tensor k, Tensor v, "
       "Tensor? log_decay, Tensor? mask, Tensor? cu_seqlens, Tensor? initial_kv, Tensor? initial_z, Tensor? o, "
-      "Tensor? denominator, float scale, bool normalize, float eps, bool decay_gradient) -> "
+      "Tensor? denominator, Tensor? rest, float scale, bool normalize, float eps, bool decay_gradient) -> "
       "(Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor dinitial_kv, Tensor dinitial_z)");
   // The same over features of q and k; feature: 0 softmax, 1 exp, 2 softmax_pm.
   m.def(

@@ -31,22 +31,23 @@ Gradients backward(const Tensor& grad_o, const OptionalTensor& grad_kv, const Op
 
 }  // namespace
 
-// The denominators are not kept: the backward pass makes them again.
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention(Tensor q, Tensor k, Tensor v, OptionalTensor log_decay,
-                                                            OptionalTensor mask, OptionalTensor cu_seqlens,
-                                                            OptionalTensor initial_kv, OptionalTensor initial_z,
-                                                            double scale, bool normalize, double eps,
-                                                            bool output_final_state) {
+// Nothing is kept for the backward pass, which makes the denominators again.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention(Tensor q, Tensor k, Tensor v,
+                                                                    OptionalTensor log_decay, OptionalTensor mask,
+                                                                    OptionalTensor cu_seqlens,
+                                                                    OptionalTensor initial_kv, OptionalTensor initial_z,
+                                                                    double scale, bool normalize, double eps,
+                                                                    bool output_final_state, bool /*for_backward*/) {
   const ForwardCall call = forward(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, normalize, eps,
                                    output_final_state, nullptr);
-  return {call.o, call.kv, call.z, make(v, {0}, real_of(call.sizes))};
+  return {call.o, call.kv, call.z, make(v, {0}, real_of(call.sizes)), make(v, {0})};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
     Tensor grad_o, OptionalTensor grad_kv, OptionalTensor grad_z, Tensor q, Tensor k, Tensor v,
     OptionalTensor log_decay, OptionalTensor mask, OptionalTensor cu_seqlens, OptionalTensor initial_kv,
-    OptionalTensor initial_z, OptionalTensor /*o*/, OptionalTensor /*denominator*/, double scale, bool normalize,
-    double eps, bool decay_gradient) {
+    OptionalTensor initial_z, OptionalTensor /*o*/, OptionalTensor /*denominator*/, OptionalTensor /*rest*/,
+    double scale, bool normalize, double eps, bool decay_gradient) {
   const Gradients d = backward(grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z,
                                scale, normalize, eps, decay_gradient, nullptr, false);
   return {d.q, d.k, d.v, d.log_decay, d.initial_kv, d.initial_z};

@@ -27,11 +27,10 @@ la::DevicePlan plan_of(const la::Sizes& s, const Tensor& q, const Tensor& k, con
   return la::plan_device(problem, gpu_limits(q.get_device_index()));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor log_decay,
-                                                                 OptionalTensor mask, OptionalTensor cu_seqlens,
-                                                                 OptionalTensor initial_kv, OptionalTensor initial_z,
-                                                                 double scale, bool normalize, double eps,
-                                                                 bool output_final_state) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
+    Tensor q, Tensor k, Tensor v, OptionalTensor log_decay, OptionalTensor mask, OptionalTensor cu_seqlens,
+    OptionalTensor initial_kv, OptionalTensor initial_z, double scale, bool normalize, double eps,
+    bool output_final_state, bool for_backward) {
   check_device(q, q, "q"), check_device(q, k, "k"), check_device(q, v, "v");
   check_device(q, log_decay, "log_decay"), check_device(q, mask, "mask"), check_device(q, cu_seqlens, "cu_seqlens");
   check_device(q, initial_kv, "initial_kv"), check_device(q, initial_z, "initial_z");
@@ -42,18 +41,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(Tensor q, Tenso
   const Tensor denominator = normalize ? make(v, {s.batch, s.heads, s.time}, real_of(s)) : make(v, {0}, real_of(s));
   const la::DevicePlan plan = plan_of(s, q, k, v, true, false, cu_seqlens.has_value(), initial_z.has_value());
   const Tensor workspace = workspace_of(q, la::workspace_bytes(plan));
+  const bool with_rest = for_backward && normalize && plan.kernel == la::ScanKernel::tensor_cores;
+  const Tensor rest = with_rest ? make(v, {s.batch, s.time, s.heads, s.value_dim}) : make(v, {0});
   la::Normalizer normalizer;
   if (normalize) normalizer.denominator = view_of(denominator);
+  if (with_rest) normalizer.rest = view_of(rest);
   la::run_forward(plan, call.in, call.out, normalizer, workspace.mutable_data_ptr(),
                   current_stream(q.get_device_index()));
-  return {call.o, call.kv, call.z, denominator};
+  return {call.o, call.kv, call.z, denominator, rest};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward_cuda(
     Tensor grad_o, OptionalTensor grad_kv, OptionalTensor grad_z, Tensor q, Tensor k, Tensor v,
     OptionalTensor log_decay, OptionalTensor mask, OptionalTensor cu_seqlens, OptionalTensor initial_kv,
-    OptionalTensor initial_z, OptionalTensor o, OptionalTensor denominator, double scale, bool normalize, double eps,
-    bool decay_gradient) {
+    OptionalTensor initial_z, OptionalTensor o, OptionalTensor denominator, OptionalTensor rest, double scale,
+    bool normalize, double eps, bool decay_gradient) {
   check_device(q, q, "q"), check_device(q, k, "k"), check_device(q, v, "v"), check_device(q, grad_o, "grad_o");
   check_device(q, log_decay, "log_decay"), check_device(q, mask, "mask"), check_device(q, cu_seqlens, "cu_seqlens");
   check_device(q, initial_kv, "initial_kv"), check_device(q, initial_z, "initial_z");
@@ -71,7 +73,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
     check_shape(denominator, {s.batch, s.heads, s.time}, "denominator");
     check_exact(denominator, s.double_precision, "denominator");
     STD_TORCH_CHECK(denominator->is_contiguous(), "linear_attention_backward: denominator must be contiguous");
-    normalizer = {view_of(o), view_of(denominator)};
+    normalizer = {view_of(o), view_of(denominator), {}};
+    if (rest && rest->numel() > 0) {
+      check_device(q, rest, "rest");
+      check_shape(rest, {s.batch, s.time, s.heads, s.value_dim}, "rest");
+      STD_TORCH_CHECK(rest->scalar_type() == o->scalar_type(),
+                      "linear_attention_backward: rest must have the dtype of o");
+      normalizer.rest = view_of(rest);
+    }
   }
   const la::DevicePlan plan = plan_of(s, q, k, v, grad_o.scalar_type() == q.scalar_type(), true, cu_seqlens.has_value(),
                                       grad_z.has_value() || initial_z.has_value());

@@ -122,7 +122,7 @@ py::dict run(simt::Executor& executor, const py::dict& arrays, const py::dict& o
   in.initial_kv = a.view("initial_kv"), in.initial_z = a.view("initial_z");
   if (a.has("cu_seqlens")) in.cu_seqlens = static_cast<const std::int64_t*>(a.array("cu_seqlens").data());
   in.scale = a.option("scale", 1.0), in.eps = a.option("eps", 0.0);
-  const la::Normalizer normalizer{a.view("o"), a.view("denominator")};
+  const la::Normalizer normalizer{a.view("o"), a.view("denominator"), a.view("rest")};
 
   std::vector<std::uint8_t> memory(la::workspace_bytes(plan) + la::kDeviceAlign, 0xff);  // NaN
   const auto address = reinterpret_cast<std::uintptr_t>(memory.data());

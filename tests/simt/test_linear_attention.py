@@ -9,9 +9,9 @@ from freqrank.ops import reference
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES = HALF | {"float32": torch.float32, "float64": torch.float64}
 TOLERANCE = {"bfloat16": 3.3e-3, "float16": 3.3e-3, "float32": 1e-5, "float64": 1e-12}
-# With a normalizer dq and the gradient of z are differences of two sums that have the mean of the keys in common.
-# Beside it bfloat16's rounding of o and of the scores is several times as large where all keys are positive, as here.
-NORMALIZED_TOLERANCE = TOLERANCE | {"bfloat16": 8e-3}
+# Of dq with a normalizer where all keys are positive, as here: a difference of two sums, beside which the error that
+# the forward pass left in o is larger.
+NORMALIZED_TOLERANCE = TOLERANCE | {"bfloat16": 4e-3}
 DECAY_TOLERANCE = {"bfloat16": 2e-2, "float16": 2e-2, "float32": 3e-5, "float64": 1e-11}
 MANY_SMS = {"sms": 132}  # a split wherever it helps
 ONE_SM = {"sms": 1, "shared_bytes_per_sm": 0}  # a block at a time: never split
@@ -98,6 +98,7 @@ class Case:
             "o": torch.empty(shape, dtype=self.dtype), "final_kv": torch.empty(*state, shape[3], dtype=real(self.name)),
             "final_z": torch.empty(state, dtype=real(self.name)) if self.with_z else None,
             "denominator": torch.empty(shape[0], shape[2], shape[1], dtype=real(self.name)) if self.normalize else None,
+            "rest": torch.empty(shape, dtype=self.dtype) if self.normalize and self.name in HALF else None,
         }  # fmt: skip
         return outputs, *self.run(self.arrays(), outputs, limits, seed)
 
@@ -114,7 +115,7 @@ class Case:
     def backward(self, grads, outputs, limits=ONE_SM, seed=0):
         arrays = self.arrays() | {name: array(x) for name, x in grads.items()}
         if self.normalize:
-            arrays |= {name: array(outputs[name]) for name in ("o", "denominator")}
+            arrays |= {name: array(outputs[name]) for name in ("o", "denominator", "rest")}
         results = {
             "d" + name: None if x is None else torch.empty(x.shape, dtype=x.dtype) for name, x in self.leaves().items()
         }
@@ -163,7 +164,7 @@ def check(case, limits=ONE_SM, *, backward=True, final=True, seed=0, tolerance=1
     results, plan, executor = case.backward(grads, outputs, limits, seed)
     _, wanted = case.expected(grads)
     for name, e in wanted.items():
-        difference = case.normalize and name in ("dq", "dinitial_z")
+        difference = name == "dq" and case.normalize
         table = DECAY_TOLERANCE if name == "dlog_decay" else NORMALIZED_TOLERANCE if difference else TOLERANCE
         allowed = table[case.name]
         assert error(results[name], e) <= tolerance * allowed, (name, error(results[name], e))

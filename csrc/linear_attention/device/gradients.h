@@ -5,15 +5,16 @@
 
 namespace freqrank::linear_attention::device {
 
-// The normaliser's part: with o = n / d, the gradient of n is do / d and that of d is -(do . o) / d. A warp a row.
+// The normaliser's part: with o = n / d, the gradient of n is do / d and that of d is -(do . o) / d. A warp a row. dq
+// is a difference of what the two give: beside it, the rounding of o to 16 bits and that of scores are not small.
 template <class A>
 struct NormalizerKernel {
   static constexpr const char* name =
       sizeof(A) == 8 ? "linear_attention_normalizer_double" : "linear_attention_normalizer";
   static constexpr int max_threads = 256, min_blocks = 4;
   struct Params {
-    Index rows, time;  // rows: B H T
-    Matrix gradient, o;
+    Index rows, time;          // rows: B H T
+    Matrix gradient, o, rest;  // rest: what rounding took from o; may be null
     simt::global<const A> denominator;
     simt::global<const unsigned char> mask;
     Index mask_stride[2];
@@ -33,9 +34,13 @@ struct NormalizerKernel {
         with_dtype<A>(p.o.dtype, [&](auto o) {
           const auto gradient = p.gradient.data.template as<decltype(g)>();
           const auto out = p.o.data.template as<decltype(o)>();
-          for (int i = simt::lane(); i < p.o.width; i += 32)
-            sum = simt::fma(static_cast<A>(simt::to_float(gradient.load(x + i * p.gradient.stride[3]))),
-                            static_cast<A>(simt::to_float(out.load(y + i * p.o.stride[3]))), sum);
+          const auto rest = p.rest.data.template as<decltype(o)>();
+          const Index z = p.rest.at(batch, t, head);
+          for (int i = simt::lane(); i < p.o.width; i += 32) {
+            A exact = static_cast<A>(simt::to_float(out.load(y + i * p.o.stride[3])));
+            if (p.rest.data) exact += static_cast<A>(simt::to_float(rest.load(z + i * p.rest.stride[3])));
+            sum = simt::fma(static_cast<A>(simt::to_float(gradient.load(x + i * p.gradient.stride[3]))), exact, sum);
+          }
         });
       });
     }
@@ -61,7 +66,7 @@ template <class A>
 struct DecayGradientKernel {
   static constexpr const char* name =
       sizeof(A) == 8 ? "linear_attention_decay_gradient_double" : "linear_attention_decay_gradient";
-  static constexpr int max_threads = 256, min_blocks = 3, warps = max_threads / 32;
+  static constexpr int max_threads = 256, min_blocks = 2, warps = max_threads / 32;
   struct Params {
     Segments segments;
     int state_heads, query_heads, key_heads;  // key_heads: of key_dots

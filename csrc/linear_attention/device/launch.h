@@ -43,6 +43,7 @@ class Call {
     p.normalize = s_.normalize;
     p.eps = static_cast<A>(in_.eps);
     if (s_.normalize) p.denominator = row(normalizer.denominator.data);
+    if (normalizer.rest) p.rest = output_of(normalizer.rest, s_.batch, s_.time, s_.heads, s_.value_dim, queue_);
     p.key_sum = plan_.with_z;
     p.by_slot = plan_.split;
     if (plan_.split) {
@@ -157,7 +158,9 @@ class Call {
     p.width_tiles = planned.width_tiles;
     p.depth = planned.depth, p.width = planned.width;
     p.query_heads = static_cast<int>(s_.heads);
-    p.exact_state = s_.decay_gradient && role != Role::value_gradient;
+    // what these scans give to differences of large sums: the decay's gradient, and dq with a normalizer
+    p.exact_state = (s_.decay_gradient && role != Role::value_gradient) ||
+                    (plan_.problem.backward && s_.normalize && (role == Role::states || role == Role::query_gradient));
     p.column_factor = p.reverse ? static_cast<A>(in_.scale) : A(1);
     static_cast<TokenParams<A>&>(p) = tokens_;
     if (plan_.problem.backward && s_.normalize) {
@@ -224,6 +227,7 @@ class Call {
     p.time = s_.time;
     p.gradient = queries(args.grad_o, s_.value_dim);
     p.o = queries(normalizer.o, s_.value_dim);
+    if (normalizer.rest) p.rest = queries(normalizer.rest, s_.value_dim);
     p.denominator = row(normalizer.denominator.data);
     p.mask = tokens_.mask;
     std::copy(tokens_.mask_stride, tokens_.mask_stride + 2, p.mask_stride);
@@ -243,7 +247,7 @@ class Call {
     p.values = keys(in_.k, s_.key_dim);
     p.out = output_of(args.dq, s_.batch, s_.time, s_.heads, s_.key_dim, queue_);
     p.out_factor = static_cast<A>(in_.scale);
-    p.value_sum = s_.normalize;
+    p.value_sum = p.exact_scores = s_.normalize;
     p.by_slot = plan_.split;
     p.initial_state = plan_.split ? workspace_states<const A>(plan_.states_at, true)
                                   : states_of<const A>(in_.initial_kv, state_sizes(), queue_, true);

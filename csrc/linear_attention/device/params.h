@@ -110,6 +110,7 @@ struct ScanParams : TokenParams<A> {
   bool normalize = false;
   A eps = 0;
   simt::global<A> denominator;                   // [B,H,T]
+  Output rest;                                   // what rounding takes from out; tensor cores only, may be null
   simt::global<const A> query_scale, query_add;  // [B,H,T]
   int query_heads = 1;
   // z is a vector beside the state: the decayed sum of columns (key_sum, of length depth) or of values (value_sum, of
@@ -126,8 +127,8 @@ struct ScanParams : TokenParams<A> {
   // width,B,out.heads,T].
   Matrix with;
   simt::global<A> dots;
-  // The state, and what it gives, to float's accuracy though tensors have 16 bits.
-  bool exact_state = false;
+  // The state and what it gives, or the scores, to float's accuracy though tensors have 16 bits.
+  bool exact_state = false, exact_scores = false;
 };
 
 // Where a block works.
@@ -216,6 +217,10 @@ SIMT_DEVICE void poison(const ScanParams<A>& p, const Place& place, const Segmen
         with_dtype<A>(p.out.dtype, [&](auto x) {
           using S = decltype(x);
           p.out.data.template as<S>().store(i, simt::from_float<S>(nan));
+          if (p.rest.data)
+            p.rest.data.template as<S>().store(
+                p.rest.at(segment.batch, segment.first + t, head) + (from + e - t * columns) * p.rest.stride[3],
+                simt::from_float<S>(nan));
         });
       }
       const int query = p.reverse ? 0 : place.state_head * p.query_heads / p.state_heads + row;

@@ -69,6 +69,8 @@ struct ScanMma {
       return simt::shared_array<E>(layout.values + parity * layout.values_bytes, chunk * tile);
     }
     SIMT_DEVICE simt::shared<E> scores() const { return simt::shared_array<E>(layout.scores, chunk * chunk); }
+    // With exact_scores, which no scan has that parks accumulators.
+    SIMT_DEVICE simt::shared<E> score_rests() const { return simt::shared_array<E>(layout.parked, chunk * chunk); }
     SIMT_DEVICE simt::shared<float> decay(int parity, int which) const {
       return simt::shared_array<float>(layout.decay + (parity * 4 + which) * chunk * 4, chunk);
     }
@@ -324,7 +326,12 @@ struct ScanMma {
         simt::pack<E, 2> x;
         SIMT_UNROLL
         for (int side = 0; side < 2; ++side) x[side] = simt::from_float<E>(sum[n].get(2 * h + side) * shrunk[h]);
-        b.scores().store_vector(place<chunk>(row[h], first + n * 8 + Sum::col(0)), x);
+        const int at = place<chunk>(row[h], first + n * 8 + simt::opaque(simt::lane()) % 4 * 2);
+        b.scores().store_vector(at, x);
+        if (!p.exact_scores) continue;
+        SIMT_UNROLL
+        for (int side = 0; side < 2; ++side) x[side] = rounded<true>(sum[n].get(2 * h + side) * shrunk[h]);
+        b.score_rests().store_vector(at, x);
       }
     }
     if (p.normalize) add_denominators(b, rows, total, row, chunk_parity);
@@ -477,6 +484,11 @@ struct ScanMma {
         if (b.p.reverse ? c < row_tile : c > row_tile) continue;
         A left;
         simt::load_matrix_rows(left, scores,
+                               [&](int i, int k) { return place<chunk>(out.first + r * 16 + i + here, c * 16 + k); });
+        SIMT_UNROLL
+        for (int n = 0; n < own_tiles; ++n) simt::mma(out.at[r][n], left, right[n]);
+        if (!b.p.exact_scores) continue;
+        simt::load_matrix_rows(left, b.score_rests(),
                                [&](int i, int k) { return place<chunk>(out.first + r * 16 + i + here, c * 16 + k); });
         SIMT_UNROLL
         for (int n = 0; n < own_tiles; ++n) simt::mma(out.at[r][n], left, right[n]);
@@ -692,8 +704,28 @@ struct ScanMma {
     const Index base = p.out.at(b.batch(), first, head);
     if (p.out.dtype == Dtype::float32) {
       store_floats(b, out, base, count, column);
-    } else {
-      store_halves(b, out, base, count, column);
+      return;
+    }
+    // p.out, and after it p.rest
+    SIMT_NO_UNROLL
+    for (int pass = 0; pass < (p.rest.data ? 2 : 1); ++pass) {
+      if (pass == 1) keep_rest(out);
+      store_halves(pass == 0 ? p.out : p.rest, out, pass == 0 ? base : p.rest.at(b.batch(), first, head), count,
+                   column);
+    }
+  }
+
+  SIMT_DEVICE static void keep_rest(Out& out) {
+    SIMT_UNROLL
+    for (int r = 0; r < row_share; ++r) {
+      SIMT_UNROLL
+      for (int n = 0; n < own_tiles; ++n) {
+        SIMT_UNROLL
+        for (int i = 0; i < Sum::count; ++i) {
+          const float x = out.at[r][n].get(i);
+          out.at[r][n].set(i, x - simt::to_float(simt::from_float<E>(x)));
+        }
+      }
     }
   }
 
@@ -718,8 +750,7 @@ struct ScanMma {
   }
 
   // The four lanes that hold a row's eight columns in pairs exchange them, so that each stores 16 bytes.
-  SIMT_DEVICE static void store_halves(const Block& b, const Out& out, Index base, int count, int column) {
-    const Output& to = b.p.out;
+  SIMT_DEVICE static void store_halves(const Output& to, const Out& out, Index base, int count, int column) {
     const auto data = to.data.template as<E>();
     const int q = simt::opaque(simt::lane()) % 4;
     SIMT_UNROLL
@@ -751,7 +782,7 @@ struct ScanMma {
         }
         const int row = out.first + rt * 16 + simt::lane() / 4 + 8 * half_of(q), at = column + 8 * tile_of(q);
         const Index i = base + row * to.stride[1] + at * to.stride[3];
-        if (row >= count || at >= b.p.width) continue;
+        if (row >= count || at >= to.width) continue;
         simt::pack<E, 8> x;
         SIMT_UNROLL
         for (int item = 0; item < 4; ++item) {
@@ -764,7 +795,7 @@ struct ScanMma {
         } else {
           SIMT_UNROLL
           for (int e = 0; e < 8; ++e)
-            if (at + e < b.p.width) data.store(i + e * to.stride[3], x[e]);
+            if (at + e < to.width) data.store(i + e * to.stride[3], x[e]);
         }
       }
     }

@@ -273,8 +273,10 @@ def _scan(
     """:func:`linear_attention` behind the checks of q, k and v; v may be of a smaller dtype than q and k."""
     _check_numbers(scale, eps)
     options = _check_options(q, k, v, q.shape[3], log_decay, normalize, mask, initial_state, cu_seqlens)
-    *outputs, _ = torch.ops.freqrank.linear_attention(
-        q, k, v, *options, float(scale), bool(normalize), float(eps), bool(output_final_state)
+    tensors = (q, k, v, *options)
+    for_backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    *outputs, _, _ = torch.ops.freqrank.linear_attention(
+        *tensors, float(scale), bool(normalize), float(eps), bool(output_final_state), for_backward
     )
     return _with_state(outputs, output_final_state, normalize or options[-1] is not None)
 
@@ -575,25 +577,39 @@ def _keeps_denominators(q: Tensor, normalize: bool) -> bool:
     return normalize and q.device.type == "cuda"
 
 
+def _on_tensor_cores(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """As linear_attention/device_plan.cpp decides it for a GPU."""
+    one_half = q.dtype in (torch.float16, torch.bfloat16) and k.dtype == q.dtype and v.dtype == q.dtype
+    return one_half and q.shape[3] <= MAX_DIM and v.shape[3] <= MAX_DIM
+
+
 def _fake_gradient(x: Tensor | None, q: Tensor) -> Tensor:
     """Of something in the dtype of the arithmetic; empty for None."""
     return q.new_empty((0,) if x is None else x.shape, dtype=_real(q.dtype))
 
 
 @torch.library.register_fake("freqrank::linear_attention")
-def _(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, normalize, eps, output_final_state):
+def _(
+    q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, normalize, eps, output_final_state,
+    for_backward,
+):  # fmt: skip
     outputs = _fake_forward(q, k, v, q.shape[3], log_decay, cu_seqlens, initial_z, normalize, output_final_state)
-    denominators = (q.shape[0], q.shape[2], q.shape[1]) if _keeps_denominators(q, normalize) else (0,)
-    return *outputs, v.new_empty(denominators, dtype=_real(q.dtype))
+    kept = _keeps_denominators(q, normalize)
+    rest = kept and for_backward and _on_tensor_cores(q, k, v)
+    return (
+        *outputs,
+        v.new_empty((q.shape[0], q.shape[2], q.shape[1]) if kept else (0,), dtype=_real(q.dtype)),
+        v.new_empty((*q.shape[:3], v.shape[3]) if rest else (0,)),
+    )
 
 
 @torch.library.register_fake("freqrank::linear_attention_backward")
 def _(
-    grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, o, denominator, scale,
-    normalize, eps, decay_gradient,
+    grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, o, denominator, rest,
+    scale, normalize, eps, decay_gradient,
 ):  # fmt: skip
-    rest = (log_decay if decay_gradient else None, initial_kv, initial_z)
-    return *(x.new_empty(x.shape) for x in (q, k, v)), *(_fake_gradient(x, q) for x in rest)
+    others = (log_decay if decay_gradient else None, initial_kv, initial_z)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *(_fake_gradient(x, q) for x in others)
 
 
 @torch.library.register_fake("freqrank::feature_map_attention")
@@ -624,10 +640,11 @@ def _(q, k, v, kv, z, log_decay, mask, scale, normalize, eps):
 
 
 def _setup(ctx, inputs, output):
-    *tensors, scale, normalize, eps, output_final_state = inputs
-    o, _, _, denominator = output
-    ctx.mark_non_differentiable(denominator)
-    ctx.save_for_backward(*tensors, *((o, denominator) if _keeps_denominators(tensors[0], normalize) else (None, None)))
+    *tensors, scale, normalize, eps, output_final_state, _ = inputs
+    o, _, _, denominator, rest = output
+    ctx.mark_non_differentiable(denominator, rest)
+    kept = (o, denominator, rest) if _keeps_denominators(tensors[0], normalize) else (None, None, None)
+    ctx.save_for_backward(*tensors, *kept)
     ctx.options = (scale, normalize, eps)
     ctx.output_final_state = output_final_state
     ctx.set_materialize_grads(False)
@@ -646,15 +663,15 @@ def _directions(ctx, grads, q, v, normalize, z):
 
 
 def _backward(ctx, *grads):
-    q, k, v, log_decay, mask, cu_seqlens, kv, z, o, denominator = ctx.saved_tensors
+    q, k, v, log_decay, mask, cu_seqlens, kv, z, *kept = ctx.saved_tensors
     wants_decay = log_decay is not None and ctx.needs_input_grad[3]
     dq, dk, dv, dlog_decay, dkv, dz = torch.ops.freqrank.linear_attention_backward(
         *_directions(ctx, grads[:3], q, v, ctx.options[1], z),
-        q, k, v, log_decay, mask, cu_seqlens, kv, z, o, denominator, *ctx.options, wants_decay,
+        q, k, v, log_decay, mask, cu_seqlens, kv, z, *kept, *ctx.options, wants_decay,
     )  # fmt: skip
     return (
         dq, dk, dv, dlog_decay if wants_decay else None, None, None,
-        None if kv is None else dkv, None if z is None else dz, None, None, None, None,
+        None if kv is None else dkv, None if z is None else dz, None, None, None, None, None,
     )  # fmt: skip
 
 
@@ -752,8 +769,8 @@ def _composed(q, k, v, projection, weights, feature, log_decay, mask, cu_seqlens
 
 
 def _setup_second(ctx, inputs, output):
-    # without o and the denominators, which follow from the others
-    tensors, options = inputs[:-6], inputs[-4:-1]
+    # without what forward kept, which follows from the others
+    tensors, options = inputs[:-7], inputs[-4:-1]
     ctx.save_for_backward(*tensors)
     ctx.formula = lambda *variables: _chunked(*variables, *options)
     ctx.wanted = (0, 1, 2, 3, 6, 7)

@@ -1,25 +1,9 @@
-// The DCT's CUDA kernels against the CPU back end in float64. A plain program, so that it builds where there is no test
-// framework: test_dct_cuda [--small], exit status 77 without a GPU. --small is for compute-sanitizer.
-//
-// Every buffer lies between guards: a write outside the output or the workspace is seen, and so is a read outside the
-// input, for what lies there is NaN.
-#include <cuda_runtime_api.h>
-
-#include <algorithm>
+// The DCT's CUDA kernels against the CPU back end in float64.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <limits>
 #include <random>
 #include <set>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
-#include "common/cuda_device.h"
-#include "common/half.h"
+#include "cuda_test.h"
 #include "dct/dct.h"
 #include "dct/launch.h"
 
@@ -29,81 +13,7 @@ namespace {
 
 using Sizes = std::vector<std::int64_t>;
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + explain_cuda_error(error));
-}
-
-// --- memory -------------------------------------------------------------------------------------------------------
-
-constexpr std::size_t kGuard = 4096;
-constexpr unsigned char kPaint = 0xff;  // NaN in every dtype
-
-// The tests' stream does not wait for the one on which cudaMemset and cudaMemcpy work, and these may return before the
-// GPU is done.
-void wait_for_copies() { check(cudaDeviceSynchronize(), "the GPU cannot be prepared"); }
-
-class Guarded {
- public:
-  Guarded(std::size_t bytes, int shift) : bytes_(bytes), shift_(static_cast<std::size_t>(shift)) {
-    check(cudaMalloc(reinterpret_cast<void**>(&base_), bytes + 2 * kGuard), "cudaMalloc");
-    check(cudaMemset(base_, kPaint, bytes + 2 * kGuard), "cudaMemset");
-    wait_for_copies();
-  }
-  Guarded(const Guarded&) = delete;
-  Guarded& operator=(const Guarded&) = delete;
-  ~Guarded() { cudaFree(base_); }
-
-  void* data() const { return base_ + kGuard + shift_; }
-  void fill(const std::vector<char>& from) const {
-    check(cudaMemcpy(data(), from.data(), from.size(), cudaMemcpyHostToDevice), "copy to the GPU");
-    wait_for_copies();
-  }
-  std::vector<char> read() const {
-    std::vector<char> to(bytes_);
-    check(cudaMemcpy(to.data(), data(), bytes_, cudaMemcpyDeviceToHost), "copy from the GPU");
-    return to;
-  }
-  bool intact() const {
-    std::vector<unsigned char> all(bytes_ + 2 * kGuard);
-    check(cudaMemcpy(all.data(), base_, all.size(), cudaMemcpyDeviceToHost), "copy from the GPU");
-    const auto painted = [](unsigned char byte) { return byte == kPaint; };
-    const auto begin = all.begin() + static_cast<std::ptrdiff_t>(kGuard + shift_);
-    return std::all_of(all.begin(), begin, painted) &&
-           std::all_of(begin + static_cast<std::ptrdiff_t>(bytes_), all.end(), painted);
-  }
-
- private:
-  std::size_t bytes_, shift_;
-  char* base_ = nullptr;
-};
-
-void put(Dtype dtype, std::vector<char>& bytes, std::int64_t i, double value) {
-  char* const at = bytes.data() + i * bytes_of(dtype);
-  const auto store = [&](auto v) { std::memcpy(at, &v, sizeof v); };
-  switch (dtype) {
-    case Dtype::float16: store(from_float<float16>(static_cast<float>(value))); break;
-    case Dtype::bfloat16: store(from_float<bfloat16>(static_cast<float>(value))); break;
-    case Dtype::float32: store(static_cast<float>(value)); break;
-    case Dtype::float64: store(value); break;
-  }
-}
-
-template <class T>
-double read_as(const char* at) {
-  T v;
-  std::memcpy(&v, at, sizeof v);
-  return static_cast<double>(to_float(v));
-}
-
-double get(Dtype dtype, const std::vector<char>& bytes, std::int64_t i) {
-  const char* const at = bytes.data() + i * bytes_of(dtype);
-  switch (dtype) {
-    case Dtype::float16: return read_as<float16>(at);
-    case Dtype::bfloat16: return read_as<bfloat16>(at);
-    case Dtype::float32: return read_as<float>(at);
-    default: return read_as<double>(at);
-  }
-}
+using namespace cuda_test;
 
 // --- problems -----------------------------------------------------------------------------------------------------
 
@@ -139,13 +49,6 @@ Problem columns(Dtype dtype, int type, std::int64_t n, std::int64_t count) {
   return problem(dtype, type, {n, count}, {0}, {n}, {n, count});
 }
 
-// The elements that the sizes and strides reach, in C order, as offsets.
-void each_offset(const Sizes& sizes, const Sizes& strides, const std::function<void(std::int64_t)>& f,
-                 std::size_t d = 0, std::int64_t offset = 0) {
-  if (d == sizes.size()) return f(offset);
-  for (std::int64_t i = 0; i < sizes[d]; ++i) each_offset(sizes, strides, f, d + 1, offset + i * strides[d]);
-}
-
 std::vector<double> on_the_cpu(Problem p, const std::vector<double>& in) {
   p.dtype = Dtype::float64;
   contiguous(p.in_sizes, p.in_strides);
@@ -175,8 +78,7 @@ double tolerance(const Problem& p) {
 }
 
 std::string words(const Problem& p) {
-  static const char* const names[] = {"float16", "bfloat16", "float32", "float64"};
-  std::string text = std::string(names[static_cast<int>(p.dtype)]) + " type " + std::to_string(p.type) + " [";
+  std::string text = std::string(dtype_name(static_cast<int>(p.dtype))) + " type " + std::to_string(p.type) + " [";
   for (const std::int64_t size : p.in_sizes) text += std::to_string(size) + " ";
   text += "] dims";
   for (std::size_t i = 0; i < p.dims.size(); ++i) {
@@ -189,33 +91,15 @@ std::string words(const Problem& p) {
 
 class Tester {
  public:
-  Tester() {
-    check(cudaGetDevice(&device_), "cudaGetDevice");
-    limits_ = gpu_limits(device_);
-    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
-  }
-  ~Tester() { cudaStreamDestroy(stream_); }
-
   // Input and output start `shift` elements behind where vectors can be loaded from.
   void test(const Problem& p, int shift = 0) {
-    ++problems_;
-    try {
-      const std::string fault = fault_of(p, shift);
-      if (fault.empty()) return;
-      std::printf("FAILED %s: %s\n%s", words(p).c_str(), fault.c_str(), describe(plan_device(p, limits_)).c_str());
-    } catch (const std::exception& error) {
-      std::printf("FAILED %s: %s\n", words(p).c_str(), error.what());
-    }
-    std::fflush(stdout);
-    ++failures_;
-    check(cudaDeviceSynchronize(), "the GPU cannot go on");
+    tally_.test(words(p), [&] { return fault_of(p, shift); }, [&] { return describe(plan_device(p, limits_)); });
   }
 
   int finish() {
     std::string names;
     for (const std::string& algorithm : algorithms_) names += (names.empty() ? "" : ", ") + algorithm;
-    std::printf("%d problems, %d failed; algorithms: %s\n", problems_, failures_, names.c_str());
-    return failures_ ? 1 : 0;
+    return tally_.finish("algorithms: " + names);
   }
 
  private:
@@ -231,7 +115,7 @@ class Tester {
     const int bytes = bytes_of(p.dtype);
     std::vector<char> packed(static_cast<std::size_t>(in_elements * bytes), static_cast<char>(kPaint));
     std::vector<double> values;
-    std::mt19937_64 random(static_cast<std::uint64_t>(problems_));
+    std::mt19937_64 random(static_cast<std::uint64_t>(tally_.problems()));
     std::normal_distribution<double> normal;
     each_offset(p.in_sizes, p.in_strides, [&](std::int64_t offset) {
       put(p.dtype, packed, offset, normal(random));
@@ -242,23 +126,11 @@ class Tester {
         workspace(workspace_bytes(made), 0);
     in.fill(packed);
     const auto enqueue = [&] { run(made, {in.data(), out.data()}, workspace.data(), stream_); };
-    enqueue();
-    check(cudaStreamSynchronize(stream_), "the kernels");
+    run_once(stream_, enqueue);
     const std::vector<char> first = out.read();
-
-    cudaGraph_t graph;
-    cudaGraphExec_t executable;
-    check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capture");
-    enqueue();
-    check(cudaStreamEndCapture(stream_, &graph), "capture");
-    check(cudaGraphInstantiate(&executable, graph, 0), "the captured graph");
-    check(cudaMemset(workspace.data(), kPaint, workspace_bytes(made)), "cudaMemset");
-    check(cudaMemset(out.data(), kPaint, first.size()), "cudaMemset");
-    wait_for_copies();
-    check(cudaGraphLaunch(executable, stream_), "the captured graph");
-    check(cudaStreamSynchronize(stream_), "the captured graph");
-    cudaGraphExecDestroy(executable);
-    cudaGraphDestroy(graph);
+    workspace.paint();
+    out.paint();
+    run_captured(stream_, enqueue);
     if (out.read() != first) return "the captured graph gives other bits";
 
     if (!in.intact() || in.read() != packed) return "the input was written to";
@@ -281,9 +153,9 @@ class Tester {
     return "";
   }
 
-  int device_ = 0, problems_ = 0, failures_ = 0;
-  DeviceLimits limits_;
-  cudaStream_t stream_ = nullptr;
+  const DeviceLimits limits_ = current_gpu_limits();
+  const Stream stream_;
+  Tally tally_;
   std::set<std::string> algorithms_;
 };
 
@@ -353,26 +225,9 @@ void test_everything(Tester& tester, bool small) {
 }  // namespace freqrank::dct
 
 int main(int argc, char** argv) {
-  bool small = false;
-  for (int i = 1; i < argc; ++i) {
-    if (std::strcmp(argv[i], "--small") != 0) {
-      std::fprintf(stderr, "usage: %s [--small]\n", argv[0]);
-      return 2;
-    }
-    small = true;
-  }
-  int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaSuccess || count == 0) {
-    std::printf("no GPU: %s\n", error == cudaSuccess ? "none found" : freqrank::explain_cuda_error(error).c_str());
-    return 77;
-  }
-  try {
+  return freqrank::cuda_test::run_program(argc, argv, [](bool small) {
     freqrank::dct::Tester tester;
     freqrank::dct::test_everything(tester, small);
     return tester.finish();
-  } catch (const std::exception& error) {
-    std::printf("FAILED: %s\n", error.what());
-    return 1;
-  }
+  });
 }

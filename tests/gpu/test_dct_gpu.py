@@ -1,14 +1,9 @@
-"""The discrete cosine transforms on a GPU, against float64 on the CPU.
-
-Needs torch, numpy and pytest alone: `make gpu-check` runs it on machines that have nothing else.
-FREQRANK_TEST_DEVICE=cpu tries the tests themselves where there is no GPU; those of streams and graphs are left out.
-"""
+"""The discrete cosine transforms on a GPU, against float64 on the CPU."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
 import threading
 
 import freqrank
@@ -16,23 +11,10 @@ import numpy as np
 import pytest
 import torch
 from freqrank.ops import reference
+from on_device import CUDA, DEVICE, needs_cuda, room, skip_module_without_device
 
-DEVICE = os.environ.get("FREQRANK_TEST_DEVICE", "cuda")
-CUDA = DEVICE == "cuda"
-
-
-def why_not() -> str:
-    if not CUDA:
-        return ""
-    if not torch.cuda.is_available():
-        return f"no NVIDIA GPU that torch {torch.__version__} can use"
-    return "" if freqrank._native.cuda_loaded() else f"the CUDA library: {freqrank._native.libraries['cuda']}"
-
-
-if why_not():
-    pytest.skip(why_not(), allow_module_level=True)
+skip_module_without_device()
 pytestmark = pytest.mark.gpu
-needs_cuda = pytest.mark.skipif(not CUDA, reason="needs streams and graphs")
 
 TYPES = (1, 2, 3, 4)
 NORMS = (None, "ortho", "forward")
@@ -283,12 +265,6 @@ def test_empty_batch(shape):
 def test_padding_nothing_gives_zeros():
     assert torch.equal(freqrank.dct(torch.empty(3, 0, device=DEVICE), n=4), torch.zeros(3, 4, device=DEVICE))
     assert torch.equal(freqrank.dctn(torch.empty(0, 5, device=DEVICE), s=(4, 4)), torch.zeros(4, 4, device=DEVICE))
-
-
-def room(gigabytes: float) -> None:
-    free = torch.cuda.mem_get_info()[0] if CUDA else 0
-    if free < gigabytes * 2**30:
-        pytest.skip(f"needs {gigabytes} GiB of free GPU memory; there are {free / 2**30:.1f}")
 
 
 @needs_cuda

@@ -1,0 +1,38 @@
+"""Where the tests of this folder run: on a GPU, or with FREQRANK_TEST_DEVICE=cpu, to try the tests themselves, without.
+
+They need torch, numpy and pytest alone: `make gpu-check` runs them on machines that have nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+
+import freqrank
+import pytest
+import torch
+
+DEVICE = os.environ.get("FREQRANK_TEST_DEVICE", "cuda")
+CUDA = DEVICE == "cuda"
+
+needs_cuda = pytest.mark.skipif(not CUDA, reason="needs streams and graphs")
+
+
+def skip_module_without_device() -> None:
+    if not CUDA:
+        return
+    why = ""
+    if not torch.cuda.is_available():
+        why = f"no NVIDIA GPU that torch {torch.__version__} can use"
+    elif not freqrank._native.cuda_loaded():
+        why = f"the CUDA library: {freqrank._native.libraries['cuda']}"
+    if why:
+        pytest.skip(why, allow_module_level=True)
+
+
+def room(gigabytes: float) -> None:
+    """Skips the test unless the GPU has so much free memory."""
+    if CUDA:
+        torch.cuda.empty_cache()  # what earlier tests freed is free for whoever asks, but torch's
+    free = torch.cuda.mem_get_info()[0] if CUDA else 0
+    if free < gigabytes * 2**30:
+        pytest.skip(f"needs {gigabytes} GiB of free GPU memory; there are {free / 2**30:.1f}")

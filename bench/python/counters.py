@@ -160,15 +160,31 @@ def registers(reports: Iterable[Path]) -> dict[str, tuple[int, int]]:
     return {name: (k.registers, k.in_memory) for name, k in found if k.arch == "sm_90a"}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.python.counters", description=__doc__)
+def write(path: Path, title: str, note: str, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = ",\n  ".join(json.dumps(row) for row in rows)
+    head = json.dumps({"title": title, "note": note, "rows": []}, indent=1)
+    path.write_text(head.replace('"rows": []', f'"rows": [\n  {body}\n ]') + "\n")
+    print(f"wrote {path}")
+
+
+def arguments_of(program: str, about: str | None) -> argparse.Namespace:
+    """The command line; `ptxas` holds the paths of nvcc's reports."""
+    parser = argparse.ArgumentParser(prog=program, description=about)
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "native")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--ptxas", type=Path, nargs="*", help="reports of nvcc -Xptxas -v; default: those of the build")
     parser.add_argument("--match", metavar="REGEX", default="", help="only cases whose name matches; prints them")
     arguments = parser.parse_args()
+    if arguments.ptxas is None:
+        arguments.ptxas = list(arguments.build.rglob("*.ptxas"))
+    return arguments
+
+
+def main() -> int:
+    arguments = arguments_of("python -m bench.python.counters", __doc__)
     runner, rows = Runner(load(arguments.build)), []
-    used = registers(arguments.build.rglob("*.ptxas") if arguments.ptxas is None else arguments.ptxas)
+    used = registers(arguments.ptxas)
 
     for case in cases():
         if not re.search(arguments.match, case.name):
@@ -181,12 +197,7 @@ def main() -> int:
         print(case.name, row, flush=True)
     if arguments.match:
         return 0
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    body = ",\n  ".join(json.dumps(row) for row in rows)
-    head = json.dumps({"title": TITLE, "note": NOTE, "rows": []}, indent=1)
-    path = arguments.out / "dct-counters.json"
-    path.write_text(head.replace('"rows": []', f'"rows": [\n  {body}\n ]') + "\n")
-    print(f"wrote {path}")
+    write(arguments.out / "dct-counters.json", TITLE, NOTE, rows)
     return 0
 
 

@@ -59,6 +59,7 @@ void add(const std::string& name, std::function<void(benchmark::State&)> functio
 void add_dct();
 void add_linear_attention();
 void add_whitening();
-void add_dct_cuda();  // nothing where there is no GPU
+void add_dct_cuda();  // nothing where there is no GPU, as the next one
+void add_linear_attention_cuda();
 
 }  // namespace freqrank::bench

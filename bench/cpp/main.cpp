@@ -125,6 +125,7 @@ int main(int argc, char** argv) {
   bench::add_whitening();
 #ifdef FREQRANK_HAS_CUDA
   bench::add_dct_cuda();
+  bench::add_linear_attention_cuda();
 #endif
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;

@@ -28,7 +28,9 @@ MATMUL = "matrix product"
 MATMUL_SIZE = {"cpu": 1024, "cuda": 4096}
 ROTATION_LIMIT = 1024  # copies of the inputs
 SAMPLE_SECONDS = 1e-3  # a sample on the CPU repeats a call until it lasts about as long
-FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU, and long enough to hide the launch of what follows
+FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU
+LONGEST_HOST = 2e-3  # seconds that a GPU is kept waiting for the host, so that only its own time is measured
+SLEEP_CLOCK = 2e9  # cycles a second: no GPU's is much faster
 SLOW = 8.0  # an implementation this many times slower than the fastest one takes part in the first rounds only
 SLOW_ROUNDS = 3
 LONG_CALL = 0.1  # seconds; longer calls need no call before the timed ones
@@ -42,6 +44,7 @@ class Timed:
     reference: Any = None
     calls: int = 1  # a sample
     estimate: float = 0.0  # seconds a call
+    host: float = LONGEST_HOST  # seconds until a call returns, at best
     samples: dict[int, float] = field(default_factory=dict)  # round -> seconds a call
     next_set: int = 0
 
@@ -73,8 +76,11 @@ class Clock:
     def _device_time(self, timed: Timed) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self.flush.zero_()
+        torch.cuda._sleep(int(timed.host * SLEEP_CLOCK))
         begin.record()
+        called = time.perf_counter()
         timed.run(0)
+        timed.host = min(timed.host, time.perf_counter() - called)
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) * 1e-3
@@ -149,6 +155,16 @@ def _yardsticks(case: Case, device: torch.device) -> list[Timed]:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _memory(timed: Timed, device: torch.device) -> int | None:
+    """Bytes that a call needs beside its inputs, its result among them; None where torch does not know."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    timed.run(0)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _paired_ratio(over: Timed, under: Timed) -> float:
@@ -260,6 +276,7 @@ def measure(
             "ratio": None,
             "fraction_of_copy": None,
             "bytes_per_second": case.bytes / each.median,
+            "memory": _memory(each, device),
         }
         if each.name == MATMUL:
             row["bytes_per_second"] = None

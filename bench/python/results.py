@@ -203,11 +203,12 @@ def _document_section(name: str, document: dict[str, Any], folder: Path) -> list
     if document["left_out"]:
         lines += ["Left out: " + "; ".join(_left_out(item) for item in document["left_out"]) + ".", ""]
     lines += ["<details><summary>Every row</summary>", ""]
+    memory = any(row.get("memory") is not None for row in rows)
     table = []
     for row in rows:
         cells = [row["case"], row["device"], row["implementation"]]
         if "refused" in row:
-            table.append([*cells, row["refused"], "", "", "", "", ""])
+            table.append([*cells, row["refused"], "", "", "", "", "", *([""] if memory else [])])
             continue
         low, high = row["quartiles"]
         bandwidth = row["bytes_per_second"]
@@ -220,9 +221,11 @@ def _document_section(name: str, document: dict[str, Any], folder: Path) -> list
                 "" if bandwidth is None else f"{bandwidth / 1e9:.3g}",
                 "" if row["fraction_of_copy"] is None else f"{row['fraction_of_copy']:.3f}",
                 _error(row["error"]),
+                *([f"{row['memory'] / 2**20:.4g}"] if memory else []),
             ]
         )
     header = ["case", "device", "implementation", "median", "quartiles", "ratio", "GB/s", "of copy", "error"]
+    header += ["MiB"] if memory else []
     return [*lines, *_table(header, table), "</details>", ""]
 
 

@@ -73,7 +73,7 @@ def _feature_inputs(case: Case, generator: torch.Generator, device: torch.device
 
 def _step_inputs(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
     batch, heads, dim = case.shape
-    q, v = (torch.randn(batch, heads, dim, generator=generator, device=device) for _ in range(2))
+    q, v = (torch.randn(case.shape, generator=generator, device=device).to(case.torch_dtype) for _ in range(2))
     # keys of 0: the state is read and written, and stays what it is from call to call
     return q, torch.zeros_like(q), v, torch.randn(batch, heads, dim, dim, generator=generator, device=device)
 
@@ -85,29 +85,73 @@ def _step_reference(case: Case, q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> 
 
 def _case(op: str, shape: tuple[int, ...], dtype: str, series: str, **options: Any) -> Case:
     """One of whole sequences."""
-    _, length, heads, dim = shape
+    batch, length, heads, dim = shape
+    tokens = batch * length * heads  # of all heads
     backward = op.endswith("backward")
     passes = 3 if backward else 1
     # once each: q, k, v, o; and backward q, k, v, do, dq, dk, dv
-    size = (11 if backward else 4) * length * heads * dim * (2 if dtype == "bfloat16" else 4)
+    size = (11 if backward else 4) * tokens * dim * (2 if dtype == "bfloat16" else 4)
     mapped = op == "dijiang_attention"
     inputs, check = (_feature_inputs, _feature_reference) if mapped else (_inputs, reference)
     return Case(
         op=op, shape=shape, dtype=dtype, n=length, series=series, bytes=size, tolerance=TOLERANCE[dtype], inputs=inputs,
         reference=_gradient_reference if backward else check, options=options,
         # one update and one read of the state for each token, and with a map two products of q and k
-        flops=passes * (8.0 if mapped else 4.0) * length * heads * dim * dim,
-        quick=(op, length, dim, dtype, heads, bool(options)) == (op, 2048, 64, "float32", 8, False),
+        flops=passes * (8.0 if mapped else 4.0) * tokens * dim * dim,
+        quick=not options and (shape, dtype) in (((1, 2048, 8, 64), "float32"), ((4, 2048, 16, 128), "bfloat16")),
     )  # fmt: skip
 
 
+def _step_case(batch: int, heads: int, dim: int, dtype: str) -> Case:
+    size = 2 if dtype == "bfloat16" else 4
+    return Case(
+        op="linear_attention_step", shape=(batch, heads, dim), dtype=dtype, n=batch, series="decoding step",
+        bytes=batch * heads * (2 * dim * dim * 4 + 4 * dim * size), tolerance=TOLERANCE[dtype], inputs=_step_inputs,
+        reference=_step_reference, quick=batch == 8,
+    )  # fmt: skip
+
+
+OPS = (("linear_attention", "forward"), ("linear_attention backward", "forward and backward"))
+# Batch, time, heads, dimension: the shapes that flash-linear-attention publishes its own times for.
+PUBLISHED = (
+    (1, 8192, 96, 128), (2, 16384, 16, 128), (4, 2048, 16, 128), (4, 4096, 64, 128), (8, 2048, 32, 256),
+    (8, 1024, 8, 64),
+)  # fmt: skip
+
+
+def _cases_on_a_gpu() -> Iterator[Case]:
+    """What matters most first: a run may be cut short."""
+    for op, what in OPS:
+        for shape in PUBLISHED:
+            yield _case(op, shape, "bfloat16", f"{what}, published shapes, bfloat16")
+    for batch in (1, 8, 32, 64, 128, 256):
+        yield _step_case(batch, 32, 128, "bfloat16")
+    for op, what in OPS:
+        for name, options in (("a decay a head", {"decay": "head"}), ("normalised", {"normalize": True})):
+            for shape in ((4, 2048, 16, 128), (8, 1024, 8, 64)):
+                yield _case(op, shape, "bfloat16", f"{what}, {name}, bfloat16", **options)
+        for heads, length in itertools.product((1, 4, 16), (8192, 65536)):
+            yield _case(op, (1, length, heads, 128), "bfloat16", f"{what}, few heads of 128, bfloat16")
+    for shape in ((4, 2048, 16, 64), (4, 2048, 16, 128)):
+        yield _case("dijiang_attention", shape, "bfloat16", "behind DiJiang's map, bfloat16")
+    for dim, heads in ((64, 32), (128, 32), (256, 16)):
+        for length in (512, 2048, 8192, 65536):
+            yield _case("linear_attention", (1, length, heads, dim), "bfloat16", f"forward, heads of {dim}, bfloat16")
+    for op, what in OPS:
+        for shape in ((4, 2048, 16, 64), (4, 2048, 16, 128)):
+            yield _case(op, shape, "float32", f"{what}, float32")
+
+
 def cases(device: str) -> Iterator[Case]:
-    heads, dtypes = (8, ("float32", "bfloat16")) if device == "cpu" else (64, ("bfloat16", "float32"))
-    for op, what in (("linear_attention", "forward"), ("linear_attention backward", "forward and backward")):
+    if device == "cuda":
+        yield from _cases_on_a_gpu()
+        return
+    heads, dtypes = 8, ("float32", "bfloat16")
+    for op, what in OPS:
         for dtype in dtypes:
             for dim, times in ((64, (512, 1024, 2048, 4096, 8192)), (128, (2048, 4096)), (256, (2048,))):
                 for length in times:
-                    if device == "cpu" and dtype == "bfloat16" and length != 2048:
+                    if dtype == "bfloat16" and length != 2048:
                         continue
                     yield _case(op, (1, length, heads, dim), dtype, f"{what}, heads of {dim}, {dtype}")
         for name, options in (("decay", {"decay": "head"}), ("normalised", {"normalize": True})):
@@ -115,18 +159,14 @@ def cases(device: str) -> Iterator[Case]:
                 series = f"{what}, heads of {dim}, {dtypes[0]}, {name}"
                 yield _case(op, (1, 2048, heads, dim), dtypes[0], series, **options)
         for few, length in itertools.product((1, 2), (16384, 65536)):
-            if few == 2 and length == 65536 and device == "cpu":
+            if few == 2 and length == 65536:
                 continue
             yield _case(op, (1, length, few, 64), dtypes[0], f"{what}, heads of 64, {dtypes[0]}, {few} of them")
     for dim in (64, 128):
         series = f"behind DiJiang's map, heads of {dim}, {dtypes[0]}"
         yield _case("dijiang_attention", (1, 2048, heads, dim), dtypes[0], series)
     for batch in (1, 8, 32, 256):
-        yield Case(
-            op="linear_attention_step", shape=(batch, heads, 64), dtype="float32", n=batch, series="decoding step",
-            bytes=batch * heads * (2 * 64 * 64 + 4 * 64) * 4, tolerance=1e-5, inputs=_step_inputs,
-            reference=_step_reference, quick=batch == 8,
-        )  # fmt: skip
+        yield _step_case(batch, heads, 64, "float32")
 
 
 family = Family("linear_attention", "Causal linear attention", "T", cases, minutes=5)
@@ -244,19 +284,55 @@ def _torch_step(case: Case, *inputs: Any) -> Callable[..., Tensor]:
 
     def step(q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> Tensor:
         state = kv.view(batch * heads, dim, dim)
-        state.baddbmm_(k.reshape(-1, dim, 1), v.reshape(-1, 1, dim))
-        return torch.bmm(q.reshape(-1, 1, dim) * scale, state).view(batch, heads, dim)
+        wide_q, wide_k, wide_v = (x.to(kv.dtype) for x in (q, k, v))
+        state.baddbmm_(wide_k.reshape(-1, dim, 1), wide_v.reshape(-1, 1, dim))
+        return torch.bmm(wide_q.reshape(-1, 1, dim) * scale, state).view(batch, heads, dim).to(v.dtype)
 
     return step
 
 
+# The Triton kernels that others are measured against. chunk_linear_attn without a normaliser is chunk_simple_gla.
+@family.implementation("flash-linear-attention", needs=("fla", "triton"), devices=("cuda",))
+def _fla(case: Case, *inputs: Any) -> Callable[..., Any]:
+    from fla.ops.linear_attn import chunk_linear_attn
+    from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
+
+    if case.dtype == "float32":
+        raise NotApplicable("is for 16 bits: its products of float32 are of TF32")
+    if case.op == "linear_attention_step":
+
+        def step(q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> Tensor:
+            q, k, v = (x[:, None] for x in (q, k, v))
+            return fused_recurrent_simple_gla(q, k, v, initial_state=kv, output_final_state=True)[0][:, 0]
+
+        return step
+    if case.op == "dijiang_attention":
+        matrix = twins.dijiang_projection(torch.ones(case.shape[3])).to(inputs[0].device, torch.float32)
+
+        def behind_map(q: Tensor, k: Tensor, v: Tensor, scales: Tensor) -> Tensor:
+            projection = (matrix * scales).to(q.dtype)
+            phi_q, phi_k = (torch.softmax(x @ projection, -1) for x in (q, k))
+            return chunk_simple_gla(phi_q, phi_k, v, scale=1.0)[0]
+
+        return behind_map
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
+        if case.options.get("normalize"):
+            return chunk_linear_attn(q, k, v, normalize=True)[0]
+        return chunk_simple_gla(q, k, v, g_gamma=g)[0]
+
+    if case.op == "linear_attention backward":
+        return lambda q, k, v, g, do: _with_gradients(attention, q, k, v, g, do)
+    return attention
+
+
 def _softmax_reference(case: Case, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
-    heads = []
-    for h in range(case.shape[2]):
-        scores = q[0, :, h].double() @ k[0, :, h].double().mT * case.shape[3] ** -0.5
+    o = torch.empty(v.shape, dtype=torch.float64, device=q.device)
+    for b, h in itertools.product(range(case.shape[0]), range(case.shape[2])):
+        scores = q[b, :, h].double() @ k[b, :, h].double().mT * case.shape[3] ** -0.5
         later = torch.ones_like(scores, dtype=torch.bool).triu_(1)
-        heads.append(scores.masked_fill_(later, -torch.inf).softmax(-1) @ v[0, :, h].double())
-    return torch.stack(heads, 1)[None]
+        o[b, :, h] = scores.masked_fill_(later, -torch.inf).softmax(-1) @ v[b, :, h].double()
+    return o
 
 
 # Other functions: what linear attention takes the place of.
@@ -266,8 +342,9 @@ def _sdpa(case: Case, *inputs: Any) -> Callable[..., Tensor]:
         raise NotApplicable("is shown beside the forward pass")
     if case.options:
         raise NotApplicable("has neither decay nor another normalisation")
-    if case.n > 4096 and inputs[0].device.type == "cpu":
-        raise NotApplicable("is measured up to 4096 tokens")
+    longest = 4096 if inputs[0].device.type == "cpu" else LONGEST_PAIRS
+    if case.n > longest:
+        raise NotApplicable(f"is measured up to {longest} tokens")
 
     def attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -276,7 +353,7 @@ def _sdpa(case: Case, *inputs: Any) -> Callable[..., Tensor]:
     return attention
 
 
-CACHE_LIMIT = 1 << 30  # bytes
+CACHE_LIMIT = {"cpu": 1 << 30, "cuda": 1 << 34}  # bytes
 
 
 def _add_cached_softmax(length: int) -> None:
@@ -290,9 +367,11 @@ def _add_cached_softmax(length: int) -> None:
         if case.op != "linear_attention_step":
             raise NotApplicable("is for one token")
         batch, heads, dim = case.shape
-        if 2 * 4 * batch * heads * length * dim > CACHE_LIMIT:
-            raise NotApplicable(f"is measured with caches up to {CACHE_LIMIT >> 30} GiB")
-        keys, values = (torch.ones(batch, heads, length, dim, device=inputs[0].device) for _ in range(2))
+        device, dtype = inputs[0].device, inputs[0].dtype
+        limit = CACHE_LIMIT[device.type]
+        if 2 * dtype.itemsize * batch * heads * length * dim > limit:
+            raise NotApplicable(f"is measured with caches up to {limit >> 30} GiB")
+        keys, values = (torch.ones(batch, heads, length, dim, device=device, dtype=dtype) for _ in range(2))
 
         def step(q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> Tensor:
             return torch.nn.functional.scaled_dot_product_attention(q[:, :, None], keys, values)[:, :, 0]

@@ -17,8 +17,12 @@ using i64 = std::int64_t;
 constexpr i64 kLeastChunks = 4;
 // The decay's gradient is summed up anew at this many tokens, so that rounding does not pile up over a long sequence.
 constexpr i64 kDecayTokens = 512;
-// Of a scan, what the states' pass costs beside it: it reads two tensors of four and does a third of the arithmetic.
-constexpr double kStatesCost = 0.5;
+// Estimates, to be measured: what part of the memory's rate a scan reaches, what part of a full SM's time a block takes
+// that is alone on it, and what the states' pass costs beside a scan (it reads half and does a third of the
+// arithmetic).
+constexpr double kTensorCoreReach = 0.6, kFmaReach = 0.15, kAloneCost = 0.4, kStatesCost = 0.45;
+// Estimates err: only a clear gain is worth the states' memory.
+constexpr double kSplitGain = 0.75;
 
 i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
@@ -101,20 +105,37 @@ void count_bytes(const DevicePlan& plan, DevicePlan::Scan& scan) {
   }
 }
 
-// How many segments a sequence is cut into: by the waves of blocks that the GPU would see, each as long as a segment.
+// How long a scan of `blocks` blocks takes that do `chunks` chunks each, in times that memory takes for a chunk's four
+// tensors. A full GPU moves `reach` of what memory could; blocks alone on their SM do more each than they do together.
+double scan_time(const DevicePlan& plan, const DevicePlan::Scan& scan, i64 blocks, i64 chunks) {
+  const double reach = plan.kernel == ScanKernel::tensor_cores ? kTensorCoreReach : kFmaReach;
+  const i64 together = blocks_per_sm(plan, scan), at_once = plan.limits.sms * together;
+  const i64 left = blocks % at_once;
+  double waves = static_cast<double>(blocks / at_once);
+  if (left > 0)
+    waves += kAloneCost +
+             (1 - kAloneCost) * static_cast<double>(ceil_div(left, plan.limits.sms)) / static_cast<double>(together);
+  return waves * static_cast<double>(chunks * at_once) / reach;
+}
+
+// How many segments a sequence is cut into.
 i64 segments_of(const DevicePlan& plan, DevicePlan::Scan scan) {
   const Sizes& s = plan.problem.sizes;
   if (s.sequences == 0) return 1;
   const i64 chunks = ceil_div(ceil_div(s.batch * s.time, s.sequences), scan.chunk);
   spread_rows(plan, scan, s.sequences);
   const i64 blocks = s.sequences * s.state_heads * scan.width_tiles * scan.row_blocks;
-  const i64 at_once = i64{plan.limits.sms} * blocks_per_sm(plan, scan);
+  const i64 most_blocks = 4 * i64{plan.limits.sms} * blocks_per_sm(plan, scan);
+  // a segment's state is written, carried and read: four times, against four rows of a chunk
+  const double element = plan.problem.half ? 2 : s.double_precision ? 8 : 4;
+  const double state = static_cast<double>(s.key_dim * s.value_dim) * (s.double_precision ? 8 : 4) * 4 /
+                       (2 * static_cast<double>((s.key_dim + s.value_dim) * scan.chunk) * element);
   i64 best = 1;
-  double least = static_cast<double>(ceil_div(blocks, at_once) * chunks);
-  for (i64 count = 2; count <= chunks / kLeastChunks && blocks * count <= 4 * at_once; ++count) {
-    const double cost =
-        static_cast<double>(ceil_div(blocks * count, at_once) * ceil_div(chunks, count)) * (1 + kStatesCost);
-    if (cost < 0.9 * least) best = count, least = cost;
+  double least = kSplitGain * scan_time(plan, scan, blocks, chunks);
+  for (i64 count = 2; count <= chunks / kLeastChunks && blocks * count <= most_blocks; ++count) {
+    const double cost = scan_time(plan, scan, blocks * count, ceil_div(chunks, count)) * (1 + kStatesCost) +
+                        static_cast<double>(blocks * count) / scan.width_tiles * state;
+    if (cost < least) best = count, least = cost;
   }
   return best;
 }

@@ -348,9 +348,10 @@ struct ScanMma {
       total[h] += simt::shuffle_xor(total[h], 2);
       if (simt::lane() % 4 == 0) out.store(own_part * chunk + row[h], total[h]);
     }
-    constexpr int share = depth / parts / 2;  // two lanes a row
-    const int mine = simt::warp() / parts * 16 + simt::lane() / 2;
-    const int begin = own_part * (2 * share) + simt::lane() % 2 * share;
+    // two lanes a row, sixteen apart: eight lanes in a row share a piece of z, and rows of the tile do not share banks
+    constexpr int share = depth / parts / 2;
+    const int mine = simt::warp() / parts * 16 + simt::lane() % 16;
+    const int begin = own_part * (2 * share) + simt::lane() / 16 * share;
     float sum = 0;
     SIMT_UNROLL
     for (int d = 0; d < share; d += 8) {
@@ -362,9 +363,9 @@ struct ScanMma {
         for (int k = 0; k < 4; ++k) sum = simt::fma(simt::to_float(x[e + k]), y[k], sum);
       }
     }
-    sum += simt::shuffle_xor(sum, 1);
+    sum += simt::shuffle_xor(sum, 16);
     simt::warp_barrier();
-    if (simt::lane() % 2 == 0) {
+    if (simt::lane() < 16) {
       const int at = own_part * chunk + mine;
       out.store(at, out.load(at) + b.decay(chunk_parity, 1).load(mine) * sum);
     }
@@ -645,7 +646,8 @@ struct ScanMma {
           for (int n = 0; n < own_tiles; ++n) {
             SIMT_UNROLL
             for (int k = 0; k < 2; ++k) {
-              const int at = b.tile_number() * tile + simt::warp() * own + n * 8 + Sum::col(k);
+              const int at =
+                  b.tile_number() * tile + simt::warp() * own + n * 8 + simt::opaque(simt::lane()) % 4 * 2 + k;
               if (at < p.width)
                 dot = simt::fma(out.at[rt][n].get(2 * h + k), simt::to_float(with.load(base + at * p.with.stride[3])),
                                 dot);

@@ -47,6 +47,44 @@ struct Arena {
   }
 };
 
+// ---- rows that the next chunk needs -------------------------------------------------------------------------------
+
+// Rows lie far apart in memory, further than the processor looks ahead, and asking for many of them at once makes it
+// wait: they are asked for a few lines at a time, between the tiles of products.
+struct Ahead {
+  static constexpr int at_once = 16;  // lines; the fewest that see all rows of a chunk through
+  static constexpr i64 line = 64;
+  struct Rows {
+    std::uintptr_t at;
+    i64 step, bytes, count;
+  };
+  Rows queue[16];
+  int first = 0, last = 0;
+  i64 offset = 0;  // in the first row
+
+  void clear() { first = last = 0, offset = 0; }
+
+  template <class S>
+  void add(const S* row, i64 step, i64 n, i64 count) {
+    if (last == 16 || count <= 0) return;
+    const auto at = reinterpret_cast<std::uintptr_t>(row);
+    const i64 before = static_cast<i64>(at % line), size = static_cast<i64>(sizeof(S));
+    queue[last++] = {at - static_cast<std::uintptr_t>(before), step * size, before + n * size, count};
+  }
+
+  void fetch() {
+    for (int i = 0; i < at_once && first < last; ++i) {
+      Rows& rows = queue[first];
+      __builtin_prefetch(reinterpret_cast<const void*>(rows.at + static_cast<std::uintptr_t>(offset)), 0, 2);
+      offset += line;
+      if (offset < rows.bytes) continue;
+      offset = 0;
+      rows.at += static_cast<std::uintptr_t>(rows.step);
+      if (--rows.count == 0) ++first;
+    }
+  }
+};
+
 // ---- products of scratch tiles ------------------------------------------------------------------------------------
 
 // Which part of a product with a lower triangular C x C tile is not known to be zero.
@@ -91,25 +129,24 @@ inline __attribute__((always_inline)) void tile_product(i64 begin, i64 end, cons
 // c [rows, columns] (+)= a [rows, depth] b [depth, columns]; element (i, k) of a is a[i * row_step + k * column_step].
 // rows is a multiple of row_pad and columns one of pad.
 template <class A>
-void product(i64 rows, i64 columns, i64 depth, const A* a, i64 row_step, i64 column_step, const A* b, i64 ldb, A* c,
-             i64 ldc, bool add, Band band = Band::full) {
-  constexpr i64 wide = 2 * Vector<A>::lanes;
-  constexpr i64 narrow = Vector<A>::lanes;
-  for (i64 j = 0; j < columns;) {
-    const bool two = j + wide <= columns;
+void product(Ahead& ahead, i64 rows, i64 columns, i64 depth, const A* a, i64 row_step, i64 column_step, const A* b,
+             i64 ldb, A* c, i64 ldc, bool add, Band band = Band::full) {
+  constexpr i64 lanes = Vector<A>::lanes;
+  for (i64 j = 0; j < columns; j += 2 * lanes) {
     for (i64 i = 0; i < rows; i += tile_rows) {
-      if (band == Band::lower_result && j >= i + tile_rows) continue;
+      const i64 wanted = band == Band::lower_result ? std::min(columns, i + tile_rows) : columns;
+      if (j >= wanted) continue;
       const i64 begin = band == Band::upper ? i : 0;
       const i64 end = band == Band::lower ? std::min(depth, i + tile_rows) : depth;
       const A* left = a + i * row_step;
       A* result = c + i * ldc + j;
-      if (two) {
+      if (j + lanes < wanted) {
         tile_product<A, tile_rows, 2>(begin, end, left, row_step, column_step, b + j, ldb, result, ldc, add);
       } else {
         tile_product<A, tile_rows, 1>(begin, end, left, row_step, column_step, b + j, ldb, result, ldc, add);
       }
+      ahead.fetch();
     }
-    j += two ? wide : narrow;
   }
 }
 
@@ -256,6 +293,7 @@ inline void with_dtype(Dtype dtype, void* data, F f) {
 // Where a chunk's tokens lie, and which of them are masked.
 struct Tokens {
   i64 batch = 0, first = 0, count = 0, padded = 0;
+  Ahead* ahead = nullptr;
   i64 next = 0, next_count = 0;         // the chunk that comes after this one: so many tokens further on, or back
   const unsigned char* mask = nullptr;  // of token 0 of this batch row
   i64 mask_step = 0;
@@ -270,11 +308,11 @@ struct Tokens {
   }
 };
 
-// Rows lie far apart in memory, further than the processor looks ahead: what the next chunk needs is asked for now.
+// Asks for the rows of the next chunk that follow `base`, the first of this one.
 template <class S>
-inline void prefetch_row(const S* row, i64 step, i64 n) {
-  if (step != 1) return;
-  for (i64 i = 0; i < n; i += 64 / static_cast<i64>(sizeof(S))) __builtin_prefetch(row + i, 0, 2);
+inline void ask_ahead(const View& x, const Tokens& tokens, const S* base, i64 n) {
+  if (tokens.next_count <= 0 || x.stride[3] != 1) return;
+  tokens.ahead->add(base + tokens.next * x.stride[1], x.stride[1], n, std::min(tokens.count, tokens.next_count));
 }
 
 // Rows of the chunk, columns [column, column + n) of head h, into to [padded, ld]; a masked token, padding rows and
@@ -284,8 +322,8 @@ void load_rows(const View& x, const Tokens& tokens, i64 head, i64 column, i64 n,
   with_dtype<A>(x.dtype, x.data, [&](auto* data) {
     const auto* base =
         data + tokens.batch * x.stride[0] + tokens.first * x.stride[1] + head * x.stride[2] + column * x.stride[3];
+    ask_ahead(x, tokens, base, n);
     for (i64 i = 0; i < tokens.count; ++i) {
-      if (i < tokens.next_count) prefetch_row(base + (i + tokens.next) * x.stride[1], x.stride[3], n);
       if (tokens.live(i)) {
         load_row(to + i * ld, base + i * x.stride[1], x.stride[3], n);
         if (ld > n) fill_zero(ld - n, to + i * ld + n);
@@ -302,8 +340,8 @@ void store_rows(const View& x, const Tokens& tokens, i64 head, i64 column, i64 n
   with_dtype<A>(x.dtype, x.data, [&](auto* data) {
     auto* base =
         data + tokens.batch * x.stride[0] + tokens.first * x.stride[1] + head * x.stride[2] + column * x.stride[3];
+    ask_ahead(x, tokens, base, n);
     for (i64 i = 0; i < tokens.count; ++i) {
-      if (i < tokens.next_count) prefetch_row(base + (i + tokens.next) * x.stride[1], x.stride[3], n);
       if (!tokens.live(i)) fill_zero(n, from + i * ld);
       store_row(base + i * x.stride[1], x.stride[3], from + i * ld, n);
     }
@@ -495,7 +533,7 @@ struct FeatureMap {
 
   // rows.x -> rows.plain -> to; those of masked tokens and padding become 0
   void apply(const Tokens& tokens, const Rows& rows, A* to) {
-    product(tokens.padded, ldm, channels, rows.x, ldx, 1, projection, ldm, products, ldm, false);
+    product(*tokens.ahead, tokens.padded, ldm, channels, rows.x, ldx, 1, projection, ldm, products, ldm, false);
     for (i64 t = 0; t < tokens.padded; ++t) {
       A* row = rows.plain + t * ldf;
       if (!tokens.holds(t)) {
@@ -546,8 +584,8 @@ struct FeatureMap {
         for (i64 j = 0; j < columns; ++j) p[j] -= d[columns + j];
       }
     }
-    product(tokens.padded, ldx, columns, products, ldm, 1, projection_transposed, ldx, dx, ldx, false);
-    if (map_gradient) product(ldx, ldm, tokens.padded, rows.x, 1, ldx, products, ldm, gradient, ldm, true);
+    product(*tokens.ahead, tokens.padded, ldx, columns, products, ldm, 1, projection_transposed, ldx, dx, ldx, false);
+    if (map_gradient) product(*tokens.ahead, ldx, ldm, tokens.padded, rows.x, 1, ldx, products, ldm, gradient, ldm, true);
   }
 
   // Hands the gradient that was added up since the last call to f(place in [C,M] and weights, value).
@@ -667,6 +705,7 @@ struct Pass {
   const Inputs& in;
   const Shared& shared;
   Group group;
+  Ahead ahead;
   i64 chunk, ldk, ldv, z_at;
   States<A> states;
   Map map;
@@ -721,7 +760,10 @@ struct Pass {
     const i64 chunks = (length + chunk - 1) / chunk;
     for (i64 c = 0; c < chunks; ++c) {
       const i64 begin = first + (reverse ? chunks - 1 - c : c) * chunk;
-      f(tokens_of(in, sequence, begin, chunk, reverse), begin);
+      Tokens tokens = tokens_of(in, sequence, begin, chunk, reverse);
+      ahead.clear();
+      tokens.ahead = &ahead;
+      f(tokens, begin);
     }
   }
 
@@ -900,7 +942,7 @@ struct Forward : Pass<A> {
     for (i64 i = 0; i < group.states; ++i) {
       const A* keys = this->decayed_keys(tokens, i);
       A* state = states.sum + i * states.size;
-      product(ldk, ldv, tokens.padded, keys, 1, ldk, v, ldv, state, ldv, true);
+      product(*tokens.ahead, ldk, ldv, tokens.padded, keys, 1, ldk, v, ldv, state, ldv, true);
       if (s.normalize || out.final_z) this->add_key_sum(tokens, keys, state + z_at);
     }
   }
@@ -928,14 +970,14 @@ struct Forward : Pass<A> {
         if (r == 0 || group.states > 1) state = states.now(i);
         this->load_features(in.q, tokens, head, this->query_rows, q);
         scale_row(tokens.padded * ldk, scale, q);
-        product(tokens.padded, score_columns, ldk, q, ldk, 1, k_transposed, chunk, scores, chunk, false,
+        product(*tokens.ahead, tokens.padded, score_columns, ldk, q, ldk, 1, k_transposed, chunk, scores, chunk, false,
                 Band::lower_result);
         decay.apply(s, tokens, chunk, scores);
-        product(tokens.padded, ldv, ldk, q, ldk, 1, state, ldv, o, ldv, false);
+        product(*tokens.ahead, tokens.padded, ldv, ldk, q, ldk, 1, state, ldv, o, ldv, false);
         if (s.decay != Decay::none) {
           for (i64 t = 0; t < tokens.count; ++t) scale_row(ldv, decay.from_start[t], o + t * ldv);
         }
-        product(tokens.padded, ldv, tokens.padded, scores, chunk, 1, v, ldv, o, ldv, true, Band::lower);
+        product(*tokens.ahead, tokens.padded, ldv, tokens.padded, scores, chunk, 1, v, ldv, o, ldv, true, Band::lower);
         if (s.normalize) {
           for (i64 t = 0; t < tokens.count; ++t) {
             const A denominator = decay.from_start[t] * dot(ldk, q + t * ldk, state + z_at) +
@@ -996,7 +1038,7 @@ struct BackwardQuery : Pass<A> {
     for (i64 i = 0; i < group.states; ++i) {
       const A* keys = this->decayed_keys(tokens, i);
       A* state = states.sum + i * states.size;
-      product(ldv, ldk, tokens.padded, v, 1, ldv, keys, ldk, state, ldk, true);
+      product(*tokens.ahead, ldv, ldk, tokens.padded, v, 1, ldv, keys, ldk, state, ldk, true);
       if (s.normalize || args.grad_z) this->add_key_sum(tokens, keys, state + z_at);
     }
   }
@@ -1042,11 +1084,11 @@ struct BackwardQuery : Pass<A> {
           if (s.decay_gradient && begin > 0) save_state(sequence, begin, key_head * group.states + i, state);
         }
         load_rows(args.grad_o, tokens, head, 0, s.value_dim, grad_o, ldv);
-        product(tokens.padded, score_columns, ldv, grad_o, ldv, 1, v_transposed, chunk, scores, chunk, false,
+        product(*tokens.ahead, tokens.padded, score_columns, ldv, grad_o, ldv, 1, v_transposed, chunk, scores, chunk, false,
                 Band::lower_result);
         decay.apply(s, tokens, chunk, scores);
-        product(tokens.padded, ldk, tokens.padded, scores, chunk, 1, k, ldk, dq, ldk, false, Band::lower);
-        product(tokens.padded, ldk, ldv, grad_o, ldv, 1, state, ldk, inter, ldk, false);
+        product(*tokens.ahead, tokens.padded, ldk, tokens.padded, scores, chunk, 1, k, ldk, dq, ldk, false, Band::lower);
+        product(*tokens.ahead, tokens.padded, ldk, ldv, grad_o, ldv, 1, state, ldk, inter, ldk, false);
         if (s.normalize || s.decay_gradient || this->map) {
           this->load_features(in.q, tokens, head, this->query_rows, q);
         }
@@ -1173,7 +1215,7 @@ struct BackwardKey : Pass<A> {
     if (s.decay != Decay::none) {
       for (i64 t = 0; t < tokens.count; ++t) scale_row(ldk, decays[i].from_start[t], q + t * ldk);
     }
-    product(ldk, ldv, tokens.padded, q, 1, ldk, grad_o, ldv, state, ldv, true);
+    product(*tokens.ahead, ldk, ldv, tokens.padded, q, 1, ldk, grad_o, ldv, state, ldv, true);
     if (s.normalize) {
       const A* factors = ddenominators(tokens, head);
       fill_zero(ldk, this->row);
@@ -1215,8 +1257,8 @@ struct BackwardKey : Pass<A> {
         const ChunkDecay<A>& decay = decays[i];
         const A* after = states.now(i);
         transpose(ldk, ldv, after, ldv, after_transposed, ldk);
-        product(tokens.padded, ldk, ldv, v, ldv, 1, after_transposed, ldk, inter_k, ldk, false);
-        product(tokens.padded, ldv, ldk, k, ldk, 1, after, ldv, inter_v, ldv, false);
+        product(*tokens.ahead, tokens.padded, ldk, ldv, v, ldv, 1, after_transposed, ldk, inter_k, ldk, false);
+        product(*tokens.ahead, tokens.padded, ldv, ldk, k, ldk, 1, after, ldv, inter_v, ldv, false);
         for (i64 t = 0; t < tokens.count; ++t) {
           const A end = decay.to_end[t];
           add_scaled(ldk, A(1), after + z_at, inter_k + t * ldk);
@@ -1237,9 +1279,9 @@ struct BackwardKey : Pass<A> {
         const i64 head = key_head * group.heads + r, i = group.state_of(r);
         const ChunkDecay<A>& decay = decays[i];
         load_queries(tokens, head);
-        product(tokens.padded, score_columns, ldk, q, ldk, 1, k_transposed, chunk, scores, chunk, false,
+        product(*tokens.ahead, tokens.padded, score_columns, ldk, q, ldk, 1, k_transposed, chunk, scores, chunk, false,
                 Band::lower_result);
-        product(tokens.padded, score_columns, ldv, grad_o, ldv, 1, v_transposed, chunk, dscores, chunk, false,
+        product(*tokens.ahead, tokens.padded, score_columns, ldv, grad_o, ldv, 1, v_transposed, chunk, dscores, chunk, false,
                 Band::lower_result);
         if (s.normalize) {
           const A* factors = ddenominators(tokens, head);
@@ -1252,8 +1294,8 @@ struct BackwardKey : Pass<A> {
         if (s.decay_gradient) add_decay_gradient(tokens, dlog + i * chunk);
         decay.apply(s, tokens, chunk, dscores);
         // both factors are lower triangular and read transposed
-        product(tokens.padded, ldv, tokens.padded, scores, 1, chunk, grad_o, ldv, dv, ldv, true, Band::upper);
-        product(tokens.padded, ldk, tokens.padded, dscores, 1, chunk, q, ldk, dk, ldk, true, Band::upper);
+        product(*tokens.ahead, tokens.padded, ldv, tokens.padded, scores, 1, chunk, grad_o, ldv, dv, ldv, true, Band::upper);
+        product(*tokens.ahead, tokens.padded, ldk, tokens.padded, dscores, 1, chunk, q, ldk, dk, ldk, true, Band::upper);
         add_queries(tokens, head, i);
       }
       this->store_gradient(args.dk, tokens, key_head, this->key_rows, dk);

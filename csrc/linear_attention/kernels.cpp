@@ -95,17 +95,30 @@ enum class Band {
   lower_result,  // only the lower triangle of the result is wanted
 };
 
+// What becomes of a product: c = a b, or keep * c + a b; and then, if there is a `now`, now = decay * start + c, for
+// tiles laid out like c.
+template <class A>
+struct Onto {
+  bool add;
+  A keep = 1, decay = 1;
+  const A* start = nullptr;
+  A* now = nullptr;
+  Onto(bool add) : add(add) {}
+};
+
 template <class A, int Rows, int Vectors>
 inline __attribute__((always_inline)) void tile_product(i64 begin, i64 end, const A* a, i64 row_step, i64 column_step,
-                                                        const A* b, i64 ldb, A* c, i64 ldc, bool add) {
+                                                        const A* b, i64 ldb, A* c, i64 ldc, i64 at,
+                                                        const Onto<A>& onto) {
   using V = typename Vector<A>::type;
   constexpr int lanes = Vector<A>::lanes;
+  c += at;
   V sum[Rows][Vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
     for (int n = 0; n < Vectors; ++n) {
-      sum[i][n] = add ? *reinterpret_cast<const V*>(c + i * ldc + n * lanes) : V{};
+      sum[i][n] = onto.add ? onto.keep * *reinterpret_cast<const V*>(c + i * ldc + n * lanes) : V{};
     }
   }
   for (i64 k = begin; k < end; ++k) {
@@ -124,13 +137,24 @@ inline __attribute__((always_inline)) void tile_product(i64 begin, i64 end, cons
 #pragma GCC unroll 4
     for (int n = 0; n < Vectors; ++n) *reinterpret_cast<V*>(c + i * ldc + n * lanes) = sum[i][n];
   }
+  if (onto.now == nullptr) return;
+  const A* start = onto.start + at;
+  A* now = onto.now + at;
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int n = 0; n < Vectors; ++n) {
+      *reinterpret_cast<V*>(now + i * ldc + n * lanes) =
+          onto.decay * *reinterpret_cast<const V*>(start + i * ldc + n * lanes) + sum[i][n];
+    }
+  }
 }
 
-// c [rows, columns] (+)= a [rows, depth] b [depth, columns]; element (i, k) of a is a[i * row_step + k * column_step].
-// rows is a multiple of row_pad and columns one of pad.
+// The product of a [rows, depth] and b [depth, columns] onto c [rows, columns]; element (i, k) of a is a[i * row_step +
+// k * column_step]. rows is a multiple of row_pad and columns one of pad.
 template <class A>
 void product(Ahead& ahead, i64 rows, i64 columns, i64 depth, const A* a, i64 row_step, i64 column_step, const A* b,
-             i64 ldb, A* c, i64 ldc, bool add, Band band = Band::full) {
+             i64 ldb, A* c, i64 ldc, const std::common_type_t<Onto<A>>& onto, Band band = Band::full) {
   constexpr i64 lanes = Vector<A>::lanes;
   for (i64 j = 0; j < columns; j += 2 * lanes) {
     for (i64 i = 0; i < rows; i += tile_rows) {
@@ -139,11 +163,10 @@ void product(Ahead& ahead, i64 rows, i64 columns, i64 depth, const A* a, i64 row
       const i64 begin = band == Band::upper ? i : 0;
       const i64 end = band == Band::lower ? std::min(depth, i + tile_rows) : depth;
       const A* left = a + i * row_step;
-      A* result = c + i * ldc + j;
       if (j + lanes < wanted) {
-        tile_product<A, tile_rows, 2>(begin, end, left, row_step, column_step, b + j, ldb, result, ldc, add);
+        tile_product<A, tile_rows, 2>(begin, end, left, row_step, column_step, b + j, ldb, c, ldc, i * ldc + j, onto);
       } else {
-        tile_product<A, tile_rows, 1>(begin, end, left, row_step, column_step, b + j, ldb, result, ldc, add);
+        tile_product<A, tile_rows, 1>(begin, end, left, row_step, column_step, b + j, ldb, c, ldc, i * ldc + j, onto);
       }
       ahead.fetch();
     }
@@ -585,7 +608,8 @@ struct FeatureMap {
       }
     }
     product(*tokens.ahead, tokens.padded, ldx, columns, products, ldm, 1, projection_transposed, ldx, dx, ldx, false);
-    if (map_gradient) product(*tokens.ahead, ldx, ldm, tokens.padded, rows.x, 1, ldx, products, ldm, gradient, ldm, true);
+    if (map_gradient)
+      product(*tokens.ahead, ldx, ldm, tokens.padded, rows.x, 1, ldx, products, ldm, gradient, ldm, true);
   }
 
   // Hands the gradient that was added up since the last call to f(place in [C,M] and weights, value).
@@ -658,12 +682,14 @@ __attribute__((noinline)) void carry(i64 n, A decay, const A* start, const A* su
 // one after another or at the same time.
 template <class A>
 struct States {
-  i64 count, size;
+  i64 count, size, z_at;
   A *start, *sum, *whole;  // [count, size]
   double* decay;           // [count]: since the start of the segment
   bool started = false;    // else `start` is 0
+  bool entered = false;    // and nothing was added since
 
-  States(const Sizes& s, Arena& arena) : count(Group(s).states), size(state_elements(s)) {
+  States(const Sizes& s, Arena& arena)
+      : count(Group(s).states), size(state_elements(s)), z_at(size - round_up(s.key_dim, pad)) {
     start = arena.take<A>(count * size);
     sum = arena.take<A>(count * size);
     whole = arena.take<A>(count * size);
@@ -673,6 +699,7 @@ struct States {
   void enter_segment() {
     fill_zero(count * size, sum);
     std::fill_n(decay, count, 1.0);
+    entered = true;
   }
   void leave_segment() {
     if (started) {
@@ -682,17 +709,29 @@ struct States {
     }
     started = true;
   }
-  void forget(i64 i, double factor) {
-    scale_row(size, static_cast<A>(factor), sum + i * size);
+  // Decays a state; what is added to S next is to be added with what this returns, `last` if nothing follows it before
+  // the state is asked for.
+  Onto<A> forget(i64 i, double factor, bool last = true) {
+    Onto<A> onto(true);
+    onto.keep = static_cast<A>(factor);
+    scale_row(size - z_at, onto.keep, sum + i * size + z_at);
     decay[i] *= factor;
     if (decay[i] < tiny<A>) decay[i] = 0;
+    if (started && last) {
+      onto.decay = this->factor(i);
+      onto.start = start + i * size;
+      onto.now = whole + i * size;
+    }
+    return onto;
+  }
+  // After the last addition to a state and its z.
+  void added(i64 i) {
+    entered = false;
+    if (!started) return;
+    carry(size - z_at, factor(i), start + i * size + z_at, sum + i * size + z_at, whole + i * size + z_at);
   }
   A factor(i64 i) const { return static_cast<A>(decay[i]); }
-  const A* now(i64 i) {
-    if (!started) return sum + i * size;
-    carry(size, factor(i), start + i * size, sum + i * size, whole + i * size);
-    return whole + i * size;
-  }
+  const A* now(i64 i) const { return (!started ? sum : entered ? start : whole) + i * size; }
 };
 
 // What each pass derives from.
@@ -780,7 +819,7 @@ struct Pass {
     }
   }
 
-  // the chunk's keys, decayed to its end, after decaying state i that they are to be added to
+  // the chunk's keys, decayed to its end
   const A* decayed_keys(const Tokens& tokens, i64 i) {
     if (s.decay == Decay::none) return k;
     const ChunkDecay<A>& decay = decays[i];
@@ -788,7 +827,6 @@ struct Pass {
       const A factor = decay.to_end[t];
       for (i64 d = 0; d < ldk; ++d) k_scaled[t * ldk + d] = k[t * ldk + d] * factor;
     }
-    states.forget(i, decay.whole);
     return k_scaled;
   }
 
@@ -942,8 +980,10 @@ struct Forward : Pass<A> {
     for (i64 i = 0; i < group.states; ++i) {
       const A* keys = this->decayed_keys(tokens, i);
       A* state = states.sum + i * states.size;
-      product(*tokens.ahead, ldk, ldv, tokens.padded, keys, 1, ldk, v, ldv, state, ldv, true);
+      product(*tokens.ahead, ldk, ldv, tokens.padded, keys, 1, ldk, v, ldv, state, ldv,
+              states.forget(i, decays[i].whole));
       if (s.normalize || out.final_z) this->add_key_sum(tokens, keys, state + z_at);
+      states.added(i);
     }
   }
 
@@ -1038,8 +1078,10 @@ struct BackwardQuery : Pass<A> {
     for (i64 i = 0; i < group.states; ++i) {
       const A* keys = this->decayed_keys(tokens, i);
       A* state = states.sum + i * states.size;
-      product(*tokens.ahead, ldv, ldk, tokens.padded, v, 1, ldv, keys, ldk, state, ldk, true);
+      product(*tokens.ahead, ldv, ldk, tokens.padded, v, 1, ldv, keys, ldk, state, ldk,
+              states.forget(i, decays[i].whole));
       if (s.normalize || args.grad_z) this->add_key_sum(tokens, keys, state + z_at);
+      states.added(i);
     }
   }
 
@@ -1084,10 +1126,11 @@ struct BackwardQuery : Pass<A> {
           if (s.decay_gradient && begin > 0) save_state(sequence, begin, key_head * group.states + i, state);
         }
         load_rows(args.grad_o, tokens, head, 0, s.value_dim, grad_o, ldv);
-        product(*tokens.ahead, tokens.padded, score_columns, ldv, grad_o, ldv, 1, v_transposed, chunk, scores, chunk, false,
-                Band::lower_result);
+        product(*tokens.ahead, tokens.padded, score_columns, ldv, grad_o, ldv, 1, v_transposed, chunk, scores, chunk,
+                false, Band::lower_result);
         decay.apply(s, tokens, chunk, scores);
-        product(*tokens.ahead, tokens.padded, ldk, tokens.padded, scores, chunk, 1, k, ldk, dq, ldk, false, Band::lower);
+        product(*tokens.ahead, tokens.padded, ldk, tokens.padded, scores, chunk, 1, k, ldk, dq, ldk, false,
+                Band::lower);
         product(*tokens.ahead, tokens.padded, ldk, ldv, grad_o, ldv, 1, state, ldk, inter, ldk, false);
         if (s.normalize || s.decay_gradient || this->map) {
           this->load_features(in.q, tokens, head, this->query_rows, q);
@@ -1134,10 +1177,10 @@ struct BackwardQuery : Pass<A> {
   }
 
   void save_state(const Sequence& sequence, i64 begin, i64 state_head, const A* state) {
-    A* to = static_cast<A*>(shared.states) +
-            (this->chunk_slot(sequence, begin) * s.state_heads + state_head) * ldk * (s.value_dim + 1);
-    std::copy_n(state, s.value_dim * ldk, to);
-    std::copy_n(state + z_at, ldk, to + s.value_dim * ldk);
+    A* to =
+        static_cast<A*>(shared.states) + (this->chunk_slot(sequence, begin) * s.state_heads + state_head) * states.size;
+    transpose(ldv, ldk, state, ldk, to, ldv);
+    std::copy_n(state + z_at, ldk, to + z_at);
   }
 };
 
@@ -1150,7 +1193,7 @@ struct BackwardKey : Pass<A> {
   static constexpr bool reverse = true;
 
   const BackwardArguments& args;
-  A *q, *k_transposed, *v_transposed, *grad_o, *scores, *dscores, *dk, *dv, *inter_k, *inter_v, *after_transposed,
+  A *q, *k_transposed, *v_transposed, *grad_o, *scores, *dscores, *dk, *dv, *inter_k, *inter_k_transposed, *inter_v,
       *columns;
   double *dlog, *k_dk, *across, *decay_sums;
 
@@ -1165,8 +1208,8 @@ struct BackwardKey : Pass<A> {
     dk = arena.take<A>(chunk * ldk);
     dv = arena.take<A>(chunk * ldv);
     inter_k = arena.take<A>(chunk * ldk);
+    inter_k_transposed = arena.take<A>(chunk * ldk);
     inter_v = arena.take<A>(chunk * ldv);
-    after_transposed = arena.take<A>(ldk * ldv);
     columns = arena.take<A>(chunk);
     dlog = arena.take<double>(group.states * chunk);
     k_dk = arena.take<double>(group.states * chunk);
@@ -1209,30 +1252,31 @@ struct BackwardKey : Pass<A> {
   }
   i64 place(const Tokens& tokens, i64 head) const { return (tokens.batch * s.time + tokens.first) * s.heads + head; }
 
-  // what the chunk's queries add to the gradient of the state before it; overwrites them
-  void add_queries(const Tokens& tokens, i64 head, i64 i) {
+  // what the chunk's queries of head r of the group add to the gradient of the state before it; overwrites them
+  void add_queries(const Tokens& tokens, i64 head, i64 r) {
+    const i64 i = group.state_of(r);
+    const bool first = group.states > 1 || r == 0, last = group.states > 1 || r == group.heads - 1;
     A* state = states.sum + i * states.size;
     if (s.decay != Decay::none) {
       for (i64 t = 0; t < tokens.count; ++t) scale_row(ldk, decays[i].from_start[t], q + t * ldk);
     }
-    product(*tokens.ahead, ldk, ldv, tokens.padded, q, 1, ldk, grad_o, ldv, state, ldv, true);
+    product(*tokens.ahead, ldk, ldv, tokens.padded, q, 1, ldk, grad_o, ldv, state, ldv,
+            states.forget(i, first ? decays[i].whole : 1, last));
     if (s.normalize) {
       const A* factors = ddenominators(tokens, head);
       fill_zero(ldk, this->row);
       for (i64 t = 0; t < tokens.count; ++t) add_scaled(ldk, factors[t * s.heads], q + t * ldk, this->row);
       add_scaled(ldk, A(1), this->row, state + z_at);
     }
+    if (last) states.added(i);
   }
 
   void sum(const Sequence& sequence, i64 segment, i64 key_head) {
     this->for_each_chunk(sequence, segment, reverse, [&](const Tokens& tokens, i64) {
       this->compute_decays(tokens, key_head);
-      if (s.decay != Decay::none) {
-        for (i64 i = 0; i < group.states; ++i) states.forget(i, decays[i].whole);
-      }
       for (i64 r = 0; r < group.heads; ++r) {
         load_queries(tokens, key_head * group.heads + r);
-        add_queries(tokens, key_head * group.heads + r, group.state_of(r));
+        add_queries(tokens, key_head * group.heads + r, r);
       }
     });
   }
@@ -1256,8 +1300,9 @@ struct BackwardKey : Pass<A> {
       for (i64 i = 0; i < group.states; ++i) {
         const ChunkDecay<A>& decay = decays[i];
         const A* after = states.now(i);
-        transpose(ldk, ldv, after, ldv, after_transposed, ldk);
-        product(*tokens.ahead, tokens.padded, ldk, ldv, v, ldv, 1, after_transposed, ldk, inter_k, ldk, false);
+        product(*tokens.ahead, ldk, score_columns, ldv, after, ldv, 1, v_transposed, chunk, inter_k_transposed, chunk,
+                false);
+        transpose(ldk, tokens.padded, inter_k_transposed, chunk, inter_k, ldk);
         product(*tokens.ahead, tokens.padded, ldv, ldk, k, ldk, 1, after, ldv, inter_v, ldv, false);
         for (i64 t = 0; t < tokens.count; ++t) {
           const A end = decay.to_end[t];
@@ -1270,9 +1315,8 @@ struct BackwardKey : Pass<A> {
           }
         }
         if (s.decay_gradient) {
-          across[i] = decay.whole * dot_with_state_before(sequence, begin, key_head * group.states + i, after + z_at);
+          across[i] = decay.whole * dot_with_state_before(sequence, begin, key_head * group.states + i, after);
         }
-        if (s.decay != Decay::none) states.forget(i, decay.whole);
       }
 
       for (i64 r = 0; r < group.heads; ++r) {
@@ -1281,8 +1325,8 @@ struct BackwardKey : Pass<A> {
         load_queries(tokens, head);
         product(*tokens.ahead, tokens.padded, score_columns, ldk, q, ldk, 1, k_transposed, chunk, scores, chunk, false,
                 Band::lower_result);
-        product(*tokens.ahead, tokens.padded, score_columns, ldv, grad_o, ldv, 1, v_transposed, chunk, dscores, chunk, false,
-                Band::lower_result);
+        product(*tokens.ahead, tokens.padded, score_columns, ldv, grad_o, ldv, 1, v_transposed, chunk, dscores, chunk,
+                false, Band::lower_result);
         if (s.normalize) {
           const A* factors = ddenominators(tokens, head);
           for (i64 t = 0; t < tokens.count; ++t) {
@@ -1294,9 +1338,11 @@ struct BackwardKey : Pass<A> {
         if (s.decay_gradient) add_decay_gradient(tokens, dlog + i * chunk);
         decay.apply(s, tokens, chunk, dscores);
         // both factors are lower triangular and read transposed
-        product(*tokens.ahead, tokens.padded, ldv, tokens.padded, scores, 1, chunk, grad_o, ldv, dv, ldv, true, Band::upper);
-        product(*tokens.ahead, tokens.padded, ldk, tokens.padded, dscores, 1, chunk, q, ldk, dk, ldk, true, Band::upper);
-        add_queries(tokens, head, i);
+        product(*tokens.ahead, tokens.padded, ldv, tokens.padded, scores, 1, chunk, grad_o, ldv, dv, ldv, true,
+                Band::upper);
+        product(*tokens.ahead, tokens.padded, ldk, tokens.padded, dscores, 1, chunk, q, ldk, dk, ldk, true,
+                Band::upper);
+        add_queries(tokens, head, r);
       }
       this->store_gradient(args.dk, tokens, key_head, this->key_rows, dk);
       store_rows(args.dv, tokens, key_head, 0, s.value_dim, dv, ldv);
@@ -1322,27 +1368,27 @@ struct BackwardKey : Pass<A> {
     }
   }
 
-  // <state before the chunk, gradient of the state after it>; after_transposed holds the latter, z its z.
-  double dot_with_state_before(const Sequence& sequence, i64 begin, i64 state_head, const A* z) const {
+  // <state before the chunk, gradient of the state after it>
+  double dot_with_state_before(const Sequence& sequence, i64 begin, i64 state_head, const A* after) const {
     double sum = 0;
     if (begin > 0) {
-      const A* saved = static_cast<const A*>(shared.states) +
-                       (this->chunk_slot(sequence, begin) * s.state_heads + state_head) * ldk * (s.value_dim + 1);
-      for (i64 e = 0; e < s.value_dim; ++e) {
-        sum += static_cast<double>(dot(ldk, saved + e * ldk, after_transposed + e * ldk));
+      const A* before = static_cast<const A*>(shared.states) +
+                        (this->chunk_slot(sequence, begin) * s.state_heads + state_head) * states.size;
+      for (i64 d = 0; d < s.key_dim; ++d) {
+        sum += static_cast<double>(dot(ldv, before + d * ldv, after + d * ldv));
       }
-      return sum + static_cast<double>(dot(ldk, saved + s.value_dim * ldk, z));
+      return sum + static_cast<double>(dot(ldk, before + z_at, after + z_at));
     }
     for (i64 d = 0; d < s.key_dim; ++d) {
       if (in.initial_kv) {
         const A* row = &element<A>(in.initial_kv, sequence.index, state_head, d);
         for (i64 e = 0; e < s.value_dim; ++e) {
-          sum += static_cast<double>(row[e * in.initial_kv.stride[3]]) *
-                 static_cast<double>(after_transposed[e * ldk + d]);
+          sum += static_cast<double>(row[e * in.initial_kv.stride[3]]) * static_cast<double>(after[d * ldv + e]);
         }
       }
       if (in.initial_z) {
-        sum += static_cast<double>(element<A>(in.initial_z, sequence.index, state_head, d)) * static_cast<double>(z[d]);
+        sum += static_cast<double>(element<A>(in.initial_z, sequence.index, state_head, d)) *
+               static_cast<double>(after[z_at + d]);
       }
     }
     return sum;

@@ -49,7 +49,7 @@ struct Shared {
   void* ddenominator = nullptr;  // [B,T,H] arithmetic type: gradient of the denominator
   double* q_dq = nullptr;        // [B,T,Hs]: q . (the part of dq that comes from before the chunk)
   double* decay_sums = nullptr;  // [slots,Hs]: sum over a segment of the decay's gradient
-  void* states = nullptr;        // [chunk slots,Hs,V+1,padded K] arithmetic type: S^T and z before each chunk
+  void* states = nullptr;        // [chunk slots,Hs,state_elements] arithmetic type: the state before each chunk
   void* map_sums = nullptr;      // [slots,Hk,map_elements] arithmetic type: gradient from a segment, if split
   double* map_totals = nullptr;  // [parts,Hk,map_elements]
 };

@@ -18,9 +18,11 @@ std::size_t aligned(std::size_t bytes) { return (bytes + alignment - 1) / alignm
 Plan plan_common(const Sizes& sizes, std::int64_t threads) {
   Plan plan;
   plan.sizes = sizes;
-  // Work inside a chunk grows with its length, work between chunks shrinks; small heads want short chunks.
-  plan.chunk = std::max(sizes.key_dim, sizes.value_dim) <= 32 ? 32 : 64;
-  plan.segment = 8 * plan.chunk;
+  // Work inside a chunk grows with its length, work between chunks shrinks, and grows with the heads. For the decay's
+  // gradient the state before each chunk is kept: fewer of them.
+  const std::int64_t dim = std::max(sizes.key_dim, sizes.value_dim);
+  plan.chunk = sizes.decay_gradient && dim > 32 ? 64 : dim <= 128 ? 32 : 48;
+  plan.segment = 512 / plan.chunk * plan.chunk;
   // A part has a sum of its own of the feature map's gradient: few parts, however many sequences there are.
   plan.parts = sizes.sequences;
   if (sizes.map_gradient) {
@@ -70,7 +72,7 @@ std::size_t lay_out(const Plan& plan, bool backward, char* base, Shared* shared)
   if (backward && s.decay_gradient) {
     out.q_dq = reinterpret_cast<double*>(take(s.batch * s.time * s.state_heads, sizeof(double)));
     out.decay_sums = reinterpret_cast<double*>(take(segments * s.state_heads, sizeof(double)));
-    out.states = take(slots(s, plan.chunk) * s.state_heads * round_up(s.key_dim, pad) * (s.value_dim + 1), real);
+    out.states = take(slots(s, plan.chunk) * s.state_heads * state_elements(s), real);
   }
   if (backward && s.map_gradient) {
     out.map_totals = reinterpret_cast<double*>(take(plan.parts * s.key_heads * map_elements(s), sizeof(double)));

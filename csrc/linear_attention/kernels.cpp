@@ -52,13 +52,14 @@ struct Arena {
 // Rows lie far apart in memory, further than the processor looks ahead, and asking for many of them at once makes it
 // wait: they are asked for a few lines at a time, between the tiles of products.
 struct Ahead {
-  static constexpr int at_once = 16;  // lines; the fewest that see all rows of a chunk through
+  static constexpr int at_once = 16;  // lines: as many as see all rows of a chunk through
+  static constexpr int most = 16;     // entries; beyond them nothing is asked for
   static constexpr i64 line = 64;
   struct Rows {
     std::uintptr_t at;
     i64 step, bytes, count;
   };
-  Rows queue[16];
+  Rows queue[most];
   int first = 0, last = 0;
   i64 offset = 0;  // in the first row
 
@@ -66,7 +67,7 @@ struct Ahead {
 
   template <class S>
   void add(const S* row, i64 step, i64 n, i64 count) {
-    if (last == 16 || count <= 0) return;
+    if (last == most || count <= 0) return;
     const auto at = reinterpret_cast<std::uintptr_t>(row);
     const i64 before = static_cast<i64>(at % line), size = static_cast<i64>(sizeof(S));
     queue[last++] = {at - static_cast<std::uintptr_t>(before), step * size, before + n * size, count};
@@ -608,8 +609,8 @@ struct FeatureMap {
       }
     }
     product(*tokens.ahead, tokens.padded, ldx, columns, products, ldm, 1, projection_transposed, ldx, dx, ldx, false);
-    if (map_gradient)
-      product(*tokens.ahead, ldx, ldm, tokens.padded, rows.x, 1, ldx, products, ldm, gradient, ldm, true);
+    if (!map_gradient) return;
+    product(*tokens.ahead, ldx, ldm, tokens.padded, rows.x, 1, ldx, products, ldm, gradient, ldm, true);
   }
 
   // Hands the gradient that was added up since the last call to f(place in [C,M] and weights, value).

@@ -94,11 +94,12 @@ class Case:
     def forward(self, limits=ONE_SM, seed=0, *, for_backward=True):
         shape = (*self.q.shape[:3], self.v.shape[3])
         state = (self.sequences, self.state_heads, self.q.shape[3])
+        with_rest = for_backward and self.normalize and self.name in HALF
         outputs = {
             "o": torch.empty(shape, dtype=self.dtype), "final_kv": torch.empty(*state, shape[3], dtype=real(self.name)),
             "final_z": torch.empty(state, dtype=real(self.name)) if self.with_z else None,
             "denominator": torch.empty(shape[0], shape[2], shape[1], dtype=real(self.name)) if self.normalize else None,
-            "rest": torch.empty(shape, dtype=self.dtype) if for_backward and self.normalize and self.name in HALF else None,
+            "rest": torch.empty(shape, dtype=self.dtype) if with_rest else None,
         }  # fmt: skip
         return outputs, *self.run(self.arrays(), outputs, limits, seed)
 

@@ -40,6 +40,7 @@ struct MmaShape {
   int depth, tile, warps, chunk, rows, min_blocks;
 };
 constexpr MmaShape kMmaShapes[] = {{64, 64, 4, 64, 64, 3}, {128, 128, 4, 64, 32, 2}, {256, 128, 8, 32, 32, 1}};
+constexpr int kMmaShapeCount = 3;
 
 // What a GPU's plan must know beside the sizes.
 struct DeviceProblem {
@@ -56,7 +57,7 @@ struct DevicePlan {
   ScanKernel kernel = ScanKernel::fma;
   int shape = 0;  // of kMmaShapes
 
-  // Segments of the sequences; one slot each. One a sequence means that nothing is split.
+  // Segments of the sequences; one slot each. `split`: their states are summed up and carried in launches of their own.
   std::int64_t segment_length = 0, segments_per_sequence = 1, slots = 0;
   bool split = false;
 

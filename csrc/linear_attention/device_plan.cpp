@@ -75,11 +75,32 @@ DevicePlan::Scan scan_of(const DevicePlan& plan, Role role) {
     scan.shared_bytes = layout.shared_bytes;
   }
   scan.width_tiles = static_cast<int>(ceil_div(scan.width, scan.tile));
-  if (scan.shared_bytes > plan.limits.shared_bytes)
+  return scan;
+}
+
+// Whether one block of every scan that the pass may need has room on this GPU.
+bool fits(const DevicePlan& plan) {
+  for (Role role : {Role::forward, Role::states, Role::query_gradient, Role::key_gradient, Role::value_gradient,
+                    Role::state_gradients}) {
+    const bool needed = role == Role::states || (role == Role::forward) != plan.problem.backward;
+    if (needed && scan_of(plan, role).shared_bytes > plan.limits.shared_bytes) return false;
+  }
+  return true;
+}
+
+// Tensor cores where there is a shape that the heads fit into and that fits the GPU.
+void choose_kernel(DevicePlan& plan) {
+  const Sizes& s = plan.problem.sizes;
+  const i64 larger = std::max(s.key_dim, s.value_dim);
+  plan.kernel = ScanKernel::tensor_cores;
+  for (plan.shape = 0; plan.problem.half && plan.shape < kMmaShapeCount; ++plan.shape)
+    if (kMmaShapes[plan.shape].depth >= larger && fits(plan)) return;
+  plan.shape = 0;
+  plan.kernel = ScanKernel::fma;
+  if (!fits(plan))
     throw std::invalid_argument(
         "linear_attention: K = " + std::to_string(s.key_dim) + " and V = " + std::to_string(s.value_dim) +
         " need more shared memory than this GPU's " + std::to_string(plan.limits.shared_bytes) + " bytes a block");
-  return scan;
 }
 
 // Query heads that share a state are spread over blocks where there are too few blocks for the GPU.
@@ -160,16 +181,13 @@ DevicePlan plan_device(const DeviceProblem& problem, const GpuLimits& limits) {
   plan.problem = problem;
   plan.limits = limits;
   plan.with_z = problem.with_z || s.normalize;
-  const i64 larger = std::max(s.key_dim, s.value_dim);
-  plan.kernel = problem.half && larger <= 256 ? ScanKernel::tensor_cores : ScanKernel::fma;
-  while (plan.kernel == ScanKernel::tensor_cores && kMmaShapes[plan.shape].depth < larger) ++plan.shape;
+  choose_kernel(plan);
 
   const Role main = problem.backward ? Role::query_gradient : Role::forward;
   i64 segments = segments_of(plan, scan_of(plan, main));
   const i64 chunk = scan_of(plan, main).chunk;
   const i64 average = s.sequences == 0 ? 0 : ceil_div(s.batch * s.time, s.sequences);
-  plan.why =
-      segments > 1 ? "few heads: the sequence is split over blocks" : "enough heads: a block a sequence and head";
+  plan.why = segments > 1 ? "few heads: sequences are split over blocks" : "splitting sequences would not pay";
   if (s.decay_gradient) {
     segments = std::max(segments, ceil_div(average, kDecayTokens));
     plan.split = true;
@@ -179,7 +197,8 @@ DevicePlan plan_device(const DeviceProblem& problem, const GpuLimits& limits) {
   const i64 length = std::max(chunk, ceil_div(ceil_div(average, segments), chunk) * chunk);
   if (problem.with_offsets) {
     plan.segment_length = plan.split ? length : s.time + 1;
-    plan.slots = (plan.split ? s.time / length : 0) + s.sequences;
+    // at least one, to make NaN of tokens that no sequence has
+    plan.slots = std::max<i64>(1, (plan.split ? s.time / length : 0) + s.sequences);
   } else {
     plan.segment_length = plan.split ? length : std::max<i64>(s.time, 1);
     plan.segments_per_sequence = std::max<i64>(1, ceil_div(s.time, plan.segment_length));

@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY(freqrank, m) {
 
   // linear_attention
   // On CUDA with `normalize` forward returns the denominators [B,H,T] and, `for_backward`, what rounding took from a
-  // 16-bit o; backward takes o and them. Else they are empty. empty.
+  // 16-bit o; backward takes o and them. Else they are empty.
   m.def(
       "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? mask, Tensor? cu_seqlens, "
       "Tensor? initial_kv, Tensor? initial_z, float scale, bool normalize, float eps, bool output_final_state, "

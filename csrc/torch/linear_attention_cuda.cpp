@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
   const Tensor denominator = normalize ? make(v, {s.batch, s.heads, s.time}, real_of(s)) : make(v, {0}, real_of(s));
   const la::DevicePlan plan = plan_of(s, q, k, v, true, false, cu_seqlens.has_value(), initial_z.has_value());
   const Tensor workspace = workspace_of(q, la::workspace_bytes(plan));
-  const bool with_rest = for_backward && normalize && plan.kernel == la::ScanKernel::tensor_cores;
+  const bool with_rest = for_backward && normalize && is_half(v);
   const Tensor rest = with_rest ? make(v, {s.batch, s.time, s.heads, s.value_dim}) : make(v, {0});
   la::Normalizer normalizer;
   if (normalize) normalizer.denominator = view_of(denominator);

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.gpu
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32, torch.float64)
 TOLERANCE = {torch.bfloat16: 3.3e-3, torch.float16: 3.3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
-# With a normalizer dq and the gradient of z are differences of two sums that have the mean of the keys in common.
-NORMALIZED_TOLERANCE = TOLERANCE | {torch.bfloat16: 8e-3}
+# With a normalizer dq is a difference of two sums that have the mean of the keys in common.
+NORMALIZED_TOLERANCE = TOLERANCE | {torch.bfloat16: 4e-3}
 DECAY_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.float32: 3e-5, torch.float64: 1e-11}
 FEATURE_TOLERANCE = TOLERANCE | {torch.bfloat16: 5e-3, torch.float16: 5e-3}
 DECAYS = (None, "H", "Hk", "BTH", "BTHk")
@@ -119,7 +119,7 @@ def limit_of(case, name):
     """Of a gradient."""
     if name == "log_decay":
         return DECAY_TOLERANCE[case.dtype]
-    return (NORMALIZED_TOLERANCE if name in ("q", "z") and case.normalize else TOLERANCE)[case.dtype]
+    return (NORMALIZED_TOLERANCE if name == "q" and case.normalize else TOLERANCE)[case.dtype]
 
 
 def check(case, *, backward=True):
@@ -459,7 +459,7 @@ def test_masked_tokens_leave_no_trace(dtype):
 
 # --- wrong values -------------------------------------------------------------------------------------------------
 
-WRONG_OFFSETS = ([0, 50, 40, 130], [0, 50, 129], [1, 50, 130], [0, 500, 130], [0, -4, 130])
+WRONG_OFFSETS = ([0, 50, 40, 130], [0, 50, 129], [1, 50, 130], [0, 500, 130], [0, -4, 130], [0])
 
 
 @needs_cuda

@@ -77,6 +77,7 @@ py::dict scan_fma(simt::Executor& executor, const py::dict& values) {
   p.values = in.matrix("values");
   p.rows = in.matrix("rows");
   p.out = in.output("out");
+  p.rest = in.output("rest");
   p.with = in.matrix("with");
   p.depth = p.columns.width;
   p.width = p.values.width;

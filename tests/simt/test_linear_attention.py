@@ -328,7 +328,7 @@ def test_wrong_values_become_nan():
     outputs, _, _ = case.forward()
     assert outputs["o"][:, 80:, 1].isnan().all()
     assert not outputs["o"][:, :, 0].isnan().any()
-    for offsets in ([0, 50, 40, 130], [0, 50, 129], [1, 50, 130], [0, 500, 130], [0, -4, 130]):
+    for offsets in ([0, 50, 40, 130], [0, 50, 129], [1, 50, 130], [0, 500, 130], [0, -4, 130], [0]):
         for limits in (ONE_SM, MANY_SMS):
             case = Case("bfloat16", 1, 130, 2, **ODD, decay="BTH", lengths=[1] * (len(offsets) - 1), normalize=True)
             case.cu_seqlens = torch.tensor(offsets)
@@ -354,6 +354,16 @@ def test_an_a100_has_room():
     limits = {"sms": 108, "shared_bytes": 163 * 1024, "shared_bytes_per_sm": 164 * 1024}
     for dim in (64, 128, 256):
         check(Case("bfloat16", 1, 70, 2, 1, key_dim=dim, value_dim=dim, decay="Hk"), limits)
+
+
+def test_a_small_gpu_takes_other_shapes():
+    # 99 KB a block: heads of 128 go in shorter chunks, and groups' gradients without tensor cores
+    limits = {"sms": 20, "shared_bytes": 99 * 1024, "shared_bytes_per_sm": 100 * 1024}
+    check(Case("bfloat16", 1, 70, 2, key_dim=128, value_dim=128, decay="Hk"), limits)
+    case = Case("bfloat16", 1, 70, 2, 1, key_dim=128, value_dim=128, normalize=True)
+    _, plan, _ = check(case, limits)
+    assert not plan["tensor_cores"]
+    assert case.forward(limits)[1]["tensor_cores"]
 
 
 @pytest.mark.parametrize("dim", [64, 128])

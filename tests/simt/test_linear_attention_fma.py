@@ -331,6 +331,15 @@ def test_mixed_dtypes(dtypes, out_dtype, options, role):
     Case(dtypes=dtypes, decay="per head", normalize=True, **options).check(role, out_dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_rest_is_what_rounding_took(dtype):
+    case = Case(dtype=dtype, normalize=True, heads=(4, 2, 2), depth=16)
+    rest = empty(case.o.shape, dtype)
+    made, _ = case.scan("forward", rest=rest)
+    both = value(made["out"]) + value(rest)
+    assert np.sqrt(np.mean((both - case.o) ** 2)) < 1e-5 * np.sqrt(np.mean(case.o**2))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_largest_sizes(dtype):
     case = Case(dtype=dtype, batch=1, time=70, heads=(1, 1, 1), depth=512, width=40, decay="per token", normalize=True)

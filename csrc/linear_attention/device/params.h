@@ -110,7 +110,7 @@ struct ScanParams : TokenParams<A> {
   bool normalize = false;
   A eps = 0;
   simt::global<A> denominator;                   // [B,H,T]
-  Output rest;                                   // what rounding takes from out; tensor cores only, may be null
+  Output rest;                                   // what rounding takes from out; may be null
   simt::global<const A> query_scale, query_add;  // [B,H,T]
   int query_heads = 1;
   // z is a vector beside the state: the decayed sum of columns (key_sum, of length depth) or of values (value_sum, of

@@ -587,6 +587,11 @@ struct ScanFma {
         with_dtype<A>(p.out.dtype, [&](auto element) {
           using S = decltype(element);
           store_piece<V, A, S>(p.out, p.out.data.template as<S>(), p.out.at(at.batch, at.first + t, head), i, x);
+          if (!p.rest.data) return;
+          Piece rest;
+          SIMT_UNROLL
+          for (int v = 0; v < V; ++v) rest[v] = x[v] - static_cast<A>(simt::to_float(simt::from_float<S>(x[v])));
+          store_piece<V, A, S>(p.rest, p.rest.data.template as<S>(), p.rest.at(at.batch, at.first + t, head), i, rest);
         });
       }
       if (p.normalize && place.tile == 0 && lane.column == 0 && t < at.count) {

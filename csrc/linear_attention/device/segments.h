@@ -36,6 +36,10 @@ struct OffsetsKernel {
       return;
     }
     for (Index x = simt::thread(); x < p.slots; x += simt::threads()) {
+      if (p.sequences == 0) {
+        put(p, x, -1, 0, 0);
+        continue;
+      }
       // the last sequence whose slots begin at x or before
       Index low = 0, high = p.sequences - 1;
       while (low < high) {

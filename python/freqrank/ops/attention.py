@@ -417,8 +417,9 @@ def feature_map_attention(
 
     Gradients reach q, k, v, projection, weights, log_decay and the initial state, and do not depend on the number of
     threads. Features are float32 (float64 for float64). They are made a few tokens at a time, in forward and backward
-    alike, and never written to memory as a whole; on CUDA they still are tensors. The softmax features are those of the
-    released DiJiang code (arXiv 2403.19928), "exp" those of its paper.
+    alike, and never written to memory as a whole. On CUDA they still are tensors, in the dtype of a 16-bit v where
+    tensor cores can take them. The softmax features are those of the released DiJiang code (arXiv 2403.19928), "exp"
+    those of its paper.
 
     >>> q = torch.randn(1, 5, 2, 4); v = torch.ones(1, 5, 2, 3)
     >>> o, _ = feature_map_attention(q, q, v, torch.eye(4), normalize=True, eps=0.0)
@@ -457,17 +458,20 @@ def feature_map_attention(
             )
     _check_numbers(None, eps)
     q, k, v = _autocast(q, k, v)
-    options = _check_options(q, k, v, features, log_decay, normalize, mask, initial_state, cu_seqlens)
     real = _real(q.dtype)
     projection = projection.to(real)
     weights = None if weights is None else weights.to(real)
     if q.device.type == "cuda":  # no fused kernels: features are tensors
+        _check_mask(mask, q, "B,T")
         phi_q, phi_k = _query_and_key_features(q, k, projection, weights, feature, mask)
-        if v.dtype.itemsize == 2:  # tensor cores take q, k and v of one dtype
+        # tensor cores take q, k and v of one dtype, but only features between 0 and 1 are sure to fit into float16
+        bounded = feature != "exp" and weights is None
+        if features <= MAX_DIM and (v.dtype == torch.bfloat16 or (v.dtype == torch.float16 and bounded)):
             phi_q, phi_k = phi_q.to(v.dtype), phi_k.to(v.dtype)
         return _scan(
             phi_q, phi_k, v, log_decay, 1.0, normalize, eps, mask, initial_state, output_final_state, cu_seqlens
         )
+    options = _check_options(q, k, v, features, log_decay, normalize, mask, initial_state, cu_seqlens)
     outputs = torch.ops.freqrank.feature_map_attention(
         q, k, v, projection, weights, FEATURES.index(feature), *options,
         bool(normalize), float(eps), bool(output_final_state),
@@ -577,12 +581,6 @@ def _keeps_denominators(q: Tensor, normalize: bool) -> bool:
     return normalize and q.device.type == "cuda"
 
 
-def _on_tensor_cores(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """As linear_attention/device_plan.cpp decides it for a GPU."""
-    one_half = q.dtype in (torch.float16, torch.bfloat16) and k.dtype == q.dtype and v.dtype == q.dtype
-    return one_half and q.shape[3] <= MAX_DIM and v.shape[3] <= MAX_DIM
-
-
 def _fake_gradient(x: Tensor | None, q: Tensor) -> Tensor:
     """Of something in the dtype of the arithmetic; empty for None."""
     return q.new_empty((0,) if x is None else x.shape, dtype=_real(q.dtype))
@@ -595,7 +593,7 @@ def _(
 ):  # fmt: skip
     outputs = _fake_forward(q, k, v, q.shape[3], log_decay, cu_seqlens, initial_z, normalize, output_final_state)
     kept = _keeps_denominators(q, normalize)
-    rest = kept and for_backward and _on_tensor_cores(q, k, v)
+    rest = kept and for_backward and v.dtype.itemsize == 2
     return (
         *outputs,
         v.new_empty((q.shape[0], q.shape[2], q.shape[1]) if kept else (0,), dtype=_real(q.dtype)),

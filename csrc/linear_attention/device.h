@@ -40,7 +40,7 @@ struct MmaShape {
   int depth, tile, warps, chunk, rows, min_blocks;
 };
 constexpr MmaShape kMmaShapes[] = {{64, 64, 4, 64, 64, 3}, {128, 128, 4, 64, 32, 2}, {256, 128, 8, 32, 32, 1}};
-constexpr int kMmaShapeCount = 3;
+constexpr int kMmaShapeCount = static_cast<int>(sizeof kMmaShapes / sizeof *kMmaShapes);
 
 // What a GPU's plan must know beside the sizes.
 struct DeviceProblem {
@@ -100,7 +100,7 @@ std::size_t workspace_bytes(const DevicePlan& plan);
 std::string describe(const DevicePlan& plan);
 
 // What Inputs, ForwardOutputs and BackwardArguments do not hold, of a call with `normalize`: forward writes the last
-// two, backward takes all. `rest`, what rounding took from o, is worth its memory on tensor cores only; it may be
+// two, backward takes all. `rest`, what rounding took from o, is worth its memory where o has 16 bits; it may be
 // absent.
 struct Normalizer {
   View o;            // [B,T,H,V], what forward returned

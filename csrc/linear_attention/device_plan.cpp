@@ -27,19 +27,19 @@ constexpr double kSplitGain = 0.75;
 i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 struct Roles {
-  bool rows_are_queries, reverse, out;
+  bool rows_are_queries, out;  // where rows are not queries, columns are, and the order is reverse
   int depth, width;
 };
 
 Roles roles_of(Role role, const Sizes& s) {
   const int k = static_cast<int>(s.key_dim), v = static_cast<int>(s.value_dim);
   switch (role) {
-    case Role::forward: return {true, false, true, k, v};
-    case Role::states: return {true, false, false, k, v};
-    case Role::query_gradient: return {true, false, true, v, k};
-    case Role::key_gradient: return {false, true, true, v, k};
-    case Role::value_gradient: return {false, true, true, k, v};
-    case Role::state_gradients: return {false, true, false, v, k};
+    case Role::forward: return {true, true, k, v};
+    case Role::states: return {true, false, k, v};
+    case Role::query_gradient: return {true, true, v, k};
+    case Role::key_gradient: return {false, true, v, k};
+    case Role::value_gradient: return {false, true, k, v};
+    case Role::state_gradients: return {false, false, v, k};
   }
   throw std::logic_error("linear_attention: no such role");
 }
@@ -98,9 +98,9 @@ void choose_kernel(DevicePlan& plan) {
   plan.shape = 0;
   plan.kernel = ScanKernel::fma;
   if (!fits(plan))
-    throw std::invalid_argument(
-        "linear_attention: K = " + std::to_string(s.key_dim) + " and V = " + std::to_string(s.value_dim) +
-        " need more shared memory than this GPU's " + std::to_string(plan.limits.shared_bytes) + " bytes a block");
+    throw std::invalid_argument("linear_attention: K = " + std::to_string(s.key_dim) + " and V = " +
+                                std::to_string(s.value_dim) + " need more shared memory than this GPU's " +
+                                std::to_string(plan.limits.shared_bytes) + " bytes a block; smaller ones are allowed");
 }
 
 // Query heads that share a state are spread over blocks where there are too few blocks for the GPU.
@@ -117,10 +117,10 @@ void count_bytes(const DevicePlan& plan, DevicePlan::Scan& scan) {
   const Sizes& s = plan.problem.sizes;
   const i64 element = plan.problem.half ? 2 : s.double_precision ? 8 : 4;
   const i64 numbers = s.batch * s.time * s.state_heads * element;
-  const bool out = scan.role != Role::states && scan.role != Role::state_gradients;
-  const i64 written = plan.parts() && !roles_of(scan.role, s).rows_are_queries ? (s.double_precision ? 8 : 4) : element;
+  const Roles roles = roles_of(scan.role, s);
+  const i64 written = plan.parts() && !roles.rows_are_queries ? (s.double_precision ? 8 : 4) : element;
   scan.read_bytes = numbers * scan.row_blocks * scan.column_heads * (scan.depth * scan.width_tiles + scan.width);
-  if (out) {
+  if (roles.out) {
     scan.read_bytes += numbers * scan.row_heads * scan.depth * scan.width_tiles;
     scan.write_bytes = numbers / element * written * scan.row_heads * scan.width;
   }

@@ -13,6 +13,10 @@
 //
 // with S the decayed sum of k v^T and D, the gradient of S, that of q do^T. Where the sequences are split, `states` and
 // `state_gradients` sum up each segment, and a kernel of its own carries the sums from segment to segment.
+//
+// With a feature map the scan makes features of q and k itself, on tensor cores (device/feature_map.h). What the
+// gradient scans give are then the gradients of features, from which a kernel of its own makes those of q, k and the
+// map (device/map_gradient.h).
 
 #include <cstddef>
 #include <cstdint>
@@ -46,7 +50,7 @@ constexpr int kMmaShapeCount = static_cast<int>(sizeof kMmaShapes / sizeof *kMma
 struct DeviceProblem {
   Sizes sizes;  // decay_gradient: of the backward pass
   bool backward = false;
-  bool half = false;          // q, k, v (and grad_o) all have this one 16-bit dtype
+  bool half = false;          // q, k, v (and grad_o) all have this one 16-bit dtype, and features fit into it
   bool with_offsets = false;  // cu_seqlens are given
   bool with_z = false;        // forward: z is given or asked for; backward: its gradient is given
 };
@@ -68,6 +72,7 @@ struct DevicePlan {
     int chunk = 0, threads = 0, shared_bytes = 0;
     std::int64_t blocks = 0;
     std::int64_t read_bytes = 0, write_bytes = 0;  // of q, k, v, o and their gradients; fma reads parts again
+    int mapped = 0;                                // tiles of a chunk that features are made of
   };
   // In the order in which they run; `states` and `state_gradients` only where the sequences are split.
   static constexpr int max_scans = 5;
@@ -86,13 +91,22 @@ struct DevicePlan {
   std::size_t pairs_at = 0;                          // A [B,Hs,T]
   std::size_t head_sums_at = 0;                      // double [slots,Hs]
   std::size_t key_parts_at = 0, value_parts_at = 0;  // A [B,T,Hs,K] and [B,T,Hs,V] where Hs > Hk
+  // With a feature map: fragments of the projection, and of its transpose, 4 bytes each [Hk or 1,depth,depth]; weights
+  // float [Hk,depth]; the gradients of features float [B,T,H,K], [B,T,Hk,K]; sums of each block of the map's gradient,
+  // float [Hk * map_slots,C,K] and [Hk * map_slots,K].
+  std::size_t map_at = 0, transposed_map_at = 0, map_weights_at = 0;
+  std::size_t query_features_at = 0, key_features_at = 0;
+  std::size_t projection_sums_at = 0, weight_sums_at = 0;
+  int query_map_parts = 0, key_map_parts = 0, map_slots = 0;  // blocks a head, and of a key head and its queries
   std::size_t bytes = 0;
 
   bool with_z = false;  // z is carried beside the state
   bool parts() const { return problem.sizes.state_heads > problem.sizes.key_heads; }
+  bool maps() const { return problem.sizes.feature != Feature::none; }
 };
 
-// Throws std::invalid_argument where no kernel takes the sizes.
+// Throws std::invalid_argument where no kernel takes the sizes. Feature maps need tensor cores, channels, features and
+// V up to 128, and go without the gradient of the decay.
 DevicePlan plan_device(const DeviceProblem& problem, const GpuLimits& limits);
 std::size_t workspace_bytes(const DevicePlan& plan);
 

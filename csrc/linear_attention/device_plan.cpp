@@ -21,6 +21,8 @@ constexpr i64 kDecayTokens = 512;
 // that is alone on it, and what the states' pass costs beside a scan (it reads half and does a third of the
 // arithmetic).
 constexpr double kTensorCoreReach = 0.6, kFmaReach = 0.15, kAloneCost = 0.4, kStatesCost = 0.45;
+// Tokens of a tile of the map's gradient, and about how many blocks an SM gets of it.
+constexpr i64 kMapTokens = 64, kMapBlocks = 4;
 // Estimates err: only a clear gain is worth the states' memory.
 constexpr double kSplitGain = 0.75;
 
@@ -29,17 +31,18 @@ i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 struct Roles {
   bool rows_are_queries, out;  // where rows are not queries, columns are, and the order is reverse
   int depth, width;
+  bool map_depth;  // whether the features of a map are the depth, of columns and rows, or the width, of values
 };
 
 Roles roles_of(Role role, const Sizes& s) {
   const int k = static_cast<int>(s.key_dim), v = static_cast<int>(s.value_dim);
   switch (role) {
-    case Role::forward: return {true, true, k, v};
-    case Role::states: return {true, false, k, v};
-    case Role::query_gradient: return {true, true, v, k};
-    case Role::key_gradient: return {false, true, v, k};
-    case Role::value_gradient: return {false, true, k, v};
-    case Role::state_gradients: return {false, false, v, k};
+    case Role::forward: return {true, true, k, v, true};
+    case Role::states: return {true, false, k, v, true};
+    case Role::query_gradient: return {true, true, v, k, false};
+    case Role::key_gradient: return {false, true, v, k, false};
+    case Role::value_gradient: return {false, true, k, v, true};
+    case Role::state_gradients: return {false, false, v, k, false};
   }
   throw std::logic_error("linear_attention: no such role");
 }
@@ -75,6 +78,7 @@ DevicePlan::Scan scan_of(const DevicePlan& plan, Role role) {
     scan.shared_bytes = layout.shared_bytes;
   }
   scan.width_tiles = static_cast<int>(ceil_div(scan.width, scan.tile));
+  if (plan.maps()) scan.mapped = roles.map_depth && roles.out ? 2 : 1;
   return scan;
 }
 
@@ -91,10 +95,17 @@ bool fits(const DevicePlan& plan) {
 // Tensor cores where there is a shape that the heads fit into and that fits the GPU.
 void choose_kernel(DevicePlan& plan) {
   const Sizes& s = plan.problem.sizes;
-  const i64 larger = std::max(s.key_dim, s.value_dim);
+  const i64 larger = std::max({s.key_dim, s.value_dim, s.channels});
+  const auto makes_features = [](const MmaShape& shape) { return shape.depth == shape.tile; };
   plan.kernel = ScanKernel::tensor_cores;
   for (plan.shape = 0; plan.problem.half && plan.shape < kMmaShapeCount; ++plan.shape)
-    if (kMmaShapes[plan.shape].depth >= larger && fits(plan)) return;
+    if (kMmaShapes[plan.shape].depth >= larger && (!plan.maps() || makes_features(kMmaShapes[plan.shape])) &&
+        fits(plan))
+      return;
+  if (plan.maps())
+    throw std::invalid_argument("linear_attention: no kernel of this GPU makes " + std::to_string(s.key_dim) +
+                                " features of " + std::to_string(s.channels) + " channels for V = " +
+                                std::to_string(s.value_dim) + "; up to 128 of 16 bits are allowed where there is room");
   plan.shape = 0;
   plan.kernel = ScanKernel::fma;
   if (!fits(plan))
@@ -118,10 +129,13 @@ void count_bytes(const DevicePlan& plan, DevicePlan::Scan& scan) {
   const i64 element = plan.problem.half ? 2 : s.double_precision ? 8 : 4;
   const i64 numbers = s.batch * s.time * s.state_heads * element;
   const Roles roles = roles_of(scan.role, s);
-  const i64 written = plan.parts() && !roles.rows_are_queries ? (s.double_precision ? 8 : 4) : element;
-  scan.read_bytes = numbers * scan.row_blocks * scan.column_heads * (scan.depth * scan.width_tiles + scan.width);
+  const bool to_features = plan.maps() && !roles.map_depth;
+  const i64 written = (plan.parts() && !roles.rows_are_queries) || to_features ? (s.double_precision ? 8 : 4) : element;
+  const i64 depth = plan.maps() && roles.map_depth ? s.channels : scan.depth;
+  const i64 width = to_features ? s.channels : scan.width;
+  scan.read_bytes = numbers * scan.row_blocks * scan.column_heads * (depth * scan.width_tiles + width);
   if (roles.out) {
-    scan.read_bytes += numbers * scan.row_heads * scan.depth * scan.width_tiles;
+    scan.read_bytes += numbers * scan.row_heads * depth * scan.width_tiles;
     scan.write_bytes = numbers / element * written * scan.row_heads * scan.width;
   }
 }
@@ -181,6 +195,8 @@ DevicePlan plan_device(const DeviceProblem& problem, const GpuLimits& limits) {
   plan.problem = problem;
   plan.limits = limits;
   plan.with_z = problem.with_z || s.normalize;
+  if (plan.maps() && s.decay_gradient)
+    throw std::invalid_argument("linear_attention: the gradient of a decay is not made together with features");
   choose_kernel(plan);
 
   const Role main = problem.backward ? Role::query_gradient : Role::forward;
@@ -247,6 +263,26 @@ DevicePlan plan_device(const DeviceProblem& problem, const GpuLimits& limits) {
     plan.key_parts_at = take(plan.parts(), {s.batch, s.time, s.state_heads, s.key_dim, real});
     plan.value_parts_at = take(plan.parts(), {s.batch, s.time, s.state_heads, s.value_dim, real});
   }
+  if (plan.maps()) {
+    const i64 depth = kMmaShapes[plan.shape].depth;
+    plan.map_at = take(true, {s.key_heads, depth, depth, 4});
+    plan.map_weights_at = take(true, {s.key_heads, depth, 4});
+    plan.transposed_map_at = take(problem.backward, {s.key_heads, depth, depth, 4});
+    plan.query_features_at = take(problem.backward, {s.batch, s.time, s.heads, s.key_dim, 4});
+    plan.key_features_at = take(problem.backward, {s.batch, s.time, s.key_heads, s.key_dim, 4});
+  }
+  if (plan.maps() && problem.backward) {
+    // a block a tile of tokens, or where the map's gradient is summed up, as many as keep the GPU busy
+    const i64 tiles = s.batch * ceil_div(s.time, kMapTokens);
+    const auto parts = [&](i64 heads) {
+      return static_cast<int>(s.map_gradient ? std::min(tiles, ceil_div(kMapBlocks * plan.limits.sms, heads)) : tiles);
+    };
+    plan.query_map_parts = parts(s.heads);
+    plan.key_map_parts = parts(s.key_heads);
+    plan.map_slots = static_cast<int>(s.heads / s.key_heads) * plan.query_map_parts + plan.key_map_parts;
+    plan.projection_sums_at = take(s.map_gradient, {s.key_heads, plan.map_slots, s.channels, s.key_dim, 4});
+    plan.weight_sums_at = take(s.map_gradient, {s.key_heads, plan.map_slots, s.key_dim, 4});
+  }
   plan.bytes = used;
   return plan;
 }
@@ -269,6 +305,7 @@ std::string describe(const DevicePlan& plan) {
     if (scan.width_tiles > 1) out << ", " << scan.width_tiles << " tiles of " << scan.tile << " columns";
     if (scan.row_heads > 1) out << ", " << scan.rows_per_block << " of " << scan.row_heads << " query heads a block";
     if (scan.column_heads > 1) out << ", " << scan.column_heads << " query heads one after another";
+    if (scan.mapped > 0) out << ", features made on the way";
     out << '\n';
   }
   out << "  workspace of " << plan.bytes << " bytes\n";

@@ -46,6 +46,10 @@ struct Arguments {
     for (py::ssize_t d = 0; d < x.ndim(); ++d) v.stride[first + d] = x.strides(d) / x.itemsize();
     return v;
   }
+  // Of `dims` dimensions, for all heads, or one more.
+  la::View by_head(const char* name, int dims) const {
+    return view(name, has(name) && array(name).ndim() == dims ? 1 : 0);
+  }
   template <class T>
   T option(const char* name, T otherwise) const {
     return options.contains(name) ? options[name].cast<T>() : otherwise;
@@ -56,6 +60,13 @@ la::DeviceProblem problem_of(const Arguments& a) {
   la::DeviceProblem p;
   la::Sizes& s = p.sizes;
   s.batch = a.size("q", 0), s.time = a.size("q", 1), s.heads = a.size("q", 2), s.key_dim = a.size("q", 3);
+  if (a.has("projection")) {
+    s.feature = static_cast<la::Feature>(a.option("feature", 0));
+    s.channels = s.key_dim;
+    s.key_dim = a.size("projection", a.array("projection").ndim() - 1);
+    if (s.feature == la::Feature::softmax_pm) s.key_dim *= 2;
+    s.map_gradient = a.has("dprojection");
+  }
   s.key_heads = a.size("k", 2), s.value_dim = a.size("v", 3);
   s.sequences = a.has("cu_seqlens") ? a.size("cu_seqlens", 0) - 1 : s.batch;
   s.state_heads = s.key_heads;
@@ -99,6 +110,7 @@ py::dict described(const la::DevicePlan& plan) {
     scan["shared_bytes"] = plan.scan[i].shared_bytes;
     scan["rows_per_block"] = plan.scan[i].rows_per_block;
     scan["width_tiles"] = plan.scan[i].width_tiles;
+    scan["mapped"] = plan.scan[i].mapped;
     scan["read_bytes"] = plan.scan[i].read_bytes;
     scan["write_bytes"] = plan.scan[i].write_bytes;
     scans.append(scan);
@@ -121,6 +133,7 @@ py::dict run(simt::Executor& executor, const py::dict& arrays, const py::dict& o
   }
   in.initial_kv = a.view("initial_kv"), in.initial_z = a.view("initial_z");
   if (a.has("cu_seqlens")) in.cu_seqlens = static_cast<const std::int64_t*>(a.array("cu_seqlens").data());
+  in.projection = a.by_head("projection", 2), in.weights = a.by_head("weights", 1);
   in.scale = a.option("scale", 1.0), in.eps = a.option("eps", 0.0);
   const la::Normalizer normalizer{a.view("o"), a.view("denominator"), a.view("rest")};
 
@@ -133,6 +146,7 @@ py::dict run(simt::Executor& executor, const py::dict& arrays, const py::dict& o
     b.grad_o = a.view("grad_o"), b.grad_kv = a.view("grad_kv"), b.grad_z = a.view("grad_z");
     b.dq = a.view("dq"), b.dk = a.view("dk"), b.dv = a.view("dv");
     b.dlog_decay = a.view("dlog_decay", a.has("dlog_decay") && a.array("dlog_decay").ndim() == 1 ? 2 : 0);
+    b.dprojection = a.by_head("dprojection", 2), b.dweights = a.by_head("dweights", 1);
     b.dinitial_kv = a.view("dinitial_kv"), b.dinitial_z = a.view("dinitial_z");
     la::device::run_device_backward(plan, in, b, normalizer, workspace, queue);
   } else {

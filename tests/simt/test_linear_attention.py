@@ -93,7 +93,7 @@ class Case:
 
     def forward(self, limits=ONE_SM, seed=0, *, for_backward=True):
         shape = (*self.q.shape[:3], self.v.shape[3])
-        state = (self.sequences, self.state_heads, self.q.shape[3])
+        state = self.state_shape()
         with_rest = for_backward and self.normalize and self.name in HALF
         outputs = {
             "o": torch.empty(shape, dtype=self.dtype), "final_kv": torch.empty(*state, shape[3], dtype=real(self.name)),
@@ -102,6 +102,9 @@ class Case:
             "rest": torch.empty(shape, dtype=self.dtype) if with_rest else None,
         }  # fmt: skip
         return outputs, *self.run(self.arrays(), outputs, limits, seed)
+
+    def state_shape(self):
+        return (self.sequences, self.state_heads, self.q.shape[3])
 
     def run(self, arrays, outputs, limits, seed):
         executor = simt.Executor(seed, limits.get("shared_bytes", 227 * 1024))
@@ -113,12 +116,13 @@ class Case:
         executor.check_written()
         return plan, executor
 
-    def backward(self, grads, outputs, limits=ONE_SM, seed=0):
+    def backward(self, grads, outputs, limits=ONE_SM, seed=0, *, without=()):
         arrays = self.arrays() | {name: array(x) for name, x in grads.items()}
         if self.normalize:
             arrays |= {name: array(outputs[name]) for name in ("o", "denominator", "rest")}
         results = {
-            "d" + name: None if x is None else torch.empty(x.shape, dtype=x.dtype) for name, x in self.leaves().items()
+            "d" + name: None if x is None or name in without else torch.empty(x.shape, dtype=x.dtype)
+            for name, x in self.leaves().items()
         }
         return results, *self.run(arrays, results, limits, seed)
 

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "linear_attention/device/gradients.h"
+#include "linear_attention/device/map_gradient.h"
 #include "linear_attention/device/pairs.h"
 #include "linear_attention/device/segments.h"
 #include "linear_attention/device/views.h"
@@ -35,8 +36,8 @@ class Call {
       carry(false, in_.initial_kv, in_.initial_z, out.final_kv, out.final_z);
     }
     ScanParams<A> p = scan(Role::forward);
-    p.rows = queries(in_.q, s_.key_dim);
-    p.columns = keys(in_.k, s_.key_dim);
+    p.rows = queries(in_.q, channels());
+    p.columns = keys(in_.k, channels());
     p.values = keys(in_.v, s_.value_dim);
     p.out = output_of(out.o, s_.batch, s_.time, s_.heads, s_.value_dim, queue_);
     p.out_factor = static_cast<A>(in_.scale);
@@ -60,8 +61,13 @@ class Call {
     launch(Role::forward, p);
   }
 
-  void backward(const BackwardArguments& args, const Normalizer& normalizer) {
+  void backward(const BackwardArguments& arguments, const Normalizer& normalizer) {
     begin();
+    BackwardArguments args = arguments;
+    if (plan_.maps()) {
+      args.dq = contiguous(plan_.query_features_at, {s_.batch, s_.time, s_.heads, s_.key_dim});
+      args.dk = contiguous(plan_.key_features_at, {s_.batch, s_.time, s_.key_heads, s_.key_dim});
+    }
     const Matrix grad_o = queries(args.grad_o, s_.value_dim);
     if (s_.normalize) prepare_normalizer(args, normalizer);
     if (plan_.split) {
@@ -78,6 +84,9 @@ class Call {
     if (plan_.parts()) {
       sum_heads(plan_.key_parts_at, args.dk, s_.key_dim);
       sum_heads(plan_.value_parts_at, args.dv, s_.value_dim);
+    }
+    if constexpr (sizeof(A) == 4) {
+      if (plan_.maps()) map_gradient(arguments, args);
     }
     if (s_.decay_gradient) {
       pairs_in_chunks(grad_o);
@@ -102,6 +111,9 @@ class Call {
       tokens_.log_decay = queue_.view(static_cast<const A*>(in_.log_decay.data), e.begin, e.end);
       std::copy(in_.log_decay.stride, in_.log_decay.stride + 3, tokens_.decay_stride);
     }
+    if constexpr (sizeof(A) == 4) {
+      if (plan_.maps()) prepare_map();
+    }
     if (in_.cu_seqlens == nullptr || plan_.slots == 0) return;
     OffsetsKernel::Params p{};
     p.offsets = queue_.view(in_.cu_seqlens, 0, s_.sequences + 1);
@@ -117,6 +129,7 @@ class Call {
   // --- Where things are ---
   Matrix queries(const View& x, Index width) const { return matrix_of(x, s_.batch, s_.time, s_.heads, width, queue_); }
   Matrix keys(const View& x, Index width) const { return matrix_of(x, s_.batch, s_.time, s_.key_heads, width, queue_); }
+  Index channels() const { return plan_.maps() ? s_.channels : s_.key_dim; }  // of q and k
   const Sizes4& state_sizes() const { return state_sizes_; }
   const Sizes4& z_sizes() const { return z_sizes_; }
   simt::global<A> row(void* data) const { return queue_.view(static_cast<A*>(data), 0, s_.batch * s_.time * s_.heads); }
@@ -167,7 +180,108 @@ class Call {
       p.query_scale = row(base_ + plan_.query_scale_at);
       p.query_add = row(base_ + plan_.query_add_at);
     }
+    if (plan_.maps()) {
+      p.map = map_;
+      p.map_rows = role == Role::forward || role == Role::value_gradient;
+      p.map_columns = p.map_rows || role == Role::states;
+      p.map_values = !p.map_columns;
+    }
     return p;
+  }
+
+  // --- Feature maps ---
+  simt::global_bytes bytes_at(std::size_t at, Index count) const {
+    return queue_.view_bytes(static_cast<void*>(base_ + at), 0, count);
+  }
+  template <class T>
+  simt::global<T> floats_at(std::size_t at, Index count) const {
+    return queue_.view(reinterpret_cast<T*>(base_ + at), 0, count);
+  }
+  // [Hk or 1, ...], with the strides of a tensor of fewer dimensions at the end.
+  simt::global<const float> by_head(const View& x, const Index (&sizes)[4]) const {
+    const Extent e = extent_of(x, sizes);
+    return queue_.view(static_cast<const float*>(x.data), e.begin, e.end);
+  }
+  Index map_heads(const View& x) const { return x.stride[0] == 0 ? 1 : s_.key_heads; }
+  Index products() const { return s_.feature == Feature::softmax_pm ? s_.key_dim / 2 : s_.key_dim; }
+
+  void prepare_map() {
+    const View &projection = in_.projection, &weights = in_.weights;
+    const bool backward = plan_.problem.backward;
+    PrepareMapKernel::Params p{};
+    p.heads = static_cast<int>(map_heads(projection)), p.key_heads = static_cast<int>(s_.key_heads);
+    p.channels = static_cast<int>(s_.channels), p.products = static_cast<int>(products());
+    p.features = static_cast<int>(s_.key_dim), p.depth = kMmaShapes[plan_.shape].depth;
+    p.is_float16 = in_.q.dtype == Dtype::float16;
+    p.projection = by_head(projection, {p.heads, s_.channels, products(), 1});
+    std::copy(projection.stride, projection.stride + 3, p.projection_stride);
+    if (weights) {
+      p.weights = by_head(weights, {map_heads(weights), s_.key_dim, 1, 1});
+      std::copy(weights.stride, weights.stride + 2, p.weights_stride);
+    }
+    const Index size = 4 * p.pieces() * 4, weight_count = s_.key_heads * p.depth;
+    p.fragments = bytes_at(plan_.map_at, size);
+    if (backward) p.transposed = bytes_at(plan_.transposed_map_at, size);
+    if (weights) p.padded_weights = floats_at<float>(plan_.map_weights_at, weight_count);
+    enqueue_prepare_map(p, queue_);
+
+    map_.fragments = queue_.view_bytes(static_cast<const void*>(base_ + plan_.map_at), 0, size);
+    map_.weights = p.padded_weights;
+    map_.heads = p.heads, map_.key_heads = p.key_heads;
+    map_.channel_tiles = (p.channels + 15) / 16, map_.features = p.features;
+    map_.feature = s_.feature;
+    if (backward)
+      transposed_map_ = queue_.view_bytes(static_cast<const void*>(base_ + plan_.transposed_map_at), 0, size);
+  }
+
+  // `of_features`: with the gradients of features in the place of those of q and k.
+  void map_gradient(const BackwardArguments& args, const BackwardArguments& of_features) const {
+    MapGradientParams p{};
+    static_cast<TokenParams<float>&>(p) = tokens_;
+    p.batch = s_.batch, p.time = s_.time;
+    p.map = map_;
+    p.transposed = transposed_map_;
+    p.slots_per_key_head = plan_.map_slots;
+    const Index slots = s_.key_heads * plan_.map_slots;
+    if (args.dprojection)
+      p.projection_sums = floats_at<float>(plan_.projection_sums_at, slots * s_.channels * s_.key_dim);
+    if (args.dweights) p.weight_sums = floats_at<float>(plan_.weight_sums_at, slots * s_.key_dim);
+    const auto launch = [&](const View& x, const View& gradient, const View& dx, Index heads, int parts, int first) {
+      p.heads = static_cast<int>(heads), p.parts = parts;
+      p.group = static_cast<int>(heads / s_.key_heads), p.first_slot = first;
+      p.x = matrix_of(x, s_.batch, s_.time, heads, s_.channels, queue_);
+      p.dx = output_of(dx, s_.batch, s_.time, heads, s_.channels, queue_);
+      p.gradient = queue_.view(static_cast<const float*>(gradient.data), 0, s_.batch * s_.time * heads * s_.key_dim);
+      if (x.dtype == Dtype::float16) {
+        enqueue_map_gradient<float16>(kMmaShapes[plan_.shape].depth, p, queue_);
+      } else {
+        enqueue_map_gradient<bfloat16>(kMmaShapes[plan_.shape].depth, p, queue_);
+      }
+    };
+    launch(in_.q, of_features.dq, args.dq, s_.heads, plan_.query_map_parts, 0);
+    launch(in_.k, of_features.dk, args.dk, s_.key_heads, plan_.key_map_parts,
+           static_cast<int>(s_.heads / s_.key_heads) * plan_.query_map_parts);
+    if (args.dprojection) sum_map(args, p);
+  }
+
+  void sum_map(const BackwardArguments& args, const MapGradientParams& sums) const {
+    MapSumKernel::Params p{};
+    p.key_heads = static_cast<int>(s_.key_heads), p.slots = plan_.map_slots;
+    p.channels = static_cast<int>(s_.channels), p.products = static_cast<int>(products());
+    p.features = static_cast<int>(s_.key_dim);
+    p.projection_heads = static_cast<int>(map_heads(args.dprojection));
+    p.projection_sums = sums.projection_sums;
+    const Extent e = extent_of(args.dprojection, {p.projection_heads, s_.channels, products(), 1});
+    p.projection = queue_.view(static_cast<float*>(args.dprojection.data), e.begin, e.end);
+    std::copy(args.dprojection.stride, args.dprojection.stride + 3, p.projection_stride);
+    if (args.dweights) {
+      p.weight_heads = static_cast<int>(map_heads(args.dweights));
+      p.weight_sums = sums.weight_sums;
+      const Extent w = extent_of(args.dweights, {p.weight_heads, s_.key_dim, 1, 1});
+      p.weights = queue_.view(static_cast<float*>(args.dweights.data), w.begin, w.end);
+      std::copy(args.dweights.stride, args.dweights.stride + 2, p.weights_stride);
+    }
+    enqueue_map_sum(p, queue_);
   }
 
   void launch(Role role, const ScanParams<A>& p) const {
@@ -189,8 +303,8 @@ class Call {
   void sum_segments(Role role, const Matrix& grad_o) const {
     ScanParams<A> p = scan(role);
     const bool gradients = role == Role::state_gradients;
-    p.columns = gradients ? grad_o : keys(in_.k, s_.key_dim);
-    p.values = gradients ? queries(in_.q, s_.key_dim) : keys(in_.v, s_.value_dim);
+    p.columns = gradients ? grad_o : keys(in_.k, channels());
+    p.values = gradients ? queries(in_.q, channels()) : keys(in_.v, s_.value_dim);
     p.by_slot = true;
     p.final_state = workspace_states<A>(gradients ? plan_.gradients_at : plan_.states_at, gradients);
     if (plan_.with_z) p.final_z = workspace_z<A>(gradients ? plan_.gradients_z_at : plan_.states_z_at);
@@ -244,7 +358,7 @@ class Call {
     ScanParams<A> p = scan(Role::query_gradient);
     p.rows = grad_o;
     p.columns = keys(in_.v, s_.value_dim);
-    p.values = keys(in_.k, s_.key_dim);
+    p.values = keys(in_.k, channels());
     p.out = output_of(args.dq, s_.batch, s_.time, s_.heads, s_.key_dim, queue_);
     p.out_factor = static_cast<A>(in_.scale);
     p.value_sum = p.exact_scores = s_.normalize;
@@ -272,7 +386,7 @@ class Call {
     ScanParams<A> p = scan(Role::key_gradient);
     p.rows = keys(in_.v, s_.value_dim);
     p.columns = grad_o;
-    p.values = queries(in_.q, s_.key_dim);
+    p.values = queries(in_.q, channels());
     p.out = key_output(args.dk, plan_.key_parts_at, s_.key_dim);
     p.value_sum = plan_.with_z;
     p.by_slot = plan_.split;
@@ -292,8 +406,8 @@ class Call {
 
   void value_gradient(const BackwardArguments& args, const Matrix& grad_o) const {
     ScanParams<A> p = scan(Role::value_gradient);
-    p.rows = keys(in_.k, s_.key_dim);
-    p.columns = queries(in_.q, s_.key_dim);
+    p.rows = keys(in_.k, channels());
+    p.columns = queries(in_.q, channels());
     p.values = grad_o;
     p.out = key_output(args.dv, plan_.value_parts_at, s_.value_dim);
     p.query_add = {};
@@ -398,6 +512,8 @@ class Call {
   Segments segments_;
   TokenParams<A> tokens_;
   simt::global<const Index> sequence_slots_;
+  MapParams map_;
+  simt::const_global_bytes transposed_map_;
 };
 
 template <class Queue>

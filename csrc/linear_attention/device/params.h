@@ -84,6 +84,19 @@ struct TokenParams {
   Index decay_stride[3] = {};
 };
 
+// A feature map that tensor cores apply (feature_map.h).
+struct MapParams {
+  simt::const_global_bytes fragments;  // null: there is no map
+  simt::global<const float> weights;   // [key heads, features], may be null
+  Index weights_stride[2] = {};
+  int heads = 1, key_heads = 1;         // heads: of the projection, 1 or key_heads
+  int channel_tiles = 0, features = 0;  // channel_tiles: of 16
+  Feature feature = Feature::none;
+
+  SIMT_DEVICE int head(int state_head, int state_heads) const { return state_head * heads / state_heads; }
+  SIMT_DEVICE int key_head(int state_head, int state_heads) const { return state_head * key_heads / state_heads; }
+};
+
 // One launch of the scan. With i and j tokens of a sequence, D(i, j) the decay between them (1 where i = j):
 //
 //   forward order   out_i = out_factor * sum over j <= i of D(i, j) P(i, j) values_j
@@ -129,6 +142,10 @@ struct ScanParams : TokenParams<A> {
   simt::global<A> dots;
   // The state and what it gives, or the scores, to float's accuracy though tensors have 16 bits.
   bool exact_state = false, exact_scores = false;
+
+  // Which of rows, columns and values are the channels that a map makes the depth's or the width's features of.
+  MapParams map;
+  bool map_rows = false, map_columns = false, map_values = false;
 };
 
 // Where a block works.

@@ -10,6 +10,7 @@
 // step's tiles arrive by asynchronous copies meanwhile. float16's range is too small for the scores, for the state and
 // for the weights: each gets a power of two of its own.
 
+#include "linear_attention/device/feature_map.h"
 #include "linear_attention/device/mma_layout.h"
 #include "linear_attention/device/tiles.h"
 
@@ -35,9 +36,15 @@ struct ScanMma {
   static constexpr int part = chunk / parts, part_tiles = part / 8;
   static_assert(own % 16 == 0 && warps % row_tiles == 0 && chunk % 32 == 0 && (part == 8 || part % 16 == 0));
 
+  // Features are made where a tile holds all of them.
+  static constexpr bool maps = depth == tile;
+  using Features = FeatureTile<E, chunk, depth, warps>;
+
   using A = simt::FragmentA<E>;
   using B = simt::FragmentB<E>;
   using Sum = simt::Accumulator<E>;
+  // So much of the state waits in shared memory meanwhile.
+  static constexpr int waiting = layout.waiting / Sum::count;
 
   template <int Width>
   SIMT_DEVICE static int place(int row, int column) {
@@ -69,6 +76,13 @@ struct ScanMma {
       return simt::shared_array<E>(layout.values + parity * layout.values_bytes, chunk * tile);
     }
     SIMT_DEVICE simt::shared<E> scores() const { return simt::shared_array<E>(layout.scores, chunk * chunk); }
+    SIMT_DEVICE simt::shared<float> exchange(int which) const {
+      return simt::shared_array<float>(layout.exchange + which * Features::exchange * 4, Features::exchange);
+    }
+    // Before there are scores.
+    SIMT_DEVICE simt::shared<float> waiting_room() const {
+      return simt::shared_array<float>(layout.scores, chunk * chunk / 2);
+    }
     // With exact_scores, which no scan has that parks accumulators.
     SIMT_DEVICE simt::shared<E> score_rests() const { return simt::shared_array<E>(layout.parked, chunk * chunk); }
     SIMT_DEVICE simt::shared<float> decay(int parity, int which) const {
@@ -111,6 +125,7 @@ struct ScanMma {
       total_decay().store(0, 0.0);
     }
     SIMT_DEVICE Index batch() const { return long_facts().load(1); }
+    SIMT_DEVICE Index slot() const { return long_facts().load(4); }
     SIMT_DEVICE Index state_index() const { return long_facts().load(p.by_slot ? 4 : 0); }
     SIMT_DEVICE int state_head() const { return facts().load(0); }
     SIMT_DEVICE int row_block() const { return facts().load(1); }
@@ -142,6 +157,9 @@ struct ScanMma {
     SIMT_DEVICE int rows_parity(const Block& b) const { return b.columns_vary() ? chunk_parity() : step_parity; }
     SIMT_DEVICE int columns_parity(const Block& b) const { return b.columns_vary() ? step_parity : chunk_parity(); }
     SIMT_DEVICE bool last(const Block& b) const { return head + 1 == b.heads(); }
+    // Whether new rows, or new columns and values, have come.
+    SIMT_DEVICE bool brings_rows(const Block& b) const { return head == 0 || !b.columns_vary(); }
+    SIMT_DEVICE bool brings_columns(const Block& b) const { return head == 0 || b.columns_vary(); }
     // Whether the columns' first head is on, before which the state has not been touched in this chunk.
     SIMT_DEVICE bool opens(const Block& b) const { return !b.columns_vary() || head == 0; }
     SIMT_DEVICE Turn next(const Block& b) const {
@@ -157,9 +175,9 @@ struct ScanMma {
   SIMT_DEVICE static void prefetch(const Block& b, const Turn& turn) {
     const Params& p = b.p;
     const int c = turn.chunk_of(b), r = turn.head;
-    if (!p.states_only && (r == 0 || !b.columns_vary()))
+    if (!p.states_only && turn.brings_rows(b))
       fetch<depth>(b, p.rows, b.rows(turn.rows_parity(b)), c, b.head(p.rows, b.row_of_group(r)), 0);
-    if (r == 0 || b.columns_vary()) {
+    if (turn.brings_columns(b)) {
       const int parity = turn.columns_parity(b), column_head = b.columns_vary() ? r : 0;
       fetch<depth>(b, p.columns, b.columns(parity), c, b.head(p.columns, column_head), 0);
       fetch<tile>(b, p.values, b.values(parity), c, b.head(p.values, column_head), b.tile_number() * tile);
@@ -196,17 +214,50 @@ struct ScanMma {
     b.total_decay().store(0, b.total_decay().load(0) + static_cast<double>(last));
   }
 
-  // 2^e as a float, for -126 <= e <= 127, and the e with 2^e <= x < 2^(e + 1); for what is no number or 0, 0.
-  SIMT_DEVICE static float power_of_two(int e) { return simt::bits_as<float>(static_cast<unsigned>(e + 127) << 23); }
-  SIMT_DEVICE static int exponent_of(float x) {
-    const int e = static_cast<int>(simt::bits_as<unsigned>(x) >> 23 & 0xffu);
-    return e == 0 || e == 255 ? 0 : e - 127;
+  // The features of what has come, in its place: rows, columns and values, one after another.
+  SIMT_DEVICE static void map(const Block& b, const Turn& turn) {
+    const Params& p = b.p;
+    SIMT_NO_UNROLL
+    for (int which = 0; which < 3; ++which) {
+      const bool comes = which == 0 ? turn.brings_rows(b) && !p.states_only : turn.brings_columns(b);
+      if (!comes || !(which == 0 ? p.map_rows : which == 1 ? p.map_columns : p.map_values)) continue;
+      const int parity = which == 0 ? turn.rows_parity(b) : turn.columns_parity(b);
+      make_features(b, turn,
+                    which == 0   ? b.rows(parity)
+                    : which == 1 ? b.columns(parity)
+                                 : b.values(parity),
+                    b.exchange(which % 2));
+    }
   }
-  // A power of two by which what is at most x stays below 2^12, well inside float16.
-  SIMT_DEVICE static int shrink(float x) {
-    const int e = exponent_of(x) - 11;
-    return e < -100 ? -100 : e > 100 ? 100 : e;
+
+  SIMT_DEVICE static void make_features(const Block& b, const Turn& turn, simt::shared<E> to,
+                                        simt::shared<float> exchange) {
+    const MapParams& map = b.p.map;
+    typename Features::Products y;
+    Features::multiply(map, map.head(b.state_head(), b.p.state_heads), to, y);
+    Features::exponentiate(map, y, exchange);
+    simt::barrier();
+    const int key_head = map.key_head(b.state_head(), b.p.state_heads);
+    SIMT_UNROLL
+    for (int r = 0; r < row_tiles; ++r) {
+      SIMT_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const int row = Features::row_of(r, h);
+        const float factor = Features::factor(map, exchange, row);
+        const bool live = b.decay(turn.chunk_parity(), 3).load(row) != 0.0f;
+        SIMT_UNROLL
+        for (int n = 0; n < Features::own_tiles; ++n) {
+          const auto w = Features::weights(map, key_head, n);
+          simt::pack<E, 2> x;
+          SIMT_UNROLL
+          for (int k = 0; k < 2; ++k)
+            x[k] = simt::from_float<E>(live ? y.at[r][n].get(2 * h + k) * factor * w[k] : 0.0f);
+          to.store_vector(place<depth>(row, Features::feature_of(n, 0)), x);
+        }
+      }
+    }
   }
+
   // x rounded, or what that takes from it.
   template <bool Rest>
   SIMT_DEVICE static E rounded(float x) {
@@ -225,7 +276,8 @@ struct ScanMma {
     const int chunk_parity = turn.chunk_parity(), step_parity = turn.step_parity;
     const int row_tile = simt::warp() / parts, first = simt::warp() % parts * part;
     const auto rows = b.rows(turn.rows_parity(b)), columns = b.columns(turn.columns_parity(b));
-    const int here = simt::opaque(0);
+    // as load_matrix_rows and load_matrix_columns would have it, which would keep it from one chunk to the next
+    const int lane = simt::opaque(simt::lane());
     const auto needed = [&](int column_tile) { return p.reverse ? column_tile >= row_tile : column_tile <= row_tile; };
     Sum sum[part_tiles];
     SIMT_UNROLL
@@ -234,12 +286,12 @@ struct ScanMma {
     for (int d = 0; d < depth_tiles; ++d) {
       A left;
       simt::load_matrix_rows(left, rows,
-                             [&](int r, int c) { return place<depth>(row_tile * 16 + r + here, d * 16 + c); });
+                             [&](int, int) { return place<depth>(row_tile * 16 + lane % 16, d * 16 + lane / 16 * 8); });
       if constexpr (part_tiles == 1) {
         if (needed(first / 16)) {
           B right;
-          simt::load_matrix_columns(right, columns,
-                                    [&](int r, int c) { return place<depth>(first + c + here, d * 16 + r); });
+          simt::load_matrix_columns(
+              right, columns, [&](int, int) { return place<depth>(first + lane % 8, d * 16 + lane / 8 % 2 * 8); });
           simt::mma(sum[0], left, right);
         }
       } else {
@@ -247,8 +299,9 @@ struct ScanMma {
         for (int n = 0; n < part_tiles; n += 2) {
           if (!needed(first / 16 + n / 2)) continue;
           B right[2];
-          simt::load_matrix_columns(right[0], right[1], columns,
-                                    [&](int r, int c) { return place<depth>(first + n * 8 + c + here, d * 16 + r); });
+          simt::load_matrix_columns(right[0], right[1], columns, [&](int, int) {
+            return place<depth>(first + n * 8 + lane % 8 + lane / 16 * 8, d * 16 + lane / 8 % 2 * 8);
+          });
           simt::mma(sum[n], left, right[0]);
           simt::mma(sum[n + 1], left, right[1]);
         }
@@ -350,8 +403,8 @@ struct ScanMma {
     }
     // two lanes a row, sixteen apart: eight lanes in a row share a piece of z, and rows of the tile do not share banks
     constexpr int share = depth / parts / 2;
-    const int mine = simt::warp() / parts * 16 + simt::lane() % 16;
-    const int begin = own_part * (2 * share) + simt::lane() / 16 * share;
+    const int lane = simt::opaque(simt::lane()), mine = simt::warp() / parts * 16 + lane % 16;
+    const int begin = own_part * (2 * share) + lane / 16 * share;
     float sum = 0;
     SIMT_UNROLL
     for (int d = 0; d < share; d += 8) {
@@ -892,6 +945,14 @@ struct ScanMma {
       const Turn next = turn.next(b);
       if (next.number < b.chunks()) prefetch(b, next);
       weigh(b, turn);
+      if constexpr (maps) {
+        if (p.map.fragments) {
+          move_waiting(b, state, true);
+          map(b, turn);
+          move_waiting(b, state, false);
+          simt::barrier();
+        }
+      }
       if (!p.states_only) score(b, turn);
       simt::barrier();
       if (!p.states_only) {
@@ -921,7 +982,24 @@ struct ScanMma {
     }
     store_state(b, state);
     if (p.segment_decay && b.tile_number() == 0 && b.row_block() == 0 && simt::thread() == 0)
-      p.segment_decay.store(where.slot * p.state_heads + b.state_head(), b.total_decay().load(0));
+      p.segment_decay.store(b.slot() * p.state_heads + b.state_head(), b.total_decay().load(0));
+  }
+
+  // Accumulators of the state that make room for features.
+  SIMT_DEVICE static void move_waiting(const Block& b, State& state, bool away) {
+    const auto place = b.waiting_room();
+    SIMT_UNROLL
+    for (int n = 0; n < waiting; ++n) {
+      SIMT_UNROLL
+      for (int i = 0; i < Sum::count; ++i) {
+        const int at = (n * Sum::count + i) * max_threads + simt::thread();
+        if (away) {
+          place.store(at, state.at[0][n].get(i));
+        } else {
+          state.at[0][n].set(i, place.load(at));
+        }
+      }
+    }
   }
 
   // Accumulators that wait for the next head's turn in shared memory, where registers would not do.

@@ -15,6 +15,18 @@ SIMT_DEVICE int swizzled(int row, int column) {
   return row * Width + (column / 8 ^ turn) * 8 + column % 8;
 }
 
+// 2^e as a float, for -126 <= e <= 127, and the e with 2^e <= x < 2^(e + 1); for what is no number or 0, 0.
+SIMT_DEVICE float power_of_two(int e) { return simt::bits_as<float>(static_cast<unsigned>(e + 127) << 23); }
+SIMT_DEVICE int exponent_of(float x) {
+  const int e = static_cast<int>(simt::bits_as<unsigned>(x) >> 23 & 0xffu);
+  return e == 0 || e == 255 ? 0 : e - 127;
+}
+// A power of two by which what is at most x stays below 2^12, well inside float16.
+SIMT_DEVICE int shrink(float x) {
+  const int e = exponent_of(x) - 11;
+  return e < -100 ? -100 : e > 100 ? 100 : e;
+}
+
 // Rows of a chunk, `Width` columns from `column` on, by asynchronous copies where their alignment allows; what is
 // masked or outside becomes 0 and is not read.
 template <int Chunk, int Width, int Threads, class E>

@@ -845,14 +845,15 @@ def test_opcheck():
     projection, weights = torch.randn(1, 3, 2, requires_grad=True), torch.rand(4, requires_grad=True)
     own = make_state(torch.float32, 2, 2, 4, 4)
     op = torch.ops.freqrank.feature_map_attention.default
-    torch.library.opcheck(op, (*leaves[:3], projection, weights, 2, leaves[3], mask, offsets, *own, True, 1e-6, True))
-    torch.library.opcheck(op, (q, k, v, projection, None, 0, None, None, None, None, None, False, 1e-6, False))
+    options = (True, 1e-6, True, True)
+    torch.library.opcheck(op, (*leaves[:3], projection, weights, 2, leaves[3], mask, offsets, *own, *options))
+    torch.library.opcheck(op, (q, k, v, projection, None, 0, None, None, None, None, None, False, 1e-6, False, False))
     backward = torch.ops.freqrank.feature_map_attention_backward.default
     torch.library.opcheck(
         backward,
         (
             torch.randn(1, 9, 2, 4), *own, *plain[:3], projection.detach(), weights.detach(), 2, plain[3], mask,
-            offsets, *own, True, 1e-6, True, True,
+            offsets, *own, None, None, None, True, 1e-6, True, True,
         ),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )  # fmt: skip

@@ -32,15 +32,18 @@ STABLE_TORCH_LIBRARY(freqrank, m) {
       "Tensor? log_decay, Tensor? mask, Tensor? cu_seqlens, Tensor? initial_kv, Tensor? initial_z, Tensor? o, "
       "Tensor? denominator, Tensor? rest, float scale, bool normalize, float eps, bool decay_gradient) -> "
       "(Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor dinitial_kv, Tensor dinitial_z)");
-  // The same over features of q and k; feature: 0 softmax, 1 exp, 2 softmax_pm.
+  // The same over features of q and k; feature: 0 softmax, 1 exp, 2 softmax_pm. On CUDA: q, k, v of one 16-bit dtype,
+  // up to 128 channels, features and V, no decay_gradient.
   m.def(
       "feature_map_attention(Tensor q, Tensor k, Tensor v, Tensor projection, Tensor? weights, int feature, "
       "Tensor? log_decay, Tensor? mask, Tensor? cu_seqlens, Tensor? initial_kv, Tensor? initial_z, bool normalize, "
-      "float eps, bool output_final_state) -> (Tensor o, Tensor kv, Tensor z)");
+      "float eps, bool output_final_state, bool for_backward) -> "
+      "(Tensor o, Tensor kv, Tensor z, Tensor denominator, Tensor rest)");
   m.def(
       "feature_map_attention_backward(Tensor grad_o, Tensor? grad_kv, Tensor? grad_z, Tensor q, Tensor k, Tensor v, "
       "Tensor projection, Tensor? weights, int feature, Tensor? log_decay, Tensor? mask, Tensor? cu_seqlens, "
-      "Tensor? initial_kv, Tensor? initial_z, bool normalize, float eps, bool decay_gradient, bool map_gradient) -> "
+      "Tensor? initial_kv, Tensor? initial_z, Tensor? o, Tensor? denominator, Tensor? rest, bool normalize, float eps, "
+      "bool decay_gradient, bool map_gradient) -> "
       "(Tensor dq, Tensor dk, Tensor dv, Tensor dprojection, Tensor dweights, Tensor dlog_decay, Tensor dinitial_kv, "
       "Tensor dinitial_z)");
   m.def(

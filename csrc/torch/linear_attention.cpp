@@ -53,23 +53,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
   return {d.q, d.k, d.v, d.log_decay, d.initial_kv, d.initial_z};
 }
 
-std::tuple<Tensor, Tensor, Tensor> feature_map_attention(Tensor q, Tensor k, Tensor v, Tensor projection,
-                                                         OptionalTensor weights, std::int64_t feature,
-                                                         OptionalTensor log_decay, OptionalTensor mask,
-                                                         OptionalTensor cu_seqlens, OptionalTensor initial_kv,
-                                                         OptionalTensor initial_z, bool normalize, double eps,
-                                                         bool output_final_state) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feature_map_attention(
+    Tensor q, Tensor k, Tensor v, Tensor projection, OptionalTensor weights, std::int64_t feature,
+    OptionalTensor log_decay, OptionalTensor mask, OptionalTensor cu_seqlens, OptionalTensor initial_kv,
+    OptionalTensor initial_z, bool normalize, double eps, bool output_final_state, bool /*for_backward*/) {
   const Map map{projection, weights, feature_of(feature)};
   const ForwardCall call = forward(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, 1.0, normalize, eps,
                                    output_final_state, &map);
-  return {call.o, call.kv, call.z};
+  return {call.o, call.kv, call.z, make(v, {0}, real_of(call.sizes)), make(v, {0})};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feature_map_attention_backward(
     Tensor grad_o, OptionalTensor grad_kv, OptionalTensor grad_z, Tensor q, Tensor k, Tensor v, Tensor projection,
     OptionalTensor weights, std::int64_t feature, OptionalTensor log_decay, OptionalTensor mask,
-    OptionalTensor cu_seqlens, OptionalTensor initial_kv, OptionalTensor initial_z, bool normalize, double eps,
-    bool decay_gradient, bool map_gradient) {
+    OptionalTensor cu_seqlens, OptionalTensor initial_kv, OptionalTensor initial_z, OptionalTensor /*o*/,
+    OptionalTensor /*denominator*/, OptionalTensor /*rest*/, bool normalize, double eps, bool decay_gradient,
+    bool map_gradient) {
   const Map map{projection, weights, feature_of(feature)};
   const Gradients d = backward(grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z,
                                1.0, normalize, eps, decay_gradient, &map, map_gradient);

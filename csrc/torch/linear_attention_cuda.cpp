@@ -27,16 +27,26 @@ la::DevicePlan plan_of(const la::Sizes& s, const Tensor& q, const Tensor& k, con
   return la::plan_device(problem, gpu_limits(q.get_device_index()));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
-    Tensor q, Tensor k, Tensor v, OptionalTensor log_decay, OptionalTensor mask, OptionalTensor cu_seqlens,
-    OptionalTensor initial_kv, OptionalTensor initial_z, double scale, bool normalize, double eps,
-    bool output_final_state, bool for_backward) {
+// Features of exp, or with weights, may be larger than float16's numbers.
+void check_map(const Tensor& q, const Map& map) {
+  check_device(q, map.projection, "projection"), check_device(q, map.weights, "weights");
+  STD_TORCH_CHECK(q.scalar_type() != ScalarType::Half || (map.feature != la::Feature::exp && !map.weights),
+                  "feature_map_attention: features of exp, or with weights, may not fit into float16");
+}
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ForwardResult forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& log_decay,
+                      const OptionalTensor& mask, const OptionalTensor& cu_seqlens, const OptionalTensor& initial_kv,
+                      const OptionalTensor& initial_z, double scale, bool normalize, double eps,
+                      bool output_final_state, bool for_backward, const Map* map) {
   check_device(q, q, "q"), check_device(q, k, "k"), check_device(q, v, "v");
   check_device(q, log_decay, "log_decay"), check_device(q, mask, "mask"), check_device(q, cu_seqlens, "cu_seqlens");
   check_device(q, initial_kv, "initial_kv"), check_device(q, initial_z, "initial_z");
+  if (map != nullptr) check_map(q, *map);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const ForwardCall call = forward_call(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, normalize,
-                                        eps, output_final_state, nullptr, false);
+                                        eps, output_final_state, map, false);
   const la::Sizes& s = call.sizes;
   const Tensor denominator = normalize ? make(v, {s.batch, s.heads, s.time}, real_of(s)) : make(v, {0}, real_of(s));
   const la::DevicePlan plan = plan_of(s, q, k, v, true, false, cu_seqlens.has_value(), initial_z.has_value());
@@ -51,19 +61,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
   return {call.o, call.kv, call.z, denominator, rest};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward_cuda(
-    Tensor grad_o, OptionalTensor grad_kv, OptionalTensor grad_z, Tensor q, Tensor k, Tensor v,
-    OptionalTensor log_decay, OptionalTensor mask, OptionalTensor cu_seqlens, OptionalTensor initial_kv,
-    OptionalTensor initial_z, OptionalTensor o, OptionalTensor denominator, OptionalTensor rest, double scale,
-    bool normalize, double eps, bool decay_gradient) {
+Gradients backward(const Tensor& grad_o, const OptionalTensor& grad_kv, const OptionalTensor& grad_z, const Tensor& q,
+                   const Tensor& k, const Tensor& v, const OptionalTensor& log_decay, const OptionalTensor& mask,
+                   const OptionalTensor& cu_seqlens, const OptionalTensor& initial_kv, const OptionalTensor& initial_z,
+                   const OptionalTensor& o, const OptionalTensor& denominator, const OptionalTensor& rest, double scale,
+                   bool normalize, double eps, bool decay_gradient, const Map* map, bool map_gradient) {
   check_device(q, q, "q"), check_device(q, k, "k"), check_device(q, v, "v"), check_device(q, grad_o, "grad_o");
   check_device(q, log_decay, "log_decay"), check_device(q, mask, "mask"), check_device(q, cu_seqlens, "cu_seqlens");
   check_device(q, initial_kv, "initial_kv"), check_device(q, initial_z, "initial_z");
   check_device(q, grad_kv, "grad_kv"), check_device(q, grad_z, "grad_z");
   check_device(q, o, "o"), check_device(q, denominator, "denominator");
+  if (map != nullptr) check_map(q, *map);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const BackwardCall call = backward_call(grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv,
-                                          initial_z, scale, normalize, eps, decay_gradient, nullptr, false, false);
+                                          initial_z, scale, normalize, eps, decay_gradient, map, map_gradient, false);
   const la::Sizes& s = call.sizes;
   la::Normalizer normalizer;
   if (normalize) {
@@ -87,8 +98,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
   const Tensor workspace = workspace_of(q, la::workspace_bytes(plan));
   la::run_backward(plan, call.in, call.args, normalizer, workspace.mutable_data_ptr(),
                    current_stream(q.get_device_index()));
-  const Gradients& d = call.out;
+  return call.out;
+}
+
+ForwardResult linear_attention_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor log_decay, OptionalTensor mask,
+                                    OptionalTensor cu_seqlens, OptionalTensor initial_kv, OptionalTensor initial_z,
+                                    double scale, bool normalize, double eps, bool output_final_state,
+                                    bool for_backward) {
+  return forward(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, scale, normalize, eps, output_final_state,
+                 for_backward, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward_cuda(
+    Tensor grad_o, OptionalTensor grad_kv, OptionalTensor grad_z, Tensor q, Tensor k, Tensor v,
+    OptionalTensor log_decay, OptionalTensor mask, OptionalTensor cu_seqlens, OptionalTensor initial_kv,
+    OptionalTensor initial_z, OptionalTensor o, OptionalTensor denominator, OptionalTensor rest, double scale,
+    bool normalize, double eps, bool decay_gradient) {
+  const Gradients d = backward(grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, o,
+                               denominator, rest, scale, normalize, eps, decay_gradient, nullptr, false);
   return {d.q, d.k, d.v, d.log_decay, d.initial_kv, d.initial_z};
+}
+
+ForwardResult feature_map_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor projection, OptionalTensor weights,
+                                         std::int64_t feature, OptionalTensor log_decay, OptionalTensor mask,
+                                         OptionalTensor cu_seqlens, OptionalTensor initial_kv, OptionalTensor initial_z,
+                                         bool normalize, double eps, bool output_final_state, bool for_backward) {
+  const Map map{projection, weights, feature_of(feature)};
+  return forward(q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, 1.0, normalize, eps, output_final_state,
+                 for_backward, &map);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feature_map_attention_backward_cuda(
+    Tensor grad_o, OptionalTensor grad_kv, OptionalTensor grad_z, Tensor q, Tensor k, Tensor v, Tensor projection,
+    OptionalTensor weights, std::int64_t feature, OptionalTensor log_decay, OptionalTensor mask,
+    OptionalTensor cu_seqlens, OptionalTensor initial_kv, OptionalTensor initial_z, OptionalTensor o,
+    OptionalTensor denominator, OptionalTensor rest, bool normalize, double eps, bool decay_gradient,
+    bool map_gradient) {
+  const Map map{projection, weights, feature_of(feature)};
+  const Gradients d = backward(grad_o, grad_kv, grad_z, q, k, v, log_decay, mask, cu_seqlens, initial_kv, initial_z, o,
+                               denominator, rest, 1.0, normalize, eps, decay_gradient, &map, map_gradient);
+  return {d.q, d.k, d.v, d.projection, d.weights, d.log_decay, d.initial_kv, d.initial_z};
 }
 
 Tensor linear_attention_step_cuda(Tensor q, Tensor k, Tensor v, Tensor kv, OptionalTensor z, OptionalTensor log_decay,
@@ -108,5 +157,7 @@ Tensor linear_attention_step_cuda(Tensor q, Tensor k, Tensor v, Tensor kv, Optio
 STABLE_TORCH_LIBRARY_IMPL(freqrank, CUDA, m) {
   m.impl("linear_attention", TORCH_BOX(&freqrank::torch_adapter::linear_attention_cuda));
   m.impl("linear_attention_backward", TORCH_BOX(&freqrank::torch_adapter::linear_attention_backward_cuda));
+  m.impl("feature_map_attention", TORCH_BOX(&freqrank::torch_adapter::feature_map_attention_cuda));
+  m.impl("feature_map_attention_backward", TORCH_BOX(&freqrank::torch_adapter::feature_map_attention_backward_cuda));
   m.impl("linear_attention_step", TORCH_BOX(&freqrank::torch_adapter::linear_attention_step_cuda));
 }

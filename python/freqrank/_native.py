@@ -51,7 +51,14 @@ def cuda_loaded() -> bool:
 # --- ops without kernels for a device ------------------------------------------------------------------------------
 
 BUILD_WITH_CUDA = "`FREQRANK_CUDA=1 pip install . --no-build-isolation`, with the CUDA toolkit's nvcc"
-_HAS_CUDA_KERNELS = ("dct", "linear_attention", "linear_attention_backward", "linear_attention_step")
+_HAS_CUDA_KERNELS = (
+    "dct",
+    "feature_map_attention",
+    "feature_map_attention_backward",
+    "linear_attention",
+    "linear_attention_backward",
+    "linear_attention_step",
+)
 _REFUSING = Library("freqrank", "IMPL")
 
 

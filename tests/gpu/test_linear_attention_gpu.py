@@ -578,7 +578,9 @@ def test_steps_repeat_bit_for_bit_and_leave_masked_rows_alone():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("feature", ["softmax", "exp", "softmax_pm"])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_feature_maps(normalize, feature, dtype):
+@pytest.mark.parametrize("decay_gradient", [False, True])
+def test_feature_maps(decay_gradient, normalize, feature, dtype):
+    """With a gradient of the decay features are tensors, without one 16-bit ones are made inside the kernels."""
     count = 96 if feature == "softmax_pm" else 48
     variants = ({"decay": "BTH"}, {"decay": "BTHk", "mask": True}, {"lengths": [90, 0, 110]})
     for shared, options in zip((True, False, True), variants, strict=True):
@@ -590,7 +592,8 @@ def test_feature_maps(normalize, feature, dtype):
         directions = {"o": case.normal(batch, 200, 4, 20)}
 
         def run(x, function=freqrank.feature_map_attention, case=case):
-            more = {"feature": feature, "weights": x["weights"], "log_decay": x.get("log_decay"), "eps": 0.1}
+            log_decay = x.get("log_decay", case.log_decay)
+            more = {"feature": feature, "weights": x["weights"], "log_decay": log_decay, "eps": 0.1}
             return {"o": function(x["q"], x["k"], x["v"], x["projection"], **more, **case.options())[0]}
 
         def exact(x, run=run):
@@ -598,6 +601,8 @@ def test_feature_maps(normalize, feature, dtype):
                 return run({name: leaf.double() for name, leaf in x.items()}, reference.feature_map_attention)
 
         leaves = case.leaves() | {"projection": projection, "weights": weights}
+        if not decay_gradient:
+            leaves.pop("log_decay", None)
         got, found = gradients(run, leaves, directions)
         want, wanted = gradients(exact, leaves, directions)
         assert error(got["o"], want["o"]) <= FEATURE_TOLERANCE[dtype]
@@ -620,6 +625,28 @@ def test_dijiang(dim, transform, dtype):
         assert error(o, want) <= FEATURE_TOLERANCE[dtype]
         assert error(state.kv, kv) <= FEATURE_TOLERANCE[dtype]
         assert error(state.z, z) <= FEATURE_TOLERANCE[dtype]
+
+
+def test_features_are_not_tensors():
+    case = Case(torch.bfloat16, 1, 32768, 8, 8, 64, 64, decay="H")
+    size = case.q.numel() * case.q.element_size()
+    scales = case.uniform(64)
+
+    def peak(run):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, result
+
+    options = {"log_decay": case.log_decay}
+    used, _ = peak(lambda: freqrank.dijiang_attention(case.q, case.k, case.v, scales, **options))
+    assert used < 1.5 * size  # o, and the states of a split sequence
+    leaves = [x.requires_grad_() for x in (case.q, case.k, case.v)]
+    used, o = peak(lambda: freqrank.dijiang_attention(*leaves, scales, **options)[0])
+    used, _ = peak(lambda: torch.autograd.grad(o.sum(), leaves))
+    assert used < 8.5 * size  # dq, dk, dv, and the gradients of features in float32
 
 
 # --- streams, graphs, threads -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Feature maps inside linear attention's CUDA kernels, under the host executor, against the quadratic form in float64."""
+"""Feature maps inside linear attention's CUDA kernels under the host executor, against the quadratic form in float64."""
 
 import freqrank_simt as simt
 import numpy as np
@@ -285,6 +285,6 @@ def test_what_no_kernel_takes():
         with pytest.raises(ValueError, match=words):
             simt.linear_attention_plan(case.arrays(), case.options(ONE_SM))
     case = MapCase(time=5, decay="H")
-    arrays = case.arrays() | {"grad_o": array(torch.zeros(1, 5, 1, 64).bfloat16()), "dlog_decay": np.zeros(1, "float32")}
+    grads = {"grad_o": array(torch.zeros(1, 5, 1, 64).bfloat16()), "dlog_decay": np.zeros(1, "float32")}
     with pytest.raises(ValueError, match="gradient of a decay"):
-        simt.linear_attention_plan(arrays, case.options(ONE_SM))
+        simt.linear_attention_plan(case.arrays() | grads, case.options(ONE_SM))

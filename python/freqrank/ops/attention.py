@@ -19,6 +19,10 @@ from freqrank.ops._derivatives import register_derivatives
 
 MAX_DIM = 256
 MAX_FEATURES = 512
+# Of channels, features and values: what CUDA kernels make features of themselves.
+_FUSED_DIM = 128
+# With more than 64 of them, on a GPU that gives a block this much shared memory.
+_FUSED_SHARED_BYTES = 160 * 1024
 
 
 class LinearAttentionState(NamedTuple):
@@ -416,10 +420,12 @@ def feature_map_attention(
         TypeError, ValueError: as :func:`linear_attention`, and for projection, feature and weights.
 
     Gradients reach q, k, v, projection, weights, log_decay and the initial state, and do not depend on the number of
-    threads. Features are float32 (float64 for float64). They are made a few tokens at a time, in forward and backward
-    alike, and never written to memory as a whole. On CUDA they still are tensors, in the dtype of a 16-bit v where
-    tensor cores can take them. The softmax features are those of the released DiJiang code (arXiv 2403.19928), "exp"
-    those of its paper.
+    threads. Features are made a few tokens at a time, in forward and backward alike, and are never written to memory:
+    on the CPU always, in float32 (float64 for float64); on CUDA for float16 and bfloat16, whose dtype they then have,
+    up to 128 channels, features and V, unless a gradient of log_decay is wanted or, in float16, features may be larger
+    than 1 ("exp", or weights), or 128 need more shared memory than the GPU has. Otherwise they are tensors there, in
+    the dtype of a 16-bit v where tensor cores can take them. The softmax features are those of the released DiJiang
+    code (arXiv 2403.19928), "exp" those of its paper.
 
     >>> q = torch.randn(1, 5, 2, 4); v = torch.ones(1, 5, 2, 3)
     >>> o, _ = feature_map_attention(q, q, v, torch.eye(4), normalize=True, eps=0.0)
@@ -461,7 +467,7 @@ def feature_map_attention(
     real = _real(q.dtype)
     projection = projection.to(real)
     weights = None if weights is None else weights.to(real)
-    if q.device.type == "cuda":  # no fused kernels: features are tensors
+    if q.device.type == "cuda" and not _makes_features(q, v, features, feature, weights, log_decay):
         _check_mask(mask, q, "B,T")
         phi_q, phi_k = _query_and_key_features(q, k, projection, weights, feature, mask)
         # tensor cores take q, k and v of one dtype, but only features between 0 and 1 are sure to fit into float16
@@ -472,11 +478,29 @@ def feature_map_attention(
             phi_q, phi_k, v, log_decay, 1.0, normalize, eps, mask, initial_state, output_final_state, cu_seqlens
         )
     options = _check_options(q, k, v, features, log_decay, normalize, mask, initial_state, cu_seqlens)
-    outputs = torch.ops.freqrank.feature_map_attention(
+    tensors = (q, k, v, projection, weights, *options)
+    for_backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    *outputs, _, _ = torch.ops.freqrank.feature_map_attention(
         q, k, v, projection, weights, FEATURES.index(feature), *options,
-        bool(normalize), float(eps), bool(output_final_state),
+        bool(normalize), float(eps), bool(output_final_state), for_backward,
     )  # fmt: skip
     return _with_state(outputs, output_final_state, normalize or options[-1] is not None)
+
+
+def _makes_features(
+    q: Tensor, v: Tensor, features: int, feature: str, weights: Tensor | None, log_decay: Tensor | None
+) -> bool:
+    """Whether CUDA's kernels make these features themselves."""
+    largest = max(q.shape[3], v.shape[3], features)
+    if q.dtype.itemsize != 2 or largest > _FUSED_DIM:
+        return False
+    if q.dtype == torch.float16 and (feature == "exp" or weights is not None):
+        return False
+    if torch.is_grad_enabled() and log_decay is not None and log_decay.requires_grad:
+        return False
+    if largest <= 64 or not torch.cuda.is_available():  # fake tensors may be on a GPU that is not there
+        return True
+    return torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin >= _FUSED_SHARED_BYTES
 
 
 def _dct_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -581,6 +605,15 @@ def _keeps_denominators(q: Tensor, normalize: bool) -> bool:
     return normalize and q.device.type == "cuda"
 
 
+def _fake_kept(q, v, normalize, for_backward):
+    kept = _keeps_denominators(q, normalize)
+    rest = kept and for_backward and v.dtype.itemsize == 2
+    return (
+        v.new_empty((q.shape[0], q.shape[2], q.shape[1]) if kept else (0,), dtype=_real(q.dtype)),
+        v.new_empty((*q.shape[:3], v.shape[3]) if rest else (0,)),
+    )
+
+
 def _fake_gradient(x: Tensor | None, q: Tensor) -> Tensor:
     """Of something in the dtype of the arithmetic; empty for None."""
     return q.new_empty((0,) if x is None else x.shape, dtype=_real(q.dtype))
@@ -592,13 +625,7 @@ def _(
     for_backward,
 ):  # fmt: skip
     outputs = _fake_forward(q, k, v, q.shape[3], log_decay, cu_seqlens, initial_z, normalize, output_final_state)
-    kept = _keeps_denominators(q, normalize)
-    rest = kept and for_backward and v.dtype.itemsize == 2
-    return (
-        *outputs,
-        v.new_empty((q.shape[0], q.shape[2], q.shape[1]) if kept else (0,), dtype=_real(q.dtype)),
-        v.new_empty((*q.shape[:3], v.shape[3]) if rest else (0,)),
-    )
+    return *outputs, *_fake_kept(q, v, normalize, for_backward)
 
 
 @torch.library.register_fake("freqrank::linear_attention_backward")
@@ -613,16 +640,17 @@ def _(
 @torch.library.register_fake("freqrank::feature_map_attention")
 def _(
     q, k, v, projection, weights, feature, log_decay, mask, cu_seqlens, initial_kv, initial_z, normalize, eps,
-    output_final_state,
+    output_final_state, for_backward,
 ):  # fmt: skip
     features = projection.shape[-1] * (2 if FEATURES[feature] == "softmax_pm" else 1)
-    return _fake_forward(q, k, v, features, log_decay, cu_seqlens, initial_z, normalize, output_final_state)
+    outputs = _fake_forward(q, k, v, features, log_decay, cu_seqlens, initial_z, normalize, output_final_state)
+    return *outputs, *_fake_kept(q, v, normalize, for_backward)
 
 
 @torch.library.register_fake("freqrank::feature_map_attention_backward")
 def _(
     grad_o, grad_kv, grad_z, q, k, v, projection, weights, feature, log_decay, mask, cu_seqlens, initial_kv, initial_z,
-    normalize, eps, decay_gradient, map_gradient,
+    o, denominator, rest, normalize, eps, decay_gradient, map_gradient,
 ):  # fmt: skip
     of_map = (projection, weights) if map_gradient else (None, None)
     rest = (*of_map, log_decay if decay_gradient else None, initial_kv, initial_z)
@@ -639,12 +667,16 @@ def _(q, k, v, kv, z, log_decay, mask, scale, normalize, eps):
 
 def _setup(ctx, inputs, output):
     *tensors, scale, normalize, eps, output_final_state, _ = inputs
+    _keep(ctx, tensors, output, normalize)
+    ctx.options = (scale, normalize, eps)
+    ctx.output_final_state = output_final_state
+
+
+def _keep(ctx, tensors, output, normalize):
     o, _, _, denominator, rest = output
     ctx.mark_non_differentiable(denominator, rest)
     kept = (o, denominator, rest) if _keeps_denominators(tensors[0], normalize) else (None, None, None)
     ctx.save_for_backward(*tensors, *kept)
-    ctx.options = (scale, normalize, eps)
-    ctx.output_final_state = output_final_state
     ctx.set_materialize_grads(False)
 
 
@@ -677,27 +709,26 @@ register_derivatives("linear_attention", _backward, setup_context=_setup)
 
 
 def _setup_features(ctx, inputs, output):
-    *tensors, normalize, eps, output_final_state = inputs
+    *tensors, normalize, eps, output_final_state, _ = inputs
     ctx.feature = tensors.pop(5)
-    ctx.save_for_backward(*tensors)
+    _keep(ctx, tensors, output, normalize)
     ctx.options = (normalize, eps)
     ctx.output_final_state = output_final_state
-    ctx.set_materialize_grads(False)
 
 
 def _backward_features(ctx, *grads):
-    q, k, v, projection, weights, log_decay, mask, cu_seqlens, kv, z = ctx.saved_tensors
+    q, k, v, projection, weights, log_decay, mask, cu_seqlens, kv, z, *kept = ctx.saved_tensors
     wants_map = any(ctx.needs_input_grad[3:5])
     wants_decay = log_decay is not None and ctx.needs_input_grad[6]
     dq, dk, dv, dprojection, dweights, dlog_decay, dkv, dz = torch.ops.freqrank.feature_map_attention_backward(
-        *_directions(ctx, grads, q, v, ctx.options[0], z),
-        q, k, v, projection, weights, ctx.feature, log_decay, mask, cu_seqlens, kv, z, *ctx.options, wants_decay,
+        *_directions(ctx, grads[:3], q, v, ctx.options[0], z),
+        q, k, v, projection, weights, ctx.feature, log_decay, mask, cu_seqlens, kv, z, *kept, *ctx.options, wants_decay,
         wants_map,
     )  # fmt: skip
     return (
         dq, dk, dv, dprojection if wants_map else None, dweights if wants_map and weights is not None else None, None,
         dlog_decay if wants_decay else None, None, None,
-        None if kv is None else dkv, None if z is None else dz, None, None, None,
+        None if kv is None else dkv, None if z is None else dz, None, None, None, None,
     )  # fmt: skip
 
 
@@ -776,7 +807,7 @@ def _setup_second(ctx, inputs, output):
 
 
 def _setup_second_features(ctx, inputs, output):
-    tensors, options = list(inputs[:-4]), inputs[-4:-2]
+    tensors, options = list(inputs[:-7]), inputs[-4:-2]
     feature, tensors[8] = tensors[8], None  # saved as an absent tensor, so that places stay those of the arguments
     ctx.save_for_backward(*tensors)
 

@@ -21,6 +21,7 @@ from bench.python.counters import CLOCK, COPY_RATE, SMS, arguments_of, load, reg
 CHUNK = 64  # tokens that a row of the table is for
 ONE_SM = {"sms": 1, "shared_bytes_per_sm": 0}  # as with enough heads: a block walks through the whole sequence
 STORAGE = {"bfloat16": np.uint16, "float32": np.float32}
+CACHE_WIDTH = 64  # bytes that an SM gets from the second cache in a cycle
 MMA_OPERATIONS = 2 * 16 * 8 * 16
 # An H200's bf16 matrix products, and the part of that rate that mma.sync, without wgmma, is said to reach.
 MATMUL_RATE, MMA_PART = 7.9e14, 0.6
@@ -30,11 +31,12 @@ NOTE = f"""
 No time in this table: the kernels' source ran under the host executor. Counts are for {CHUNK} tokens of one head, or
 for one state and token of decoding. *must move* is each tensor once: q, k, v, o in the forward pass; q, k, v, do, dq,
 dk, dv in the backward pass. *requested* are the bytes of the 32-byte sectors that instructions touch, as often as they
-do; *unique* those that a kernel touches, once each. *passes* are those over the banks of shared memory, *mma* products
+do; *unique* those that a kernel touches, once each; *fragments*, beside them, those of a feature map's projection, which
+stay in the caches. *passes* are those over the banks of shared memory, *mma* products
 of 16x16 and 16x8 matrices. The estimates are the fraction of an H200's copy rate ({COPY_RATE / 1e12:.1f} TB/s, {SMS}
 SMs, {CLOCK / 1e9:.1f} GHz) over the bytes that must move, if all else took no time: with the requested bytes at the
-copy rate, with tensor cores at {MMA_PART} of {MATMUL_RATE / 1e12:.0f} TFLOP/s, with a pass of shared memory a cycle;
-*R* is the least of the three. Instructions, latency and the time to fill and empty the GPU are not in it. Registers and
+copy rate, with these and the fragments at {CACHE_WIDTH} bytes a cycle from the second cache, with tensor cores at {MMA_PART} of {MATMUL_RATE / 1e12:.0f} TFLOP/s, with a pass of shared memory a cycle;
+*R* is the least of the four. Instructions, latency and the time to fill and empty the GPU are not in it. Registers and
 spilled bytes of the scan are ptxas' for sm_90a.
 """.strip().replace("\n", " ")
 
@@ -47,6 +49,7 @@ class Case:
     backward: bool = False
     normalize: bool = False
     decay: str = ""  # "head" or "token"
+    mapped: bool = False
     split: bool = False
 
     @property
@@ -71,6 +74,9 @@ def cases() -> Iterator[Case]:
         yield Case("backward, normalised", dim, backward=True, normalize=True)
         yield Case("backward with the gradient of a decay a token", dim, backward=True, decay="token")
     for dim in (64, 128):
+        yield Case("forward, features made on the way", dim, mapped=True)
+        yield Case("backward, features made on the way", dim, backward=True, mapped=True)
+    for dim in (64, 128):
         yield Case("forward", dim, "float32")
         yield Case("backward: dq, dk, dv", dim, "float32", backward=True)
     for dim in (64, 128, 256):
@@ -89,6 +95,8 @@ class Runner:
         """The plan and the counters of a call over so many tokens of one head."""
         names = ["q", "k", "v", "o", *(["grad_o", "dq", "dk", "dv"] if case.backward else [])]
         arrays = {name: self.array(STORAGE[case.dtype], 1, tokens, 1, case.dim) for name in names}
+        if case.mapped:
+            arrays["projection"] = self.array(np.float32, case.dim, case.dim)
         if case.normalize:
             arrays["denominator"] = self.array(np.float32, 1, 1, tokens)
         if case.decay:
@@ -97,7 +105,7 @@ class Runner:
             if case.backward:
                 arrays["dlog_decay"] = self.array(np.float32, *shape)
         executor = self.simt.Executor(0)
-        options = {"half": case.dtype, "normalize": case.normalize, "scale": 0.125, "eps": 1e-6}
+        options = {"half": case.dtype, "normalize": case.normalize, "scale": 0.125, "eps": 1e-6, "feature": 1}
         limits = {"sms": SMS} if case.split else ONE_SM
         return self.simt.linear_attention(executor, arrays, options | limits), executor.counters
 
@@ -130,10 +138,15 @@ class Runner:
         once, twice = self.total(few), self.total(many)
         counts = {key: (twice[key] - once[key]) / units for key in twice}
         read, written = 32 * counts["global_read_sectors"], 32 * counts["global_written_sectors"]
+        # both directions' fragments in the kernel of the map's gradient, for q and for k
+        tiles = sum(scan["mapped"] for scan in plan["scans"]) + (4 if case.mapped and case.backward else 0)
+        fragments = 4 * case.dim**2 * tiles
+        read -= fragments
         a_second = COPY_RATE / SMS
         least = case.must_move / a_second
         times = {
             "memory_allows": (read + written) / a_second,
+            "second_cache_allows": (read + written + fragments) / (CACHE_WIDTH * CLOCK),
             "tensor_cores_allow": counts["mma"] * MMA_OPERATIONS / (MATMUL_RATE * MMA_PART / SMS),
             "shared_memory_allows": counts["shared_passes"] / CLOCK,
         }
@@ -146,6 +159,7 @@ class Runner:
             "scans": len(plan["scans"]) or None,
             "must_move": case.must_move,
             "requested": round(read + written),
+            "fragments": fragments or None,
             "unique": round(counts["global_read_unique_bytes"] + counts["global_written_unique_bytes"]),
             "mma": round(counts["mma"]) or None,
             "matrix_loads": round(counts["matrix_loads"]) or None,

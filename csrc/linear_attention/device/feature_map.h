@@ -14,7 +14,7 @@ namespace freqrank::linear_attention::device {
 template <class E, int Chunk, int Depth, int Warps>
 struct FeatureTile {
   static constexpr int own = Depth / Warps, own_tiles = own / 8, row_tiles = Chunk / 16;
-  static constexpr int exchange = 2 * Warps * Chunk;  // floats
+  static constexpr int exchange = 2 * Chunk * Warps;  // floats: largest products, and sums
   using Sum = simt::Accumulator<E>;
   struct Products {
     Sum at[row_tiles][own_tiles];
@@ -72,6 +72,11 @@ struct FeatureTile {
     return b;
   }
 
+  // Where a warp's number for a row is, those of four warps together.
+  SIMT_DEVICE static int exchanged(int which, int row, int warp) {
+    return ((which * (Warps / 4) + warp / 4) * Chunk + row) * 4 + warp % 4;
+  }
+
   // y becomes exp(y - the largest of the warp's own features of the token). A barrier has to follow.
   SIMT_DEVICE static void exponentiate(const MapParams& p, Products& y, simt::shared<float> exchange) {
     SIMT_UNROLL
@@ -110,26 +115,34 @@ struct FeatureTile {
         sum += simt::shuffle_xor(sum, 1);
         sum += simt::shuffle_xor(sum, 2);
         if (simt::lane() % 4 == 0) {
-          exchange.store(simt::warp() * Chunk + row_of(r, h), most);
-          exchange.store((Warps + simt::warp()) * Chunk + row_of(r, h), sum);
+          exchange.store(exchanged(0, row_of(r, h), simt::warp()), most);
+          exchange.store(exchanged(1, row_of(r, h), simt::warp()), sum);
         }
       }
     }
   }
 
-  // What a token's exp() of this warp is to be multiplied by.
+  // What a token's exp() of this warp is to be multiplied by; the four lanes that have the row share the work.
   SIMT_DEVICE static float factor(const MapParams& p, simt::shared<float> exchange, int row) {
     if (p.feature == Feature::exp) return 1.0f;
-    float most = -std::numeric_limits<float>::infinity(), sum = 0;
+    const int lane = simt::opaque(simt::lane());
+    float largest[Warps / 4], most = -std::numeric_limits<float>::infinity(), sum = 0;
     SIMT_UNROLL
-    for (int w = 0; w < Warps; ++w) {
-      const float other = exchange.load(w * Chunk + row);
+    for (int i = 0; i < Warps / 4; ++i) {
+      largest[i] = exchange.load(exchanged(0, row, 4 * i + lane % 4));
+      most = largest[i] > most ? largest[i] : most;
+    }
+    SIMT_UNROLL
+    for (int step = 1; step < 4; step *= 2) {
+      const float other = simt::shuffle_xor(most, step);
       most = other > most ? other : most;
     }
     SIMT_UNROLL
-    for (int w = 0; w < Warps; ++w)
-      sum = simt::fma(exchange.load((Warps + w) * Chunk + row), simt::exp(exchange.load(w * Chunk + row) - most), sum);
-    return simt::exp(exchange.load(simt::warp() * Chunk + row) - most) / sum;
+    for (int i = 0; i < Warps / 4; ++i)
+      sum = simt::fma(exchange.load(exchanged(1, row, 4 * i + lane % 4)), simt::exp(largest[i] - most), sum);
+    sum += simt::shuffle_xor(sum, 1);
+    sum += simt::shuffle_xor(sum, 2);
+    return simt::exp(exchange.load(exchanged(0, row, simt::warp())) - most) / sum;
   }
 
   // Of a lane's features of 8.

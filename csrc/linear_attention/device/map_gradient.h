@@ -205,9 +205,12 @@ struct MapGradient {
     simt::pack<float, 2> g = {};
     const int feature = Features::feature_of(n, 0);
     const auto from = p.gradient + ((at.batch * p.time + at.first) * p.heads + at.head) * p.map.features;
-    SIMT_UNROLL
-    for (int k = 0; k < 2; ++k)
-      if (live && feature + k < p.map.features) g[k] = from.load(row * (p.heads * p.map.features) + feature + k);
+    const int at_row = row * (p.heads * p.map.features) + feature;
+    if (live && feature < p.map.features) {
+      if (p.map.features % 2 == 0) return from.template load_vector<2>(at_row);
+      g[0] = from.load(at_row);
+      if (feature + 1 < p.map.features) g[1] = from.load(at_row + 1);
+    }
     return g;
   }
 

@@ -17,7 +17,7 @@ struct MmaLayout {
   int exponent;     // float [parts][chunk]: of a row of scores, float16 only
   int z;            // float [max(depth, tile)]
   int dots;         // float [warps][chunk]
-  int exchange;     // float [2][2 warps][chunk]: feature_map.h, where the shape makes features
+  int exchange;     // float [2][2][chunk][warps], in the place of dots: feature_map.h, where the shape makes features
   int waiting;      // accumulators of a thread that wait in the place of the scores while it does
   int total;        // double: the segment's sum of log decays
   int facts;        // int64 [5], int32 [5]: what the block works on
@@ -50,10 +50,8 @@ constexpr MmaLayout mma_layout(const MmaShape& s) {
   at.denominator = take(parts * s.chunk * 4);
   at.exponent = take(parts * s.chunk * 4);
   at.z = take(larger * 4);
-  at.dots = take(s.warps * s.chunk * 4);
-  const bool maps = s.depth == s.tile;
-  at.exchange = take(maps ? 2 * 2 * s.warps * s.chunk * 4 : 0);
-  at.waiting = maps && s.depth * s.tile / s.warps / 32 >= 128 ? s.chunk * s.chunk / 2 / (32 * s.warps) : 0;
+  at.dots = at.exchange = take((s.depth == s.tile ? 4 : 1) * s.warps * s.chunk * 4);
+  at.waiting = s.depth == s.tile && s.depth * s.tile / s.warps / 32 >= 128 ? s.chunk * s.chunk / 2 / (32 * s.warps) : 0;
   at.total = take(8);
   at.facts = take(5 * 8 + 5 * 4);
   at.bytes = used;

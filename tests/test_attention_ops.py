@@ -15,7 +15,9 @@ import torch._dynamo.testing
 from freqrank import (
     LinearAttentionState,
     dijiang_attention,
+    dijiang_attention_step,
     feature_map_attention,
+    feature_map_attention_step,
     linear_attention,
     linear_attention_step,
 )
@@ -738,6 +740,155 @@ def test_dijiang_matches_its_definition(transform, key_dim, per_head):
         assert error(got, expected) < 1e-9
 
 
+# --- the step behind a feature map --------------------------------------------------------------------------------
+
+
+def stepped(step, q, k, v, state, *more, log_decay=None, mask=None, **options):
+    """The outputs of steps over [B, T, ...]."""
+    outputs = []
+    for t in range(q.shape[1]):
+        g = log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[:, t]
+        live = None if mask is None else mask[:, t]
+        outputs.append(step(q[:, t], k[:, t], v[:, t], state, *more, log_decay=g, mask=live, **options))
+    return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("feature", ["softmax", "exp", "softmax_pm"])
+@pytest.mark.parametrize("case", [
+    # heads, dims, a map a head, weights, decay, normalize, mask
+    ((1, 1), (5, 3, 4), False, None, None, False, False),
+    ((4, 2), (17, 20, 9), True, "F", "BTH", True, True),
+    ((4, 2), (16, 33, 5), True, "HkF", "BTHk", False, True),
+    ((2, 2), (33, 70, 40), False, "HkF", "H", True, False),
+    ((9, 1), (128, 128, 64), False, "F", "Hk", True, True),
+    ((3, 3), (64, 48, 130), True, None, None, True, False),
+], ids=str)  # fmt: skip
+def test_feature_map_step_equals_the_scan_token_by_token(case, feature, dtype):
+    heads, (key_dim, columns, value_dim), per_head, weighted, decay, normalize, masked = case
+    q, k, v, log_decay = make(dtype, 3, 6, *heads, key_dim, value_dim, decay=decay)
+    count = 2 * columns if feature == "softmax_pm" else columns
+    projection = torch.randn(*([heads[1]] if per_head else []), key_dim, columns, dtype=real(dtype)) * key_dim**-0.5
+    weights = None
+    if weighted:
+        weights = torch.rand((count,) if weighted == "F" else (heads[1], count), dtype=real(dtype)) + 0.5
+    mask = torch.rand(3, 6) > 0.3 if masked else None
+    if masked:
+        for x in (q, k, v):
+            x[~mask] = torch.nan
+    state = make_state(dtype, 3, heads[1] if log_decay is None else log_decay.shape[-1], count, value_dim)
+    state = LinearAttentionState(state.kv, state.z.abs())
+    options = {"feature": feature, "weights": weights, "log_decay": log_decay, "normalize": normalize, "mask": mask}
+    scanned, after = feature_map_attention(q, k, v, projection, initial_state=state, output_final_state=True, **options)
+    clean = [x if mask is None else x.masked_fill(~mask[..., None, None], 0) for x in (q, k, v)]
+    want, kv, z = reference.feature_map_attention(*clean, projection, initial_state=state, **options)
+    # a state of awkward strides, updated where it lies
+    kept = LinearAttentionState(state.kv.transpose(1, 3).contiguous().transpose(1, 3), state.z.clone())
+    place = kept.kv.data_ptr()
+    o = stepped(feature_map_attention_step, q, k, v, kept, projection, **options)
+    assert o.dtype == dtype
+    assert kept.kv.data_ptr() == place
+    for got, others in ((o, (scanned, want)), (kept.kv, (after.kv, kv)), (kept.z, (after.z, z))):
+        for other in others:
+            assert error(got, other) < (TOLERANCE[dtype] if got is o else TOLERANCE[real(dtype)])
+
+
+@pytest.mark.parametrize("transform", ["idct", "dct"])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_dijiang_step_equals_the_scan_token_by_token(transform, per_head):
+    q, k, v, log_decay = make(torch.float64, 2, 5, 4, 2, 7, 6, decay="H")
+    scales = torch.randn((2, 7) if per_head else (7,), dtype=torch.float64)
+    options = {
+        "transform": transform, "signs": torch.where(torch.rand(7) < 0.5, -1.0, 1.0), "log_decay": log_decay,
+        "normalize": True, "feature": "softmax_pm", "weights": torch.rand(14, dtype=torch.float64) + 0.5,
+    }  # fmt: skip
+    scanned, after = dijiang_attention(q, k, v, scales, output_final_state=True, **options)
+    state = LinearAttentionState(*(torch.zeros_like(x) for x in after))
+    o = stepped(dijiang_attention_step, q, k, v, state, scales, **options)
+    want, kv, z = reference.dijiang_attention(q, k, v, scales, **options)
+    for got, others in ((o, (scanned, want)), (state.kv, (after.kv, kv)), (state.z, (after.z, z))):
+        assert all(error(got, other) < 1e-12 for other in others)
+
+
+def test_feature_map_step_takes_any_strides():
+    q, k, v, _ = make(torch.float32, 2, 1, 6, 2, 12, 9)
+    q, k, v = q[:, 0], k[:, 0], v[:, 0]
+    projection, weights = torch.randn(2, 12, 21), torch.rand(2, 42)
+    state = torch.randn(2, 2, 42, 9)
+    options = {"feature": "softmax_pm", "weights": weights}
+    kept = LinearAttentionState(state.clone())
+    want = feature_map_attention_step(q, k, v, kept, projection, **options)
+    spread = lambda x: x.transpose(0, -1).contiguous().transpose(0, -1)  # noqa: E731
+    gaps = torch.zeros(2, 12, 63)[..., ::3].copy_(projection)
+    for p, w in ((spread(projection), spread(weights)), (gaps, weights), (projection, weights.double())):
+        other = LinearAttentionState(spread(state))
+        o = feature_map_attention_step(spread(q), spread(k), spread(v), other, p, feature="softmax_pm", weights=w)
+        assert error(o, want) < 1e-6
+        assert error(other.kv, kept.kv) < 1e-6
+    # one key and one projection for all, without a copy
+    one = k[:1, :1].expand(2, 2, 12)
+    states = [LinearAttentionState(state.clone()) for _ in range(2)]
+    o = feature_map_attention_step(q, one, v, states[0], projection[:1].expand(2, 12, 21), **options)
+    want = feature_map_attention_step(q, one.clone(), v, states[1], projection[0], **options)
+    assert torch.equal(o, want)
+
+
+def test_feature_map_step_at_its_limits():
+    q, v = torch.randn(1, 2, 256), torch.randn(1, 1, 512)
+    projection, weights = torch.randn(256, 512) / 16, torch.rand(512)
+    state = LinearAttentionState(torch.zeros(1, 1, 512, 512), torch.zeros(1, 1, 512))
+    o = feature_map_attention_step(q, q[:, :1], v, state, projection, weights=weights, normalize=True, eps=0.0)
+    assert error(o, v.expand(1, 2, 512)) < 1e-5
+    phi = reference.feature_map(q[:, None, :1], 1, projection, "softmax", weights)[:, 0]
+    assert error(state.z, phi) < 1e-5
+    assert error(state.kv, phi[..., None] * v.double()[:, :, None]) < 1e-5
+    empty = LinearAttentionState(torch.zeros(0, 1, 512, 512))
+    assert feature_map_attention_step(q[:0], q[:0, :1], v[:0], empty, projection).shape == (0, 2, 512)
+    wide = torch.randn(1, 1, 257)
+    with pytest.raises(ValueError, match=r"K.* between 1 and 256; got 257"):
+        feature_map_attention_step(wide, wide, v, state, torch.randn(257, 512))
+    with pytest.raises(ValueError, match=r"V.* between 1 and 512; got 513"):
+        feature_map_attention_step(q, q[:, :1], torch.zeros(1, 1, 513), state, projection)
+
+
+@pytest.mark.parametrize("feature", ["softmax", "exp", "softmax_pm"])
+def test_feature_map_step_keeps_nan_to_its_row_and_head(feature):
+    q, k, v, _ = make(torch.float32, 2, 1, 4, 2, 6, 5)
+    q, k, v = q[:, 0], k[:, 0], v[:, 0]
+    projection = torch.randn(6, 16)
+    zeros = torch.zeros(2, 2, 32 if feature == "softmax_pm" else 16, 5)
+
+    def run(q, k):
+        state = LinearAttentionState(zeros.clone())
+        return feature_map_attention_step(q, k, v, state, projection, feature=feature), state.kv
+
+    o, kv = run(q, k)
+    q[0, 1, 2], k[1, 1, 3] = torch.nan, torch.nan
+    got, after = run(q, k)
+    o[0, 1], o[1, 2:], kv[1, 1] = torch.nan, torch.nan, torch.nan
+    assert torch.equal(got.nan_to_num(7), o.nan_to_num(7))
+    assert torch.equal(after.nan_to_num(7), kv.nan_to_num(7))
+
+
+def test_feature_map_step_is_for_inference_only():
+    q = torch.ones(1, 1, 2)
+    state = LinearAttentionState(torch.zeros(1, 1, 3, 2))
+    projection, weights, scales = (torch.ones(shape, requires_grad=True) for shape in ((2, 3), (3,), (2,)))
+    message = "feature_map_attention_step has no gradient, and {} require one.*or use feature_map_attention with"
+    with pytest.raises(RuntimeError, match=message.format("projection, weights")):
+        feature_map_attention_step(q, q, q, state, projection, weights=weights)
+    with pytest.raises(RuntimeError, match=message.format("projection")):
+        dijiang_attention_step(q, q, q, LinearAttentionState(torch.zeros(1, 1, 2, 2)), scales)
+    assert (state.kv == 0).all()
+    with torch.no_grad():
+        feature_map_attention_step(q, q, q, state, projection, weights=weights)
+    assert (state.kv != 0).all()
+    with pytest.raises(TypeError, match=r"state must be a LinearAttentionState\(kv, z\); got None"):
+        feature_map_attention_step(q, q, q, None, projection)
+    with pytest.raises(ValueError, match=r"state.kv must be \[N,Hs,K,V\] = \[1, 1, 6, 2\]; got shape \(1, 1, 3, 2\)"):
+        feature_map_attention_step(q, q, q, state, projection.detach(), feature="softmax_pm")
+
+
 def test_dijiang_transform_is_the_inverse_dct_of_scipy():
     fft = pytest.importorskip("scipy.fft")
     x = torch.randn(1, 3, 1, 8, dtype=torch.float64)
@@ -862,6 +1013,13 @@ def test_opcheck():
     torch.library.opcheck(
         step, (*token[:3], state.kv[:1].clone(), state.z[:1].clone(), token[3], None, 0.5, True, 1e-6)
     )
+    step = torch.ops.freqrank.feature_map_attention_step.default
+    kv, z = own.kv[:1].clone(), own.z[:1].clone()
+    map_of_token = (projection.detach(), weights.detach(), 2)
+    torch.library.opcheck(step, (*token[:3], *map_of_token, kv, z, token[3], mask[:, 0], True, 1e-6))
+    torch.library.opcheck(
+        step, (*token[:3], projection.detach(), None, 0, kv[:, :1, :2].clone(), None, None, None, False, 1e-6)
+    )
 
 
 def test_function_transforms_and_forward_mode():
@@ -908,12 +1066,18 @@ def test_step_compiles_and_still_writes_in_place():
     def f(q, k, v, kv, z):
         return linear_attention_step(q, k, v, LinearAttentionState(kv, z), normalize=True)
 
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        q, k, v = torch.rand(1, 2, 4), torch.rand(1, 2, 4), torch.rand(1, 2, 3)
-        assert torch.equal(compiled(q, k, v, *state), f(q, k, v, *twin))
-    assert torch.equal(state.kv, twin.kv)
-    assert torch.equal(state.z, twin.z)
+    def g(q, k, v, kv, z):
+        state = LinearAttentionState(kv, z)
+        o = dijiang_attention_step(q, k, v, state, torch.ones(4), normalize=True)
+        return o + feature_map_attention_step(q, k, v, state, torch.eye(4), log_decay=torch.full((2,), -0.1))
+
+    for function in (f, g):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            q, k, v = torch.rand(1, 2, 4), torch.rand(1, 2, 4), torch.rand(1, 2, 3)
+            assert torch.equal(compiled(q, k, v, *state), function(q, k, v, *twin))
+        assert torch.equal(state.kv, twin.kv)
+        assert torch.equal(state.z, twin.z)
 
 
 def test_compiles_with_tensors_of_constant_size_among_symbolic_ones():
@@ -921,7 +1085,9 @@ def test_compiles_with_tensors_of_constant_size_among_symbolic_ones():
         o, _ = linear_attention(q, k, v, log_decay=torch.full((2,), -0.1))
         p, _ = dijiang_attention(q, k, v, torch.ones(8), weights=torch.ones(2, 8), log_decay=torch.full((4,), -0.1))
         state = LinearAttentionState(torch.zeros(3, 2, 8, 5))
-        return o, p, linear_attention_step(q[:, 0], k[:, 0], v[:, 0], state, log_decay=torch.full((2,), -0.1))
+        token, g = (q[:, 0], k[:, 0], v[:, 0]), torch.full((2,), -0.1)
+        one = linear_attention_step(*token, state, log_decay=g)
+        return o, p, one, feature_map_attention_step(*token, state, torch.eye(8), weights=torch.ones(2, 8), log_decay=g)
 
     torch._dynamo.reset()
     q, k, v, _ = make(torch.float32, 3, 7, 4, 2, 8, 5)
@@ -953,6 +1119,13 @@ def test_autocast_casts_as_a_matrix_product_does():
     halves = [x.bfloat16() for x in (q, k, v)]
     assert torch.equal(o, linear_attention(*halves, log_decay=log_decay)[0])
     assert torch.equal(p, feature_map_attention(*halves, projection)[0])
+    states = [LinearAttentionState(torch.zeros(1, 2, 4, 4)) for _ in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        p = feature_map_attention_step(q[:, 0], k[:, 0], v[:, 0], states[0], projection)
+    want = feature_map_attention_step(*(x[:, 0] for x in halves), states[1], projection)
+    assert p.dtype == torch.bfloat16
+    assert torch.equal(p, want)
+    assert torch.equal(states[0].kv, states[1].kv)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
@@ -1016,6 +1189,9 @@ def test_bad_feature_maps(change, kind, message):
     positional = [arguments.pop(name) for name in ("q", "k", "v", "projection")]
     with pytest.raises(kind, match=message):
         feature_map_attention(*positional, **arguments)
+    state = LinearAttentionState(torch.zeros(1, 2, 8, 6))
+    with pytest.raises(kind, match=message):
+        feature_map_attention_step(*(x[:, 0] for x in positional[:3]), state, positional[3], **arguments)
 
 
 @pytest.mark.parametrize(("change", "kind", "message"), [
@@ -1030,6 +1206,9 @@ def test_bad_dijiang(change, kind, message):
     positional = [arguments.pop(name) for name in ("q", "k", "v", "scales")]
     with pytest.raises(kind, match=message):
         dijiang_attention(*positional, **arguments)
+    state = LinearAttentionState(torch.zeros(1, 2, 3, 6))
+    with pytest.raises(kind, match=message):
+        dijiang_attention_step(*(x[:, 0] for x in positional[:3]), state, positional[3], **arguments)
 
 
 def test_scale_defaults_to_the_root_of_the_key_dimension():

@@ -502,6 +502,22 @@ inline void exp_row(i64 n, float* x) {
   }
 }
 
+// Turns a row's products with the projection into its features, which are not weighted yet; what pads them becomes 0.
+template <class A>
+void make_features(Feature feature, i64 columns, i64 features, A* row) {
+  const i64 padded = round_up(features, pad);
+  if (feature == Feature::softmax_pm) {
+    for (i64 j = 0; j < columns; ++j) row[columns + j] = -row[j];
+  }
+  std::fill(row + features, row + padded, -std::numeric_limits<A>::infinity());
+  if (feature != Feature::exp) {
+    const A most = largest(padded, row);
+    for (i64 j = 0; j < padded; ++j) row[j] -= most;
+  }
+  exp_row(padded, row);
+  if (feature != Feature::exp) scale_row(padded, 1 / total(padded, row), row);
+}
+
 // A feature map of one key head, a chunk at a time: features exist in scratch only, and its backward pass makes them
 // again.
 template <class A>
@@ -565,18 +581,8 @@ struct FeatureMap {
         fill_zero(ldf, to + t * ldf);
         continue;
       }
-      const A* p = products + t * ldm;
-      std::copy_n(p, columns, row);
-      if (feature == Feature::softmax_pm) {
-        for (i64 j = 0; j < columns; ++j) row[columns + j] = -p[j];
-      }
-      std::fill(row + features, row + ldf, -std::numeric_limits<A>::infinity());
-      if (feature != Feature::exp) {
-        const A most = largest(ldf, row);
-        for (i64 j = 0; j < ldf; ++j) row[j] -= most;
-      }
-      exp_row(ldf, row);
-      if (feature != Feature::exp) scale_row(ldf, 1 / total(ldf, row), row);
+      std::copy_n(products + t * ldm, columns, row);
+      make_features(feature, columns, features, row);
       if (weighted) {
         for (i64 j = 0; j < ldf; ++j) to[t * ldf + j] = row[j] * weights[j];
       } else {
@@ -1421,6 +1427,82 @@ struct BackwardKey : Pass<A> {
 
 // ---- one token ----------------------------------------------------------------------------------------------------
 
+// A token's key and queries as the state meets them, a few at a time: they share what is read of a projection.
+template <class A>
+struct StepRows {
+  static constexpr i64 most = 4;
+  const Sizes& sizes;
+  const StepArguments& args;
+  const Tokens& tokens;
+  const i64 key_head, first_head, heads;  // of the queries: [first_head, first_head + heads)
+  i64 begin = 0, end = 0;                 // the rows that are there; row 0 is the key, row 1 + r the r-th query
+  A features[most * max_dim], x[most * max_dim];
+
+  StepRows(const Sizes& sizes, const StepArguments& args, const Tokens& tokens, i64 key_head, i64 first_head, i64 heads)
+      : sizes(sizes), args(args), tokens(tokens), key_head(key_head), first_head(first_head), heads(heads) {}
+
+  // Until a row is asked for that is not there; row 0 and row 1 are there together.
+  const A* row(i64 n) {
+    if (n >= end) load(n);
+    return features + (n - begin) * max_dim;
+  }
+
+  void load(i64 first) {
+    const bool mapped = sizes.feature != Feature::none;
+    begin = first, end = std::min(1 + heads, first + most);
+    for (i64 n = begin; n < end; ++n) {
+      const i64 i = n - begin, width = mapped ? sizes.channels : sizes.key_dim;
+      A* to = (mapped ? x : features) + i * max_dim;
+      load_rows(n == 0 ? args.k : args.q, tokens, n == 0 ? key_head : first_head + n - 1, 0, width, to, width);
+    }
+    if (mapped) end - begin > 2 ? map<4>() : map<2>();
+    for (i64 n = std::max<i64>(begin, 1); n < end; ++n) {
+      scale_row(sizes.key_dim, static_cast<A>(args.scale), features + (n - begin) * max_dim);
+    }
+  }
+
+  template <int Rows>
+  void map() {
+    const i64 columns = map_columns(sizes), count = end - begin;
+    for (i64 i = count; i < Rows; ++i) fill_zero(sizes.channels, x + i * max_dim);
+    multiply<Rows>(columns);
+    for (i64 i = 0; i < count; ++i) {
+      A* row = features + i * max_dim;
+      make_features(sizes.feature, columns, sizes.key_dim, row);
+      if (!args.weights) continue;
+      const A* weights = static_cast<const A*>(args.weights.data) + key_head * args.weights.stride[0];
+      for (i64 j = 0; j < sizes.key_dim; ++j) row[j] *= weights[j * args.weights.stride[1]];
+    }
+  }
+
+  // features [Rows, columns] = x [Rows, channels] times the projection, which is read where it lies.
+  template <int Rows>
+  void multiply(i64 columns) {
+    constexpr i64 lanes = Vector<A>::lanes;
+    constexpr int wide = 8 / Rows;  // vectors; with as many rows, sums enough to wait for none
+    const i64 down = args.projection.stride[1], across = args.projection.stride[2], depth = sizes.channels;
+    const A* base = static_cast<const A*>(args.projection.data) + key_head * args.projection.stride[0];
+    for (i64 j = 0; j < columns;) {
+      if (across == 1 && j + wide * lanes <= columns) {
+        tile_product<A, Rows, wide>(0, depth, x, max_dim, 1, base + j, down, features, max_dim, j, false);
+        j += wide * lanes;
+      } else if (across == 1 && j + lanes <= columns) {
+        tile_product<A, Rows, 1>(0, depth, x, max_dim, 1, base + j, down, features, max_dim, j, false);
+        j += lanes;
+      } else {
+        A part[max_dim * lanes];
+        const i64 n = std::min(lanes, columns - j);
+        for (i64 i = 0; i < depth; ++i) {
+          load_row(part + i * lanes, base + i * down + j * across, across, n);
+          fill_zero(lanes - n, part + i * lanes + n);
+        }
+        tile_product<A, Rows, 1>(0, depth, x, max_dim, 1, part, lanes, features, max_dim, j, false);
+        j += n;
+      }
+    }
+  }
+};
+
 template <class A>
 void step(const Sizes& s, const StepArguments& args, i64 task) {
   const Group group(s);
@@ -1428,50 +1510,56 @@ void step(const Sizes& s, const StepArguments& args, i64 task) {
   const i64 key_head = state_head / group.states;
   const i64 first_head = group.states == 1 ? key_head * group.heads : state_head;
   const i64 heads = group.states == 1 ? group.heads : 1;
+  // out of memory, which every store into the state might change
+  const i64 depth = s.key_dim, width = s.value_dim;
+  const bool with_z = static_cast<bool>(args.z);
   Tokens tokens;
   tokens.batch = batch;
   tokens.count = tokens.padded = 1;
-  A q[max_dim], k[max_dim], v[max_dim], o[max_dim], row[max_dim];
+  A v[max_dim], o[max_dim], row[max_dim];
   const bool live = !args.mask || static_cast<const unsigned char*>(args.mask.data)[batch * args.mask.stride[0]] != 0;
   if (!live) {
-    fill_zero(s.value_dim, o);
-    for (i64 r = 0; r < heads; ++r) store_rows(args.o, tokens, first_head + r, 0, s.value_dim, o, s.value_dim);
+    fill_zero(width, o);
+    for (i64 r = 0; r < heads; ++r) store_rows(args.o, tokens, first_head + r, 0, width, o, width);
     return;
   }
-  load_rows(args.k, tokens, key_head, 0, s.key_dim, k, s.key_dim);
-  load_rows(args.v, tokens, key_head, 0, s.value_dim, v, s.value_dim);
+  StepRows<A> rows(s, args, tokens, key_head, first_head, heads);
+  const A* k = rows.row(0);  // for the first query
+  load_rows(args.v, tokens, key_head, 0, width, v, width);
   const A decay = s.decay == Decay::none
                       ? A(1)
                       : static_cast<A>(std::exp(static_cast<double>(element<A>(args.log_decay, batch, 0, state_head))));
   A* state = static_cast<A*>(args.kv.data) + batch * args.kv.stride[0] + state_head * args.kv.stride[1];
   const i64 down = args.kv.stride[2], across = args.kv.stride[3];
   for (i64 r = 0; r < heads; ++r) {
-    load_rows(args.q, tokens, first_head + r, 0, s.key_dim, q, s.key_dim);
-    scale_row(s.key_dim, static_cast<A>(args.scale), q);
-    fill_zero(s.value_dim, o);
+    const A* q = rows.row(1 + r);
+    fill_zero(width, o);
     A denominator = 0;
-    for (i64 d = 0; d < s.key_dim; ++d) {
+    for (i64 d = 0; d < depth; ++d) {
       A* line = state + d * down;
+      const A query = q[d];
       if (across == 1) {
         if (r == 0) {
-          for (i64 e = 0; e < s.value_dim; ++e) line[e] = decay * line[e] + k[d] * v[e];
+          const A key = k[d];
+          for (i64 e = 0; e < width; ++e) line[e] = decay * line[e] + key * v[e];
         }
-        add_scaled(s.value_dim, q[d], line, o);
+        add_scaled(width, query, line, o);
       } else {
         if (r == 0) {
-          for (i64 e = 0; e < s.value_dim; ++e) line[e * across] = decay * line[e * across] + k[d] * v[e];
+          const A key = k[d];
+          for (i64 e = 0; e < width; ++e) line[e * across] = decay * line[e * across] + key * v[e];
         }
-        load_row(row, line, across, s.value_dim);
-        add_scaled(s.value_dim, q[d], row, o);
+        load_row(row, line, across, width);
+        add_scaled(width, query, row, o);
       }
-      if (args.z) {
+      if (with_z) {
         A& z = element<A>(args.z, batch, state_head, d);
         if (r == 0) z = decay * z + k[d];
-        denominator += q[d] * z;
+        denominator += query * z;
       }
     }
-    if (s.normalize) scale_row(s.value_dim, 1 / (denominator + static_cast<A>(args.eps)), o);
-    store_rows(args.o, tokens, first_head + r, 0, s.value_dim, o, s.value_dim);
+    if (s.normalize) scale_row(width, 1 / (denominator + static_cast<A>(args.eps)), o);
+    store_rows(args.o, tokens, first_head + r, 0, width, o, width);
   }
 }
 

@@ -218,8 +218,8 @@ void run_backward(const Plan& plan, const Inputs& in, const BackwardArguments& a
 }
 
 void run_step(const Sizes& sizes, const StepArguments& args, const ParallelFor& parallel_for) {
-  const std::int64_t grain =
-      std::max<std::int64_t>(1, 32768 / std::max<std::int64_t>(1, sizes.key_dim * sizes.value_dim));
+  const std::int64_t products = sizes.key_dim * (sizes.value_dim + sizes.channels);
+  const std::int64_t grain = std::max<std::int64_t>(1, 32768 / std::max<std::int64_t>(1, products));
   parallel_for(sizes.batch * sizes.state_heads, grain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t task = begin; task < end; ++task) FREQRANK_DISPATCH(step_task, sizes, args, task);
   });

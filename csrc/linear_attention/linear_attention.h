@@ -96,6 +96,7 @@ struct StepArguments {
   View kv, z;                     // [B,Hs,K,V], [B,Hs,K]; z may be absent unless normalize
   View o;                         // [B,.,H,V]
   double scale = 1.0, eps = 0.0;
+  View projection, weights;  // as in Inputs
 };
 void run_step(const Sizes& sizes, const StepArguments& args, const ParallelFor& parallel_for);
 

@@ -49,6 +49,9 @@ STABLE_TORCH_LIBRARY(freqrank, m) {
   m.def(
       "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!)? z, Tensor? log_decay, "
       "Tensor? mask, float scale, bool normalize, float eps) -> Tensor");
+  m.def(
+      "feature_map_attention_step(Tensor q, Tensor k, Tensor v, Tensor projection, Tensor? weights, int feature, "
+      "Tensor(a!) kv, Tensor(b!)? z, Tensor? log_decay, Tensor? mask, bool normalize, float eps) -> Tensor");
 
   // whitening
   m.def("gram(Tensor x, Tensor? y, Tensor? weight) -> Tensor");

@@ -77,7 +77,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> featu
 
 Tensor linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor kv, OptionalTensor z, OptionalTensor log_decay,
                              OptionalTensor mask, double scale, bool normalize, double eps) {
-  const Step step = step_of(q, k, v, kv, z, log_decay, mask, scale, normalize, eps);
+  const Step step = step_of(q, k, v, kv, z, log_decay, mask, scale, normalize, eps, nullptr);
+  la::run_step(step.sizes, step.args, torch_parallel_for());
+  return step.o;
+}
+
+Tensor feature_map_attention_step(Tensor q, Tensor k, Tensor v, Tensor projection, OptionalTensor weights,
+                                  std::int64_t feature, Tensor kv, OptionalTensor z, OptionalTensor log_decay,
+                                  OptionalTensor mask, bool normalize, double eps) {
+  const Map map{projection, weights, feature_of(feature)};
+  const Step step = step_of(q, k, v, kv, z, log_decay, mask, 1.0, normalize, eps, &map);
   la::run_step(step.sizes, step.args, torch_parallel_for());
   return step.o;
 }
@@ -90,4 +99,5 @@ STABLE_TORCH_LIBRARY_IMPL(freqrank, CPU, m) {
   m.impl("feature_map_attention", TORCH_BOX(&freqrank::torch_adapter::feature_map_attention));
   m.impl("feature_map_attention_backward", TORCH_BOX(&freqrank::torch_adapter::feature_map_attention_backward));
   m.impl("linear_attention_step", TORCH_BOX(&freqrank::torch_adapter::linear_attention_step));
+  m.impl("feature_map_attention_step", TORCH_BOX(&freqrank::torch_adapter::feature_map_attention_step));
 }

@@ -140,14 +140,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> featu
   return {d.q, d.k, d.v, d.projection, d.weights, d.log_decay, d.initial_kv, d.initial_z};
 }
 
-Tensor linear_attention_step_cuda(Tensor q, Tensor k, Tensor v, Tensor kv, OptionalTensor z, OptionalTensor log_decay,
-                                  OptionalTensor mask, double scale, bool normalize, double eps) {
+Tensor step_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kv, const OptionalTensor& z,
+                 const OptionalTensor& log_decay, const OptionalTensor& mask, double scale, bool normalize, double eps,
+                 const Map* map) {
   check_device(q, q, "q"), check_device(q, k, "k"), check_device(q, v, "v"), check_device(q, kv, "kv");
   check_device(q, z, "z"), check_device(q, log_decay, "log_decay"), check_device(q, mask, "mask");
+  if (map != nullptr) {
+    check_device(q, map->projection, "projection"), check_device(q, map->weights, "weights");
+  }
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const Step step = step_of(q, k, v, kv, z, log_decay, mask, scale, normalize, eps);
+  const Step step = step_of(q, k, v, kv, z, log_decay, mask, scale, normalize, eps, map);
   la::run_step(step.sizes, step.args, current_stream(q.get_device_index()));
   return step.o;
+}
+
+Tensor linear_attention_step_cuda(Tensor q, Tensor k, Tensor v, Tensor kv, OptionalTensor z, OptionalTensor log_decay,
+                                  OptionalTensor mask, double scale, bool normalize, double eps) {
+  return step_cuda(q, k, v, kv, z, log_decay, mask, scale, normalize, eps, nullptr);
+}
+
+Tensor feature_map_attention_step_cuda(Tensor q, Tensor k, Tensor v, Tensor projection, OptionalTensor weights,
+                                       std::int64_t feature, Tensor kv, OptionalTensor z, OptionalTensor log_decay,
+                                       OptionalTensor mask, bool normalize, double eps) {
+  const Map map{projection, weights, feature_of(feature)};
+  return step_cuda(q, k, v, kv, z, log_decay, mask, 1.0, normalize, eps, &map);
 }
 
 }  // namespace
@@ -160,4 +176,5 @@ STABLE_TORCH_LIBRARY_IMPL(freqrank, CUDA, m) {
   m.impl("feature_map_attention", TORCH_BOX(&freqrank::torch_adapter::feature_map_attention_cuda));
   m.impl("feature_map_attention_backward", TORCH_BOX(&freqrank::torch_adapter::feature_map_attention_backward_cuda));
   m.impl("linear_attention_step", TORCH_BOX(&freqrank::torch_adapter::linear_attention_step_cuda));
+  m.impl("feature_map_attention_step", TORCH_BOX(&freqrank::torch_adapter::feature_map_attention_step_cuda));
 }

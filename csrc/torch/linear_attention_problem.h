@@ -77,6 +77,22 @@ inline void check_by_head(const Tensor& x, std::int64_t dims, std::int64_t key_h
                   " has a wrong shape");
 }
 
+// Of the map's tensors, for sizes whose key_dim is that of q and k; it becomes the number of features.
+inline void check_map(const Map& map, la::Sizes& s) {
+  check_by_head(map.projection, 2, s.key_heads, "projection");
+  check_exact(map.projection, s.double_precision, "projection");
+  s.feature = map.feature;
+  s.channels = s.key_dim;
+  STD_TORCH_CHECK(s.channels > 0 && s.channels <= la::max_dim && map.projection.size(-2) == s.channels,
+                  "feature_map_attention: projection must be [K,M] or [Hk,K,M] with K of q between 1 and 512");
+  s.key_dim = map.projection.size(-1) * (s.feature == la::Feature::softmax_pm ? 2 : 1);
+  if (map.weights) {
+    check_by_head(*map.weights, 1, s.key_heads, "weights");
+    check_exact(map.weights, s.double_precision, "weights");
+    STD_TORCH_CHECK(map.weights->size(-1) == s.key_dim, "feature_map_attention: one weight a feature expected");
+  }
+}
+
 // As [Hk, ...]; all heads share one without that dimension.
 inline la::View by_head(const Tensor& x, std::int64_t dims) { return view_of(x, x.dim() == dims ? 1 : 0); }
 
@@ -104,20 +120,7 @@ inline la::Sizes sizes_of(const Tensor& q, const Tensor& k, const Tensor& v, con
   STD_TORCH_CHECK(s.key_heads > 0 && s.heads > 0 && s.heads % s.key_heads == 0,
                   "linear_attention: heads of q must be a multiple of those of k");
   s.double_precision = q.scalar_type() == ScalarType::Double;
-  if (map != nullptr) {
-    check_by_head(map->projection, 2, s.key_heads, "projection");
-    check_exact(map->projection, s.double_precision, "projection");
-    s.feature = map->feature;
-    s.channels = s.key_dim;
-    STD_TORCH_CHECK(s.channels > 0 && s.channels <= la::max_dim && map->projection.size(-2) == s.channels,
-                    "feature_map_attention: projection must be [K,M] or [Hk,K,M] with K of q between 1 and 512");
-    s.key_dim = map->projection.size(-1) * (s.feature == la::Feature::softmax_pm ? 2 : 1);
-    if (map->weights) {
-      check_by_head(*map->weights, 1, s.key_heads, "weights");
-      check_exact(map->weights, s.double_precision, "weights");
-      STD_TORCH_CHECK(map->weights->size(-1) == s.key_dim, "feature_map_attention: one weight a feature expected");
-    }
-  }
+  if (map != nullptr) check_map(*map, s);
   STD_TORCH_CHECK(s.key_dim > 0 && s.value_dim > 0 && s.key_dim <= la::max_dim && s.value_dim <= la::max_dim,
                   "linear_attention: K and V must be between 1 and 512");
   dtype_of(q);
@@ -274,7 +277,7 @@ struct Step {
 
 inline Step step_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kv, const OptionalTensor& z,
                     const OptionalTensor& log_decay, const OptionalTensor& mask, double scale, bool normalize,
-                    double eps) {
+                    double eps, const Map* map) {
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3,
                   "linear_attention_step: q, k, v must have 3 dimensions");
   la::Sizes s;
@@ -284,9 +287,10 @@ inline Step step_of(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   check_shape(v, {s.batch, s.key_heads, s.value_dim}, "v");
   STD_TORCH_CHECK(s.key_heads > 0 && s.heads > 0 && s.heads % s.key_heads == 0,
                   "linear_attention_step: heads of q must be a multiple of those of k");
+  s.double_precision = q.scalar_type() == ScalarType::Double;
+  if (map != nullptr) check_map(*map, s);
   STD_TORCH_CHECK(s.key_dim > 0 && s.value_dim > 0 && s.key_dim <= la::max_dim && s.value_dim <= la::max_dim,
                   "linear_attention_step: K and V must be between 1 and 512");
-  s.double_precision = q.scalar_type() == ScalarType::Double;
   dtype_of(q);
   check_real(k, s.double_precision, "k");
   check_real(v, s.double_precision, "v");
@@ -325,6 +329,10 @@ inline Step step_of(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   args.mask = view_of(mask);
   args.kv = view_of(kv), args.z = view_of(z);
   args.scale = scale, args.eps = eps;
+  if (map != nullptr) {
+    args.projection = by_head(map->projection, 2);
+    if (map->weights) args.weights = by_head(*map->weights, 1);
+  }
   return {s, args, o};
 }
 

@@ -55,6 +55,7 @@ _HAS_CUDA_KERNELS = (
     "dct",
     "feature_map_attention",
     "feature_map_attention_backward",
+    "feature_map_attention_step",
     "linear_attention",
     "linear_attention_backward",
     "linear_attention_step",

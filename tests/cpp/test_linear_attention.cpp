@@ -367,6 +367,23 @@ TEST(LinearAttention, ThreadsDoNotChangeABit) {
   }
 }
 
+// Token t of a call as a step, but for its state.
+StepArguments token_of(const Inputs& in, const View& o, i64 t) {
+  const auto at = [t](View view) {
+    if (view) {
+      const auto bytes = view.dtype == Dtype::float32 ? 4 : 8;
+      view.data = static_cast<char*>(view.data) + t * view.stride[1] * bytes;
+    }
+    return view;
+  };
+  StepArguments args;
+  args.q = at(in.q), args.k = at(in.k), args.v = at(in.v), args.log_decay = at(in.log_decay), args.o = at(o);
+  if (in.mask) args.mask = in.mask, args.mask.data = static_cast<char*>(in.mask.data) + t * in.mask.stride[1];
+  args.scale = in.scale, args.eps = in.eps;
+  args.projection = in.projection, args.weights = in.weights;
+  return args;
+}
+
 // A feature map is the scan over features: outputs and gradients against those of features made here.
 TEST(LinearAttention, FeatureMapsEqualTheScanOfFeatures) {
   for (Feature feature : {Feature::softmax, Feature::exp, Feature::softmax_pm}) {
@@ -459,6 +476,17 @@ TEST(LinearAttention, FeatureMapsEqualTheScanOfFeatures) {
         };
         const auto want_q = chain(raw.q, plain_q, gradients.dq, 4);
         const auto want_k = chain(raw.k, plain_k, gradients.dk, key_heads);
+        if (options.initial) {
+          kv = mapped.kv0, z = mapped.z0;
+        }
+        for (i64 t = 0; t < s.time; ++t) {
+          StepArguments args = token_of(in, mapped.queries(o, 7), t);
+          args.kv = mapped.state_view(kv), args.z = mapped.z_view(z);
+          run_step(s, args, serial());
+        }
+        EXPECT_LT(relative_error(o, expected.o), 1e-12);
+        EXPECT_LT(relative_error(kv, expected.kv), 1e-12);
+        EXPECT_LT(relative_error(z, expected.z), 1e-12);
         for (int threads : {1, 8}) {
           const auto pool = threads == 1 ? serial() : thread_pool(threads);
           const Plan forward = plan_forward(s, threads);
@@ -502,21 +530,9 @@ TEST(LinearAttention, StepsEqualTheScan) {
     const Sizes& s = problem.sizes;
     std::vector<float> kv(scanned.kv.size(), 0.0f), z(scanned.z.size(), 0.0f), o(scanned.o.size());
     if (options.initial) kv = problem.kv0, z = problem.z0;
-    const auto at = [](View view, i64 t) {
-      if (view) {
-        const auto bytes = view.dtype == Dtype::float32 ? 4 : 8;
-        view.data = static_cast<char*>(view.data) + t * view.stride[1] * bytes;
-      }
-      return view;
-    };
     for (i64 t = 0; t < s.time; ++t) {
-      const Inputs in = problem.inputs();
-      StepArguments args;
-      args.q = at(in.q, t), args.k = at(in.k, t), args.v = at(in.v, t), args.log_decay = at(in.log_decay, t);
-      if (options.mask) args.mask = in.mask, args.mask.data = problem.mask.data() + t;
+      StepArguments args = token_of(problem.inputs(), problem.queries(o, s.value_dim), t);
       args.kv = problem.state_view(kv), args.z = problem.z_view(z);
-      args.o = at(problem.queries(o, s.value_dim), t);
-      args.scale = in.scale, args.eps = in.eps;
       run_step(s, args, thread_pool(2));
     }
     const std::vector<double> expected_o(scanned.o.begin(), scanned.o.end());

@@ -28,6 +28,10 @@ struct Problem {
   Shape lengths;  // of the sequences, if cu_seqlens are given
   Dtype value_dtype = dtype;
   int layout = 0;  // 1: heads before time; 2: rows that vectors cannot be loaded from
+  // Of a step: what makes key_dim features of so many channels, with weights and a map a key head, or one without.
+  Feature feature = Feature::none;
+  i64 channels = 0;
+  bool weighted = false;
 
   i64 sequences() const { return lengths.empty() ? batch : static_cast<i64>(lengths.size()); }
   i64 states() const { return decay == Decay::none ? key_heads : state_heads; }
@@ -57,6 +61,10 @@ std::string words(const Problem& p) {
   if (p.state) text += ", from a state";
   if (!p.lengths.empty()) text += ", " + std::to_string(p.lengths.size()) + " sequences";
   if (p.layout != 0) text += ", layout " + std::to_string(p.layout);
+  if (p.feature != Feature::none) {
+    text += ", map " + std::to_string(static_cast<int>(p.feature)) + " of " + std::to_string(p.channels) + " channels";
+    if (p.weighted) text += ", weighted";
+  }
   return text;
 }
 
@@ -438,9 +446,15 @@ std::string step_fault(const Problem& p, std::uint64_t seed, cudaStream_t stream
     made->fill(next);
     return made;
   };
-  const auto q =
-      input(p.dtype, {p.batch, 1, p.heads, p.key_dim}, p.normalize ? std::function<double()>(positive) : number);
-  const auto k = input(p.dtype, {p.batch, 1, p.key_heads, p.key_dim}, positive);
+  const bool mapped = p.feature != Feature::none;
+  const i64 channels = mapped ? p.channels : p.key_dim, maps = p.weighted ? p.key_heads : 1;
+  const i64 columns = p.feature == Feature::softmax_pm ? p.key_dim / 2 : p.key_dim;
+  const auto q = input(p.dtype, {p.batch, 1, p.heads, channels},
+                       p.normalize && !mapped ? std::function<double()>(positive) : number);
+  const auto k = input(p.dtype, {p.batch, 1, p.key_heads, channels}, positive);
+  const auto small = [&] { return number() / std::sqrt(static_cast<double>(p.channels)); };
+  const auto projection = mapped ? input(p.real(), {maps, channels, columns}, small) : nullptr;
+  const auto weights = p.weighted ? input(p.real(), {maps, p.key_dim}, positive) : nullptr;
   const auto v = input(p.value_dtype, {p.batch, 1, p.key_heads, p.value_dim}, number);
   const auto kv = input(p.real(), {p.batch, p.states(), p.key_dim, p.value_dim}, number);
   const auto z = input(p.real(), {p.batch, p.states(), p.key_dim}, positive);
@@ -451,11 +465,15 @@ std::string step_fault(const Problem& p, std::uint64_t seed, cudaStream_t stream
   Tensor o(p.value_dtype, {p.batch, 1, p.heads, p.value_dim}, 0, 0);
   Sizes s = sizes_of(p);
   s.time = 1;
+  s.feature = p.feature, s.channels = p.channels;
   const auto arguments = [&](bool device, View out) {
     StepArguments a;
     const auto of = [&](const std::unique_ptr<Tensor>& x) { return device ? x->on_device() : x->on_host(); };
     a.q = of(q), a.k = of(k), a.v = of(v), a.kv = of(kv), a.z = of(z);
     if (log_decay) a.log_decay = of(log_decay);
+    if (projection) a.projection = of(projection);
+    if (weights) a.weights = of(weights);
+    if (maps == 1) a.projection.stride[0] = a.weights.stride[0] = 0;
     a.o = out;
     a.scale = 0.3, a.eps = 1e-3;
     return a;
@@ -503,7 +521,7 @@ class Tester {
     tally_.test(
         "step " + words(p), [&] { return step_fault(p, static_cast<std::uint64_t>(tally_.problems()), stream_); },
         [] { return std::string(); });
-    kernels_.insert("step");
+    kernels_.insert(p.feature == Feature::none ? "step" : "step behind a map");
   }
   int finish() const {
     std::string names;
@@ -586,6 +604,15 @@ void test_dtype(Tester& tester, Dtype dtype, bool small) {
     }
   }
   tester.step(problem(dtype, small ? 2 : 70, 1, 4, 4, 512, small ? 64 : 512));
+  for (const Feature feature : {Feature::softmax, Feature::exp, Feature::softmax_pm}) {
+    for (const auto& [channels, features] : {std::pair<i64, i64>{64, 64}, {20, 34}, {256, 512}}) {
+      for (const bool normalize : {false, true}) {
+        Problem p = with(problem(dtype, 3, 1, 10, 2, features, 72), kDecays[normalize ? 3 : 2]);
+        p.feature = feature, p.channels = channels, p.weighted = p.normalize = normalize;
+        tester.step(p);
+      }
+    }
+  }
 }
 
 int test_everything(bool small) {

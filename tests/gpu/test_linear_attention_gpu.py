@@ -520,14 +520,15 @@ def test_bad_input():
 # --- the decoding step --------------------------------------------------------------------------------------------
 
 
-def decode(case, state, tokens):
+def decode(case, state, tokens, *more, step=freqrank.linear_attention_step, **options):
     outputs = []
     for t in tokens:
         g = case.log_decay
         outputs.append(
-            freqrank.linear_attention_step(
-                case.q[:, t], case.k[:, t], case.v[:, t], state, log_decay=g if g is None or g.dim() == 1 else g[:, t],
-                normalize=case.normalize, mask=None if case.mask is None else case.mask[:, t],
+            step(
+                case.q[:, t], case.k[:, t], case.v[:, t], state, *more, normalize=case.normalize,
+                log_decay=g if g is None or g.dim() == 1 else g[:, t],
+                mask=None if case.mask is None else case.mask[:, t], **options,
             )
         )  # fmt: skip
     return torch.stack(outputs, 1)
@@ -570,6 +571,81 @@ def test_steps_repeat_bit_for_bit_and_leave_masked_rows_alone():
     assert torch.equal(kv[1::2], case.kv[1::2])
     assert torch.equal(z[1::2], case.z[1::2])
     assert o[1::2].count_nonzero() == 0
+
+
+def map_of(case, columns, feature, *, shared=True, weighted=True):
+    """The step behind a random map, for :func:`decode`, and a state of its features."""
+    batch, _, key_heads, key_dim = case.k.shape
+    lead, count = () if shared else (key_heads,), 2 * columns if feature == "softmax_pm" else columns
+    projection = case.normal(*lead, key_dim, columns, dtype=real(case.dtype)) * key_dim**-0.5
+    options = {"feature": feature, "weights": case.uniform(*lead, count) + 0.5 if weighted else None}
+    states = key_heads if case.log_decay is None else case.log_decay.shape[-1]
+    kv = case.normal(batch, states, count, case.v.shape[-1], dtype=real(case.dtype))
+    return projection, options, kv, case.uniform(batch, states, count)
+
+
+def exact_behind_a_map(case, projection, options, kv, z):
+    tensors = (case.q, case.k, case.v, projection)
+    with torch.device(DEVICE):
+        return reference.feature_map_attention(
+            *(x.double() for x in tensors), log_decay=case.log_decay, initial_state=(kv, z), **options, **case.options()
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature", ["softmax", "exp", "softmax_pm"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_steps_behind_a_map_equal_the_scan(normalize, feature, dtype):
+    variants = (
+        ((4, 2), (64, 64), 64, "H", True), ((2, 2), (36, 20), 17, "BTHk", False), ((10, 2), (128, 96), 128, None, True),
+        ((1, 1), (256, 200), 256, "BTH", False),
+    )  # fmt: skip
+    for heads, dims, columns, decay, shared in variants:
+        case = Case(dtype, 3, 20, *heads, *dims, decay=decay, mask=True)
+        case.normalize = normalize
+        projection, options, kv, z = map_of(case, columns, feature, shared=shared, weighted=decay is not None)
+        want = exact_behind_a_map(case, projection, options, kv, z)
+        for p in (projection, projection.mT.contiguous().mT):
+            state = LinearAttentionState(kv.clone(), z.clone())
+            o = decode(case, state, range(20), p, step=freqrank.feature_map_attention_step, **options)
+            assert error(o, want[0]) <= TOLERANCE[dtype]
+            assert error(state.kv, want[1]) <= TOLERANCE[real(dtype)]
+            assert error(state.z, want[2]) <= TOLERANCE[real(dtype)]
+
+
+def test_steps_behind_a_map_of_many_sequences_and_of_large_states():
+    for batch, heads, dims, columns in (
+        (257, 8, (64, 64), 64),
+        (1, 1, (256, 512), 512),
+        (140, 3, (32, 512), 48),
+        (0, 2, (64, 64), 64),
+    ):
+        case = Case(torch.float32, batch, 1, heads, key_dim=dims[0], value_dim=dims[1], decay="H")
+        projection, options, kv, z = map_of(case, columns, "softmax")
+        want = exact_behind_a_map(case, projection, options, kv, z)
+        state = LinearAttentionState(kv, z)
+        o = decode(case, state, [0], projection, step=freqrank.feature_map_attention_step, **options)
+        assert error(o, want[0]) <= 1e-5
+        assert error(kv, want[1]) <= 1e-5
+        assert error(z, want[2]) <= 1e-5
+
+
+def test_steps_behind_a_map_repeat_bit_for_bit_and_leave_masked_rows_alone():
+    case = Case(torch.bfloat16, 5, 1, 4, 2, decay="H", normalize=True)
+    case.mask = torch.tensor([[True], [False], [True], [False], [True]], device=DEVICE)
+    case.q[1], case.k[3] = math.nan, math.inf
+    projection, options, kv, z = map_of(case, 40, "softmax_pm")
+    results = []
+    for _ in range(3):
+        state = LinearAttentionState(kv.clone(), z.clone())
+        o = decode(case, state, [0], projection, step=freqrank.feature_map_attention_step, **options)
+        results.append((o, *state))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    o, after, after_z = results[0]
+    assert torch.equal(after[1::2], kv[1::2])
+    assert torch.equal(after_z[1::2], z[1::2])
+    assert o[1::2].count_nonzero() == 0
+    assert o.isfinite().all()
 
 
 # --- feature maps -------------------------------------------------------------------------------------------------
@@ -653,14 +729,15 @@ def test_features_are_not_tensors():
 
 
 def everything(case, directions, scales):
-    """Forward, backward, a feature map and a step; all of what they give."""
+    """Forward, backward, a feature map, a step and one behind a map; all of what they give."""
     outputs, found = gradients(case.run, case.leaves(), directions)
     more = []
     if case.cu_seqlens is None:
         more.append(freqrank.dijiang_attention(case.q, case.k, case.v, scales, mask=case.mask)[0])
         state = LinearAttentionState(*(outputs[name].detach().clone() for name in ("kv", "z") if name in outputs))
         with torch.no_grad():
-            more += [decode(case, state, [0]), state.kv]
+            more.append(decode(case, state, [0]))
+            more += [decode(case, state, [0], scales, step=freqrank.dijiang_attention_step), state.kv]
     return [x.detach() for x in (*outputs.values(), *found.values(), *more)]
 
 

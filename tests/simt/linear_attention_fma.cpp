@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 
 #include "bindings.h"
 #include "linear_attention/device/scan_fma.h"
@@ -145,7 +146,8 @@ py::dict scan_fma(simt::Executor& executor, const py::dict& values) {
   return out;
 }
 
-// q, k, v, o [B,heads,..], log_decay [Hs] or [B,Hs], mask [B], kv, z.
+// q, k, v, o [B,heads,..], log_decay [Hs] or [B,Hs], mask [B], kv, z; behind a map its `feature`, projection [C,M] or
+// [Hk,C,M] and weights [M] or [Hk,M].
 void step(simt::Executor& executor, const py::dict& values) {
   simt::Queue queue(executor);
   const Arguments<float> in{values, queue};
@@ -180,6 +182,18 @@ void step(simt::Executor& executor, const py::dict& values) {
   }
   args.scale = get(values, "scale", 1.0);
   args.eps = get(values, "eps", 0.0);
+  if (in.has("projection")) {
+    const std::string feature = get<std::string>(values, "feature", "softmax");
+    sizes.feature = feature == "softmax" ? la::Feature::softmax
+                    : feature == "exp"   ? la::Feature::exp
+                                         : la::Feature::softmax_pm;
+    sizes.channels = q.shape(2);
+    const auto by_head = [&](const char* key, int dims) {
+      return in.has(key) ? in.view(key, in.array(key).ndim() == dims ? 1 : 0) : la::View{};
+    };
+    args.projection = by_head("projection", 2);
+    args.weights = by_head("weights", 1);
+  }
   la::device::enqueue_step(sizes, args, queue);
 }
 

@@ -592,3 +592,152 @@ def test_step_with_a_positive_decay_is_nan():
     o, _ = run_step(q, k, v, kv, log_decay=np.array([0.1], np.float32))
     assert np.isnan(o).all()
     assert np.isnan(kv).all()
+
+
+def feature_map(x, projection, feature, weights):
+    """phi(x) of x [B,heads,C]; projection [C,M] or [Hk,C,M], weights [F] or [Hk,F] or None."""
+    lead = x.shape[1] // (projection.shape[0] if projection.ndim == 3 else 1)
+    matrices = np.repeat(projection.reshape(-1, *projection.shape[-2:]), lead, 0).astype(np.float64)
+    p = np.einsum("bhc,hcm->bhm", value(x), matrices)
+    if feature == "softmax_pm":
+        p = np.concatenate([p, -p], -1)
+    if feature == "exp":
+        phi = np.exp(p)
+    else:
+        phi = np.exp(p - p.max(-1, keepdims=True))
+        phi /= phi.sum(-1, keepdims=True)
+    if weights is not None:
+        phi *= np.repeat(weights.reshape(-1, weights.shape[-1]), x.shape[1] // (weights.size // weights.shape[-1]), 0)
+    return phi
+
+
+MAPPED_STEPS = [
+    {"heads": (2, 2, 2), "channels": 64, "columns": 64, "width": 64},
+    {"heads": (2, 2, 2), "channels": 33, "columns": 37, "width": 37, "decay": "per head", "z": True, "shared": False},
+    {"heads": (4, 2, 2), "channels": 20, "columns": 48, "width": 80, "decay": "per token", "z": True,
+     "normalize": True, "weights": "shared"},
+    {"heads": (4, 2, 4), "channels": 7, "columns": 12, "width": 12, "decay": "per token", "z": True,
+     "normalize": True, "masked": True, "shared": False, "weights": "own"},
+    {"heads": (9, 1, 1), "channels": 16, "columns": 33, "width": 40, "decay": "per head", "z": True,
+     "normalize": True, "masked": True, "layout": "transposed"},
+    {"heads": (1, 1, 1), "channels": 256, "columns": 256, "width": 512, "weights": "shared"},
+    {"heads": (2, 1, 1), "channels": 5, "columns": 1, "width": 1, "shared": False, "layout": "backwards"},
+]  # fmt: skip
+
+
+def mapped_step(options, feature, dtypes, batch=3):
+    """Tensors of a step behind a map, as `run_step` takes them, without the dtypes' rounding of the state."""
+    rng = np.random.default_rng(7)
+    heads, key_heads, states = options["heads"]
+    channels, columns, width = options["channels"], options["columns"], options["width"]
+    depth = 2 * columns if feature == "softmax_pm" else columns
+    arithmetic = "float64" if dtypes[0] == "float64" else "float32"
+    shapes = [(batch, heads, channels), (batch, key_heads, channels), (batch, key_heads, width)]
+    tensors = [stored(rng.standard_normal(shape), dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
+    shape = (channels, columns) if options.get("shared", True) else (key_heads, channels, columns)
+    projection = (rng.standard_normal(shape) * channels**-0.5).astype(arithmetic)
+    if options.get("layout") == "transposed":
+        projection = projection.swapaxes(-1, -2).copy().swapaxes(-1, -2)
+    elif options.get("layout") == "backwards":
+        projection = projection[..., ::-1, ::-1].copy()[..., ::-1, ::-1]
+    weights = None
+    if "weights" in options:
+        weights = (rng.random((depth,) if options["weights"] == "shared" else (key_heads, depth)) + 0.5).astype(
+            arithmetic
+        )
+    kv = rng.standard_normal((batch, states, depth, width)).astype(arithmetic)
+    z = rng.random((batch, states, depth)).astype(arithmetic) if options.get("z") else None
+    return tensors, kv, z, {"projection": projection, "weights": weights, "feature": feature}
+
+
+@pytest.mark.parametrize("dtypes", [("float32",) * 4, ("float64",) * 4, ("bfloat16", "float16", "float32", "float16")])
+@pytest.mark.parametrize("feature", ["softmax", "exp", "softmax_pm"])
+@pytest.mark.parametrize("options", MAPPED_STEPS)
+def test_step_behind_a_map(options, feature, dtypes):
+    exact, kv, z, given = mapped_step(options, feature, dtypes)
+    batch, (_, _, states) = 3, options["heads"]
+    live = np.array([True, False, True]) if options.get("masked") else np.ones(batch, bool)
+    dead = [stored(np.where(live[:, None, None], value(x), np.nan), d) for x, d in zip(exact, dtypes, strict=False)]
+    log_decay, decay = None, np.ones((batch, states))
+    if "decay" in options:
+        shape = (states,) if options["decay"] == "per head" else (batch, states)
+        log_decay = -np.random.default_rng(3).random(shape).astype(kv.dtype)
+        decay = np.exp(np.broadcast_to(log_decay, (batch, states)).astype(np.float64))
+    normalize = options.get("normalize", False)
+    phi = [feature_map(x, given["projection"], feature, given["weights"]) for x in exact[:2]]
+    o, new, new_z = expected_step(*phi, exact[2], kv.astype(np.float64), z, decay, live, normalize)
+    mask = live.astype(np.uint8) if options.get("masked") else None
+    results = []
+    for seed in (0, 1, 2):
+        state, out_z = kv.copy(), None if z is None else z.copy()
+        out, executor = run_step(*dead, state, out_z, log_decay, mask, normalize, None, dtypes[3], seed, **given)
+        assert_close(out, o, dtypes[3], "o")
+        assert_close(state, new, kv.dtype.name, "kv")
+        assert np.array_equal(state[~live], kv[~live])
+        if z is not None:
+            assert_close(out_z, new_z, kv.dtype.name, "z")
+            assert np.array_equal(out_z[~live], z[~live])
+        assert len(executor.counters) == 1  # one launch does it all
+        results.append((out, state))
+    assert all(np.array_equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("feature", ["softmax", "exp", "softmax_pm"])
+def test_step_behind_a_map_keeps_nan_to_its_row_and_head(feature):
+    options = {"heads": (6, 2, 2), "channels": 20, "columns": 36, "width": 24, "z": True, "shared": False}
+    (q, k, v), kv, z, given = mapped_step(options, feature, ("float32",) * 4)
+
+    def run(q, k, given):
+        state, out_z = kv.copy(), z.copy()
+        o, _ = run_step(q, k, v, state, out_z, normalize=True, **given)
+        return o, state, out_z
+
+    o, state, out_z = run(q, k, given)
+    bad_q, bad_k = q.copy(), k.copy()
+    bad_q[0, 1, 3] = np.nan
+    bad_k[2, 1, 5] = np.inf
+    expected, expected_state, expected_z = o.copy(), state.copy(), out_z.copy()
+    expected[0, 1], expected[2, 3:], expected_state[2, 1], expected_z[2, 1] = np.nan, np.nan, np.nan, np.nan
+    got, got_state, got_z = run(bad_q, bad_k, given)
+    if feature == "exp":  # exp(-inf) is 0: only some features of that key are not finite
+        assert not np.isfinite(got[2, 3:]).any()
+        got[2, 3:], got_state[2, 1], got_z[2, 1] = np.nan, np.nan, np.nan
+    for x, y in ((got, expected), (got_state, expected_state), (got_z, expected_z)):
+        assert np.array_equal(x, y, equal_nan=True)
+    bad = given | {"projection": given["projection"].copy()}
+    bad["projection"][1, 4, 35] = np.nan  # of the second key head
+    got, got_state, _ = run(q, k, bad)
+    assert np.isnan(got[:, 3:]).all()
+    assert np.isnan(got_state[:, 1, 35]).all()
+    assert np.array_equal(got[:, :3], o[:, :3])
+    assert np.array_equal(got_state[:, 0], state[:, 0])
+
+
+def test_step_behind_a_map_moves_the_state_once_and_reads_the_map_in_full_sectors():
+    q, k, v, o = (aligned(2, heads, 128) for heads in (8, 2, 2, 8))
+    projection = aligned(128, 128)
+    for normalize, blocks in ((False, 16), (True, 4)):  # blocks of 32 columns of the state, or of all
+        kv, z = aligned(2, 2, 128, 128), aligned(2, 2, 128)
+        _, executor = run_step(q, k, v, kv, z, normalize=normalize, o=o, projection=projection)
+        executor.require_full_sectors("feature_map_attention_step")
+        executor.require_no_bank_conflicts("feature_map_attention_step")
+        counts = executor.counters["feature_map_attention_step"]
+        assert counts["blocks"] == blocks
+        assert counts["global_written_bytes"] == kv.nbytes + z.nbytes + o.nbytes
+        others = q.nbytes + k.nbytes + v.nbytes + projection.nbytes
+        assert counts["global_read_unique_bytes"] == kv.nbytes + z.nbytes + others
+        assert counts["global_read_bytes"] <= kv.nbytes + z.nbytes + 4 * v.nbytes + blocks * (others - v.nbytes)
+
+
+def test_step_behind_a_map_has_fewer_blocks_where_there_are_many_states():
+    for batch, blocks_per_state in ((128, 4), (255, 2), (256, 2), (512, 1)):
+        options = {"heads": (1, 1, 1), "channels": 4, "columns": 4, "width": 128}
+        (q, k, v), kv, _, given = mapped_step(options, "softmax", ("float32",) * 4, batch)
+        phi = [feature_map(x, given["projection"], "softmax", None) for x in (q, k)]
+        want, new, _ = expected_step(
+            *phi, v, kv.astype(np.float64), None, np.ones((batch, 1)), np.ones(batch, bool), False
+        )
+        o, executor = run_step(q, k, v, kv, **given)
+        assert executor.counters["feature_map_attention_step"]["blocks"] == batch * blocks_per_state
+        assert_close(o, want, "float32")
+        assert_close(kv, new, "float32")

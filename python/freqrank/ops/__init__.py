@@ -4,7 +4,9 @@ from freqrank.ops._checks import set_checks
 from freqrank.ops.attention import (
     LinearAttentionState,
     dijiang_attention,
+    dijiang_attention_step,
     feature_map_attention,
+    feature_map_attention_step,
     linear_attention,
     linear_attention_step,
 )
@@ -30,7 +32,9 @@ __all__ = [
     "dctn",
     "describe_plan",
     "dijiang_attention",
+    "dijiang_attention_step",
     "feature_map_attention",
+    "feature_map_attention_step",
     "gram",
     "gram_",
     "idct",

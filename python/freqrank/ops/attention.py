@@ -1,4 +1,4 @@
-"""Causal linear attention: the chunked scan, one decoding step, and the scan behind a feature map.
+"""Causal linear attention: the chunked scan and one decoding step of it, as they are and behind a feature map.
 
 Shapes: B batch, T time, H query heads, Hk key heads (H a multiple of Hk), K and V the dimensions of a key and a value,
 N sequences (B, or the sequences that ``cu_seqlens`` cuts out of one row).
@@ -177,6 +177,43 @@ def _check_numbers(scale: float | None, eps: float) -> None:
         raise ValueError(f"eps must not be negative; got {eps!r}")
 
 
+def _check_step(
+    scan: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_dim: int,
+    state: LinearAttentionState,
+    log_decay: Tensor | None,
+    normalize: bool,
+    mask: Tensor | None,
+    **more: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Checked and converted (kv, z, log_decay) of a step, for keys of key_dim numbers in the state.
+
+    ``scan`` is the op for whole sequences; ``more`` are tensors that must not require a gradient either.
+    """
+    log_decay = _check_log_decay(log_decay, q, k.shape[1], "B")
+    _check_mask(mask, q, "B")
+    if state is None:
+        raise TypeError("state must be a LinearAttentionState(kv, z); got None (start from zeros for an empty state)")
+    state_heads = k.shape[1] if log_decay is None else log_decay.shape[-1]
+    kv, z = _check_state("state", state, q, (q.shape[0], state_heads, key_dim, v.shape[2]), normalize)
+    assert kv is not None
+    tensors = {"q": q, "k": k, "v": v, "state.kv": kv, "state.z": z, "log_decay": log_decay, **more}
+    if torch.is_grad_enabled():
+        wanting = [name for name, x in tensors.items() if x is not None and x.requires_grad]
+        if wanting:
+            raise RuntimeError(
+                f"{scan}_step has no gradient, and {', '.join(wanting)} require one: call it under "
+                f"torch.no_grad() (or detach them), or use {scan} with initial_state to train"
+            )
+    for name, x in (("state.kv", kv), ("state.z", z)):
+        if x is not None and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+            raise ValueError(f"{name} is updated in place and must not be expanded; got strides {x.stride()}")
+    return kv, z, log_decay
+
+
 # --- the scan -----------------------------------------------------------------------------------------------------
 
 
@@ -329,28 +366,11 @@ def linear_attention_step(
     _check_dim("V, the last dimension of v,", v.shape[-1], MAX_FEATURES)
     _check_numbers(scale, eps)
     q, k, v = _autocast(q, k, v)
-    log_decay = _check_log_decay(log_decay, q, k.shape[1], "B")
-    _check_mask(mask, q, "B")
-    if state is None:
-        raise TypeError("state must be a LinearAttentionState(kv, z); got None (start from zeros for an empty state)")
-    state_heads = k.shape[1] if log_decay is None else log_decay.shape[-1]
-    kv, z = _check_state("state", state, q, (q.shape[0], state_heads, q.shape[2], v.shape[2]), normalize)
-    assert kv is not None
-    tensors = {"q": q, "k": k, "v": v, "state.kv": kv, "state.z": z, "log_decay": log_decay}
-    if torch.is_grad_enabled():
-        wanting = [name for name, x in tensors.items() if x is not None and x.requires_grad]
-        if wanting:
-            raise RuntimeError(
-                f"linear_attention_step has no gradient, and {', '.join(wanting)} require one: call it under "
-                "torch.no_grad() (or detach them), or use linear_attention with initial_state to train"
-            )
-    for name, x in (("state.kv", kv), ("state.z", z)):
-        if x is not None and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-            raise ValueError(f"{name} is updated in place and must not be expanded; got strides {x.stride()}")
+    state_and_decay = _check_step("linear_attention", q, k, v, q.shape[2], state, log_decay, normalize, mask)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return torch.ops.freqrank.linear_attention_step(
-        q, k, v, kv, z, log_decay, mask, float(scale), bool(normalize), float(eps)
+        q, k, v, *state_and_decay, mask, float(scale), bool(normalize), float(eps)
     )
 
 
@@ -383,6 +403,41 @@ def _query_and_key_features(
         q, k = (torch.where(mask[:, :, None, None], x, 0) for x in (q, k))
     key_heads = k.shape[2]
     return _features(q, key_heads, projection, feature, weights), _features(k, key_heads, projection, feature, weights)
+
+
+def _check_map(
+    q: Tensor, k: Tensor, projection: Tensor, feature: str, weights: Tensor | None
+) -> tuple[Tensor, Tensor | None, int]:
+    """Checked and converted (projection, weights, number of features)."""
+    check_option("feature", feature, FEATURES)
+    check_tensor("projection", projection)
+    check_dtype("projection", projection)
+    check_device("projection", projection, "q", q)
+    key_heads, key_dim = k.shape[-2], q.shape[-1]
+    if (
+        projection.dim() not in (2, 3)
+        or projection.shape[-2] != key_dim
+        or (projection.dim() == 3 and projection.shape[0] != key_heads)
+    ):
+        raise ValueError(
+            f"projection must be [K, M] or [Hk, K, M] with K = {key_dim}, Hk = {key_heads}; "
+            f"got shape {tuple(projection.shape)}"
+        )
+    features = projection.shape[-1] * (2 if feature == "softmax_pm" else 1)
+    _check_dim(
+        f"the number of features, {'2M' if feature == 'softmax_pm' else 'M'} of the projection,", features, MAX_FEATURES
+    )
+    if weights is not None:
+        check_tensor("weights", weights)
+        check_dtype("weights", weights)
+        check_device("weights", weights, "q", q)
+        if weights.shape != (features,) and weights.shape != (key_heads, features):
+            raise ValueError(
+                f"weights must be [{features}] or [Hk, {features}] = {[key_heads, features]}, one weight a feature; "
+                f"got shape {tuple(weights.shape)}"
+            )
+    real = _real(q.dtype)
+    return projection.to(real), None if weights is None else weights.to(real), features
 
 
 def feature_map_attention(
@@ -435,38 +490,9 @@ def feature_map_attention(
     _check_qkv(q, k, v, "B,T,H,D")
     _check_dim("K, the last dimension of q,", q.shape[-1], MAX_DIM)
     _check_dim("V, the last dimension of v,", v.shape[-1], MAX_DIM)
-    check_option("feature", feature, FEATURES)
-    check_tensor("projection", projection)
-    check_dtype("projection", projection)
-    check_device("projection", projection, "q", q)
-    key_heads, key_dim = k.shape[2], q.shape[3]
-    if (
-        projection.dim() not in (2, 3)
-        or projection.shape[-2] != key_dim
-        or (projection.dim() == 3 and projection.shape[0] != key_heads)
-    ):
-        raise ValueError(
-            f"projection must be [K, M] or [Hk, K, M] with K = {key_dim}, Hk = {key_heads}; "
-            f"got shape {tuple(projection.shape)}"
-        )
-    features = projection.shape[-1] * (2 if feature == "softmax_pm" else 1)
-    _check_dim(
-        f"the number of features, {'2M' if feature == 'softmax_pm' else 'M'} of the projection,", features, MAX_FEATURES
-    )
-    if weights is not None:
-        check_tensor("weights", weights)
-        check_dtype("weights", weights)
-        check_device("weights", weights, "q", q)
-        if weights.shape != (features,) and weights.shape != (key_heads, features):
-            raise ValueError(
-                f"weights must be [{features}] or [Hk, {features}] = {[key_heads, features]}, one weight a feature; "
-                f"got shape {tuple(weights.shape)}"
-            )
+    projection, weights, features = _check_map(q, k, projection, feature, weights)
     _check_numbers(None, eps)
     q, k, v = _autocast(q, k, v)
-    real = _real(q.dtype)
-    projection = projection.to(real)
-    weights = None if weights is None else weights.to(real)
     if q.device.type == "cuda" and not _makes_features(q, v, features, feature, weights, log_decay):
         _check_mask(mask, q, "B,T")
         phi_q, phi_k = _query_and_key_features(q, k, projection, weights, feature, mask)
@@ -503,12 +529,93 @@ def _makes_features(
     return torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin >= _FUSED_SHARED_BYTES
 
 
+def feature_map_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: LinearAttentionState,
+    projection: Tensor,
+    *,
+    feature: str = "softmax",
+    weights: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """One token of :func:`feature_map_attention`: updates ``state`` in place and returns the output. Inference only.
+
+    Args:
+        q: [B, H, K]; k: [B, Hk, K]; v: [B, Hk, V]; dtypes as in :func:`linear_attention`; K from 1 to 256, V from 1 to
+            512.
+        state: kv [B, Hs, F, V] and z [B, Hs, F] or None, F being the number of features; otherwise as in
+            :func:`linear_attention_step`.
+        projection, feature, weights: as in :func:`feature_map_attention`.
+        log_decay, mask: as in :func:`linear_attention_step`.
+
+    Returns:
+        o [B, H, V] in the dtype of v.
+
+    Raises:
+        TypeError, ValueError: as :func:`feature_map_attention`.
+        RuntimeError: gradients are being recorded and an input requires one.
+
+    Features are float32 (float64 for float64) and made where they are used: one kernel on either device.
+
+    >>> state = LinearAttentionState(torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 2))
+    >>> q = torch.zeros(1, 1, 3); v = torch.full((1, 1, 1), 4.0)
+    >>> feature_map_attention_step(q, q, v, state, torch.ones(3, 2)).item(), state.kv.flatten().tolist()
+    (2.0, [2.0, 2.0])
+    """
+    _check_qkv(q, k, v, "B,H,D")
+    _check_dim("K, the last dimension of q,", q.shape[-1], MAX_DIM)
+    _check_dim("V, the last dimension of v,", v.shape[-1], MAX_FEATURES)
+    projection, weights, features = _check_map(q, k, projection, feature, weights)
+    _check_numbers(None, eps)
+    q, k, v = _autocast(q, k, v)
+    kv, z, log_decay = _check_step(
+        "feature_map_attention", q, k, v, features, state, log_decay, normalize, mask, projection=projection,
+        weights=weights,
+    )  # fmt: skip
+    return torch.ops.freqrank.feature_map_attention_step(
+        q, k, v, projection, weights, FEATURES.index(feature), kv, z, log_decay, mask, bool(normalize), float(eps)
+    )
+
+
 def _dct_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The orthonormal DCT-II matrix: C[i, j] = s_i cos(pi (2j + 1) i / (2n)), rounded once from float64."""
     i = torch.arange(n, device=device)
     angle = ((2 * i + 1) * i[:, None]) % (4 * n)  # reduced as integers: exact for every n
     matrix = torch.cos(angle.to(torch.float64) * (math.pi / (2 * n))) * math.sqrt(2 / n)
     return torch.cat([torch.full_like(matrix[:1], math.sqrt(1 / n)), matrix[1:]]).to(dtype)
+
+
+def _dijiang_projection(q: Tensor, k: Tensor, scales: Tensor, transform: str, signs: Tensor | None) -> Tensor:
+    """diag(signs) C diag(scales) (C^T for "dct"), [K, K] or [Hk, K, K], its arguments checked."""
+    check_option("transform", transform, ("idct", "dct"))
+    key_heads, key_dim = k.shape[-2], q.shape[-1]
+    check_tensor("scales", scales)
+    check_dtype("scales", scales)
+    check_device("scales", scales, "q", q)
+    if scales.shape != (key_dim,) and scales.shape != (key_heads, key_dim):
+        raise ValueError(
+            f"scales must be [K] or [Hk, K] with K = {key_dim}, Hk = {key_heads}; got shape {tuple(scales.shape)}"
+        )
+    real = _real(q.dtype)
+    matrix = _dct_matrix(key_dim, real, q.device)
+    if transform == "dct":
+        matrix = matrix.mT
+    if signs is not None:
+        check_tensor("signs", signs)
+        check_device("signs", signs, "q", q)
+        if signs.is_complex() or signs.dtype == torch.bool or tuple(signs.shape) != (key_dim,):
+            raise ValueError(
+                f"signs must be a real vector [K] with K = {key_dim}; got {signs.dtype} of shape {tuple(signs.shape)}"
+            )
+        if check_values(signs) and bool((signs.abs() != 1).any()):
+            raise ValueError("signs must be +1 and -1 only; got other values")
+        matrix = signs.to(real)[:, None] * matrix
+    return matrix * scales.to(real).unsqueeze(-2)
 
 
 def dijiang_attention(
@@ -553,33 +660,55 @@ def dijiang_attention(
     (torch.Size([2, 7, 2, 8]), torch.Size([2, 2, 8, 8]))
     """
     _check_qkv(q, k, v, "B,T,H,D")
-    check_option("transform", transform, ("idct", "dct"))
-    key_heads, key_dim = k.shape[2], q.shape[3]
-    check_tensor("scales", scales)
-    check_dtype("scales", scales)
-    check_device("scales", scales, "q", q)
-    if scales.shape != (key_dim,) and scales.shape != (key_heads, key_dim):
-        raise ValueError(
-            f"scales must be [K] or [Hk, K] with K = {key_dim}, Hk = {key_heads}; got shape {tuple(scales.shape)}"
-        )
-    real = _real(q.dtype)
-    matrix = _dct_matrix(key_dim, real, q.device)
-    if transform == "dct":
-        matrix = matrix.mT
-    if signs is not None:
-        check_tensor("signs", signs)
-        check_device("signs", signs, "q", q)
-        if signs.is_complex() or signs.dtype == torch.bool or tuple(signs.shape) != (key_dim,):
-            raise ValueError(
-                f"signs must be a real vector [K] with K = {key_dim}; got {signs.dtype} of shape {tuple(signs.shape)}"
-            )
-        if check_values(signs) and bool((signs.abs() != 1).any()):
-            raise ValueError("signs must be +1 and -1 only; got other values")
-        matrix = signs.to(real)[:, None] * matrix
     return feature_map_attention(
-        q, k, v, matrix * scales.to(real).unsqueeze(-2), feature=feature, weights=weights, log_decay=log_decay,
-        normalize=normalize, eps=eps, mask=mask, initial_state=initial_state, output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
+        q, k, v, _dijiang_projection(q, k, scales, transform, signs), feature=feature, weights=weights,
+        log_decay=log_decay, normalize=normalize, eps=eps, mask=mask, initial_state=initial_state,
+        output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+def dijiang_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: LinearAttentionState,
+    scales: Tensor,
+    *,
+    transform: str = "idct",
+    signs: Tensor | None = None,
+    feature: str = "softmax",
+    weights: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """One token of :func:`dijiang_attention`: :func:`feature_map_attention_step` with DiJiang's projection.
+
+    The projection, [K, K], is made anew in each call; a caller that can keep it passes it to
+    :func:`feature_map_attention_step`.
+
+    Args:
+        q, k, v, state, feature, weights, log_decay, normalize, eps, mask: as in :func:`feature_map_attention_step`.
+        scales, transform, signs: as in :func:`dijiang_attention`.
+
+    Returns:
+        o [B, H, V] in the dtype of v.
+
+    Raises:
+        TypeError, ValueError: as :func:`dijiang_attention`.
+        RuntimeError: gradients are being recorded and an input requires one.
+
+    >>> q, v = torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
+    >>> o, state = dijiang_attention(q[:, :6], q[:, :6], v[:, :6], torch.ones(8), output_final_state=True)
+    >>> last = dijiang_attention_step(q[:, 6], q[:, 6], v[:, 6], state, torch.ones(8))
+    >>> torch.allclose(last, dijiang_attention(q, q, v, torch.ones(8))[0][:, 6], atol=1e-6)
+    True
+    """
+    _check_qkv(q, k, v, "B,H,D")
+    return feature_map_attention_step(
+        q, k, v, state, _dijiang_projection(q, k, scales, transform, signs), feature=feature, weights=weights,
+        log_decay=log_decay, normalize=normalize, eps=eps, mask=mask,
     )  # fmt: skip
 
 
@@ -659,6 +788,11 @@ def _(
 
 @torch.library.register_fake("freqrank::linear_attention_step")
 def _(q, k, v, kv, z, log_decay, mask, scale, normalize, eps):
+    return v.new_empty((q.shape[0], q.shape[1], v.shape[2]))
+
+
+@torch.library.register_fake("freqrank::feature_map_attention_step")
+def _(q, k, v, projection, weights, feature, kv, z, log_decay, mask, normalize, eps):
     return v.new_empty((q.shape[0], q.shape[1], v.shape[2]))
 
 

@@ -201,6 +201,20 @@ def test_feature_map_equals_its_formula_and_the_fused_op(name):
     torch.testing.assert_close(o, torch.einsum("bhij,bjhv->bihv", scores, v), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", sorted(FEATURE_MAPS))
+@torch.no_grad()
+def test_decoding_follows_the_map_of_the_moment(name):
+    model = linear_model(2, feature_map=name, position_table=0)
+    ids = tokens(2, 12)
+    for change in (None, lambda fmap: fmap.scales.mul_(0.5), lambda fmap: setattr(fmap, "scales", fmap.scales + 0.25)):
+        if change is not None:
+            for layer in model.model.layers:
+                change(layer.self_attn.feature_map)
+        cache = DynamicCache(config=model.config)
+        got = [model(token, past_key_values=cache).logits for token in ids.split(1, 1)]
+        torch.testing.assert_close(torch.cat(got, 1), model(ids).logits, atol=2e-4, rtol=1e-4)
+
+
 def test_sampling_matches_scipy():
     u = torch.linspace(0.01, 0.99, 33, dtype=torch.float64)
     for degrees in (1, 2, 32, 257):

@@ -229,16 +229,17 @@ class DiJiangAttention(nn.Module):
         if self.options.position_table:
             v = self.key_factors(positions)[..., None] * v
         if state is not None and q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
-            o = ops.linear_attention_step(
-                phi(q[:, 0]),
-                phi(k[:, 0]),
-                v[:, 0].to(state.kv.dtype),
+            o = ops.feature_map_attention_step(
+                q[:, 0],
+                k[:, 0],
+                v[:, 0],
                 state,
+                phi.projection(),
+                feature=phi.kind.feature,
+                weights=phi.weights,
                 log_decay=log_decay,
-                scale=1.0,
                 mask=None if mask is None else mask[:, 0],
-            )
-            o = o[:, None].to(v.dtype)
+            )[:, None]
         else:
             o, state = ops.dijiang_attention(
                 q,

@@ -58,8 +58,8 @@ def feature_map_kind(name: str) -> FeatureMapKind:
 
 
 @lru_cache(maxsize=64)
-def dct_matrix(size: int, device: torch.device) -> Tensor:
-    """The orthonormal DCT-II matrix C, fp32 [size, size]; row k is the k-th cosine (computed in fp64).
+def dct_matrix(size: int, device: torch.device, transform: str = "idct") -> Tensor:
+    """The orthonormal DCT-II matrix C, fp32 [size, size]; row k is the k-th cosine (computed in fp64). For "dct", C^T.
 
     >>> c = dct_matrix(8, torch.device("cpu"))
     >>> torch.allclose(c @ c.T, torch.eye(8), atol=1e-6)
@@ -68,7 +68,7 @@ def dct_matrix(size: int, device: torch.device) -> Tensor:
     n = torch.arange(size, dtype=torch.float64, device="cpu")
     c = torch.cos(torch.pi / (2 * size) * (2 * n + 1) * n[:, None]) * (2 / size) ** 0.5
     c[0] *= 0.5**0.5
-    return c.float().to(device)
+    return (c if transform == "idct" else c.T.contiguous()).float().to(device)
 
 
 class Float32Module(nn.Module):
@@ -127,12 +127,11 @@ class CosineFeatureMap(Float32Module):
 
     def projection(self) -> Tensor:
         """The matrix S C diag(scales), fp32 [K, K], that x is multiplied by on the right."""
-        c = dct_matrix(self.head_dim, self.scales.device)
-        p = (c if self.kind.transform == "idct" else c.T) * self.scales
+        p = dct_matrix(self.head_dim, self.scales.device, self.kind.transform) * self.scales
         return p if self.signs is None else self.signs[:, None] * p
 
     def forward(self, x: Tensor) -> Tensor:
-        """phi(x) in fp32 (fp64 for fp64): [..., K] -> [..., num_features]. What decoding uses, one token at a time."""
+        """phi(x) in fp32 (fp64 for fp64): [..., K] -> [..., num_features], as the ops make it on their way."""
         x = x if x.dtype == torch.float64 else x.float()
         p = x @ self.projection().to(x.dtype)
         if self.kind.feature == "exp":

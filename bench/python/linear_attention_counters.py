@@ -31,13 +31,15 @@ NOTE = f"""
 No time in this table: the kernels' source ran under the host executor. Counts are for {CHUNK} tokens of one head, or
 for one state and token of decoding. *must move* is each tensor once: q, k, v, o in the forward pass; q, k, v, do, dq,
 dk, dv in the backward pass. *requested* are the bytes of the 32-byte sectors that instructions touch, as often as they
-do; *unique* those that a kernel touches, once each; *fragments*, beside them, those of a feature map's projection, which
-stay in the caches. *passes* are those over the banks of shared memory, *mma* products
-of 16x16 and 16x8 matrices. The estimates are the fraction of an H200's copy rate ({COPY_RATE / 1e12:.1f} TB/s, {SMS}
-SMs, {CLOCK / 1e9:.1f} GHz) over the bytes that must move, if all else took no time: with the requested bytes at the
-copy rate, with these and the fragments at {CACHE_WIDTH} bytes a cycle from the second cache, with tensor cores at {MMA_PART} of {MATMUL_RATE / 1e12:.0f} TFLOP/s, with a pass of shared memory a cycle;
-*R* is the least of the four. Instructions, latency and the time to fill and empty the GPU are not in it. Registers and
-spilled bytes of the scan are ptxas' for sm_90a.
+do; *unique* those that a kernel touches, once each; *fragments*, beside what is requested, those of a feature map's
+projection, which stay in the caches. *passes* are those over the banks of shared memory, *mma* products of 16x16 and
+16x8 matrices. The estimates are the fraction of an H200's copy rate ({COPY_RATE / 1e12:.1f} TB/s, {SMS} SMs,
+{CLOCK / 1e9:.1f} GHz) over the bytes that must move, if all else took no time: with the requested bytes at the copy
+rate, with these and the fragments at {CACHE_WIDTH} bytes a cycle from the second cache, with tensor cores at {MMA_PART}
+of {MATMUL_RATE / 1e12:.0f} TFLOP/s, with a pass of shared memory a cycle; *R* is the least of the four. A decoding step
+behind a map reads the projection in each block, which is counted among the requested bytes though it comes from the
+second cache, since all heads share it. Instructions, latency and the time to fill and empty the GPU are not in it.
+Registers and spilled bytes of the scan are ptxas' for sm_90a.
 """.strip().replace("\n", " ")
 
 
@@ -59,7 +61,7 @@ class Case:
     @property
     def must_move(self) -> int:
         size = np.dtype(STORAGE[self.dtype]).itemsize
-        if self.what == "decoding step":
+        if self.what.startswith("decoding step"):
             return 2 * self.dim * self.dim * 4 + 4 * self.dim * size  # the state both ways; q, k, v, o
         return (7 if self.backward else 4) * CHUNK * self.dim * size
 
@@ -81,6 +83,8 @@ def cases() -> Iterator[Case]:
         yield Case("backward: dq, dk, dv", dim, "float32", backward=True)
     for dim in (64, 128, 256):
         yield Case("decoding step", dim)
+    for dim in (64, 128, 256):
+        yield Case("decoding step behind a map", dim)
 
 
 class Runner:
@@ -112,8 +116,10 @@ class Runner:
     def step(self, case: Case, batch: int) -> Any:
         arrays = {name: self.array(STORAGE[case.dtype], batch, 1, case.dim) for name in ("q", "k", "v", "o")}
         executor = self.simt.Executor(0)
-        state = self.array(np.float32, batch, 1, case.dim, case.dim)
-        self.simt.linear_attention_step(executor, arrays | {"kv": state, "scale": 0.125, "eps": 1e-6})
+        arrays["kv"] = self.array(np.float32, batch, 1, case.dim, case.dim)
+        if case.what != "decoding step":
+            arrays["projection"] = self.array(np.float32, case.dim, case.dim)
+        self.simt.linear_attention_step(executor, arrays | {"scale": 0.125, "eps": 1e-6})
         return executor.counters
 
     @staticmethod
@@ -127,7 +133,7 @@ class Runner:
 
     def row(self, case: Case) -> dict[str, Any]:
         plan: dict[str, Any] = {"scans": [], "segment_length": 0}
-        if case.what == "decoding step":
+        if case.what.startswith("decoding step"):
             few, many, units = self.step(case, 1), self.step(case, 2), 1
         else:
             # enough for a few segments in both, whether they are cut by the plan or for the gradient of the decay

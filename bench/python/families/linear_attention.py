@@ -1,4 +1,4 @@
-"""Causal linear attention: forward, forward and backward, behind DiJiang's feature map, and one step of decoding."""
+"""Causal linear attention: forward, forward and backward, one step of decoding; and behind DiJiang's feature map."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from bench.python.registry import Case, Family, Inputs, NotApplicable
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 CHUNKS = (64, 128, 256)
 LONGEST_PAIRS = 8192
+STEPS = ("linear_attention_step", "feature_map_attention_step")
 
 
 def _inputs(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
@@ -83,6 +84,20 @@ def _step_reference(case: Case, q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> 
     return torch.einsum("bhk,bhkv->bhv", q * case.shape[2] ** -0.5, kv + k[..., None] * v[..., None, :])
 
 
+def _mapped_step_inputs(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
+    q, k, _, kv = _step_inputs(case, generator, device)
+    k = torch.randn(case.shape, generator=generator, device=device).to(case.torch_dtype)
+    scales = torch.rand(case.shape[2], generator=generator) + 0.5
+    # features are positive: here values of 0 leave the state what it is
+    return q, k, torch.zeros_like(q), kv, twins.dijiang_projection(scales).float().to(device)
+
+
+def _mapped_step_reference(case: Case, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, projection: Tensor) -> Tensor:
+    phi_q, phi_k = (torch.softmax(x.double() @ projection.double(), -1) for x in (q, k))
+    state = kv.double() + phi_k[..., None] * v.double()[..., None, :]
+    return torch.einsum("bhk,bhkv->bhv", phi_q, state)
+
+
 def _case(op: str, shape: tuple[int, ...], dtype: str, series: str, **options: Any) -> Case:
     """One of whole sequences."""
     batch, length, heads, dim = shape
@@ -102,12 +117,14 @@ def _case(op: str, shape: tuple[int, ...], dtype: str, series: str, **options: A
     )  # fmt: skip
 
 
-def _step_case(batch: int, heads: int, dim: int, dtype: str) -> Case:
+def _step_case(batch: int, heads: int, dim: int, dtype: str, *, mapped: bool = False) -> Case:
     size = 2 if dtype == "bfloat16" else 4
     return Case(
-        op="linear_attention_step", shape=(batch, heads, dim), dtype=dtype, n=batch, series="decoding step",
-        bytes=batch * heads * (2 * dim * dim * 4 + 4 * dim * size), tolerance=TOLERANCE[dtype], inputs=_step_inputs,
-        reference=_step_reference, quick=batch == 8,
+        op=STEPS[mapped], shape=(batch, heads, dim), dtype=dtype, n=batch,
+        series="decoding step behind DiJiang's map" if mapped else "decoding step",
+        bytes=batch * heads * (2 * dim * dim * 4 + 4 * dim * size) + mapped * dim * dim * 4, tolerance=TOLERANCE[dtype],
+        inputs=_mapped_step_inputs if mapped else _step_inputs,
+        reference=_mapped_step_reference if mapped else _step_reference, quick=batch == 8,
     )  # fmt: skip
 
 
@@ -126,6 +143,8 @@ def _cases_on_a_gpu() -> Iterator[Case]:
             yield _case(op, shape, "bfloat16", f"{what}, published shapes, bfloat16")
     for batch in (1, 8, 32, 64, 128, 256):
         yield _step_case(batch, 32, 128, "bfloat16")
+    for batch in (1, 8, 64):
+        yield _step_case(batch, 32, 128, "bfloat16", mapped=True)
     for op, what in OPS:
         for name, options in (("a decay a head", {"decay": "head"}), ("normalised", {"normalize": True})):
             for shape in ((4, 2048, 16, 128), (8, 1024, 8, 64)):
@@ -167,6 +186,8 @@ def cases(device: str) -> Iterator[Case]:
         yield _case("dijiang_attention", (1, 2048, heads, dim), dtypes[0], series)
     for batch in (1, 8, 32, 256):
         yield _step_case(batch, heads, 64, "float32")
+    for batch in (1, 8, 32):
+        yield _step_case(batch, heads, 64, "float32", mapped=True)
 
 
 family = Family("linear_attention", "Causal linear attention", "T", cases, minutes=5)
@@ -187,6 +208,9 @@ def _freqrank(case: Case, *inputs: Any) -> Callable[..., Any]:
     if case.op == "linear_attention_step":
         step = freqrank.linear_attention_step
         return lambda q, k, v, kv: step(q, k, v, freqrank.LinearAttentionState(kv))
+    if case.op == "feature_map_attention_step":
+        mapped = freqrank.feature_map_attention_step
+        return lambda q, k, v, kv, projection: mapped(q, k, v, freqrank.LinearAttentionState(kv), projection)
     attention = lambda q, k, v, g: freqrank.linear_attention(q, k, v, log_decay=g, normalize=normalize)[0]  # noqa: E731
     if case.op == "linear_attention backward":
         return lambda q, k, v, g, do: _with_gradients(attention, q, k, v, g, do)
@@ -254,7 +278,7 @@ def _best(candidates: list[Callable[..., Any]], inputs: Inputs) -> Callable[...,
 
 @family.implementation("torch matmuls, chunked")
 def _chunked(case: Case, *inputs: Any) -> Callable[..., Any]:
-    if case.op == "linear_attention_step":
+    if case.op in STEPS:
         raise NotApplicable("is for whole sequences")
     q, k, v = inputs[:3]
     g = None if case.op == "dijiang_attention" else inputs[3]
@@ -277,16 +301,31 @@ def _chunked(case: Case, *inputs: Any) -> Callable[..., Any]:
 
 @family.implementation("torch, the same step")
 def _torch_step(case: Case, *inputs: Any) -> Callable[..., Tensor]:
-    if case.op != "linear_attention_step":
+    if case.op not in STEPS:
         raise NotApplicable("is for one token")
     batch, heads, dim = case.shape
-    scale = dim**-0.5
+    scale = dim**-0.5 if case.op == "linear_attention_step" else 1.0
 
-    def step(q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> Tensor:
+    def step(q: Tensor, k: Tensor, v: Tensor, kv: Tensor, projection: Tensor | None = None) -> Tensor:
         state = kv.view(batch * heads, dim, dim)
         wide_q, wide_k, wide_v = (x.to(kv.dtype) for x in (q, k, v))
+        if projection is not None:
+            wide_q, wide_k = (torch.softmax(x @ projection, -1) for x in (wide_q, wide_k))
         state.baddbmm_(wide_k.reshape(-1, dim, 1), wide_v.reshape(-1, 1, dim))
         return torch.bmm(wide_q.reshape(-1, 1, dim) * scale, state).view(batch, heads, dim).to(v.dtype)
+
+    return step
+
+
+@family.implementation("torch features, then linear_attention_step")
+def _features_then_step(case: Case, *inputs: Any) -> Callable[..., Tensor]:
+    if case.op != "feature_map_attention_step":
+        raise NotApplicable("is for one token behind a map")
+
+    def step(q: Tensor, k: Tensor, v: Tensor, kv: Tensor, projection: Tensor) -> Tensor:
+        phi_q, phi_k = (torch.softmax(x.to(kv.dtype) @ projection, -1) for x in (q, k))
+        state = freqrank.LinearAttentionState(kv)
+        return freqrank.linear_attention_step(phi_q, phi_k, v.to(kv.dtype), state, scale=1.0).to(v.dtype)
 
     return step
 
@@ -299,6 +338,8 @@ def _fla(case: Case, *inputs: Any) -> Callable[..., Any]:
 
     if case.dtype == "float32":
         raise NotApplicable("is for 16 bits: its products of float32 are of TF32")
+    if case.op == "feature_map_attention_step":
+        raise NotApplicable("has no feature maps: its step is shown without one")
     if case.op == "linear_attention_step":
 
         def step(q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> Tensor:
@@ -365,7 +406,7 @@ def _add_cached_softmax(length: int) -> None:
     @family.implementation(f"softmax attention over {length} cached tokens", reference=expected)
     def _cached(case: Case, *inputs: Any) -> Callable[..., Tensor]:
         if case.op != "linear_attention_step":
-            raise NotApplicable("is for one token")
+            raise NotApplicable("is shown beside linear_attention_step")
         batch, heads, dim = case.shape
         device, dtype = inputs[0].device, inputs[0].dtype
         limit = CACHE_LIMIT[device.type]

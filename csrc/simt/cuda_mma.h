@@ -137,6 +137,41 @@ SIMT_DEVICE void mma(Accumulator<double>& sum, const FragmentA<double>& a, const
                : "+d"(sum.words[0]), "+d"(sum.words[1])
                : "d"(a.words[0]), "d"(b.words[0]));
 }
+// Sixteen rows and Steps times four of depth at once: one instruction where the GPU has it (PTX ISA, m16n8k4, k8 and
+// k16 for f64: its operands are those of m8n8k4 side by side), and two times Steps of them elsewhere.
+template <int Steps>
+SIMT_DEVICE void mma(Accumulator<double> (&sum)[2], const FragmentA<double> (&a)[Steps][2],
+                     const FragmentB<double> (&b)[Steps]) {
+  static_assert(Steps == 1 || Steps == 2 || Steps == 4);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  double &c0 = sum[0].words[0], &c1 = sum[0].words[1], &c2 = sum[1].words[0], &c3 = sum[1].words[1];
+  if constexpr (Steps == 1) {
+    asm volatile("mma.sync.aligned.m16n8k4.row.col.f64.f64.f64.f64 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                 : "+d"(c0), "+d"(c1), "+d"(c2), "+d"(c3)
+                 : "d"(a[0][0].words[0]), "d"(a[0][1].words[0]), "d"(b[0].words[0]));
+  } else if constexpr (Steps == 2) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+d"(c0), "+d"(c1), "+d"(c2), "+d"(c3)
+        : "d"(a[0][0].words[0]), "d"(a[0][1].words[0]), "d"(a[1][0].words[0]), "d"(a[1][1].words[0]),
+          "d"(b[0].words[0]), "d"(b[1].words[0]));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f64.f64.f64.f64 {%0,%1,%2,%3}, {%4,%5,%6,%7,%8,%9,%10,%11}, "
+        "{%12,%13,%14,%15}, {%0,%1,%2,%3};"
+        : "+d"(c0), "+d"(c1), "+d"(c2), "+d"(c3)
+        : "d"(a[0][0].words[0]), "d"(a[0][1].words[0]), "d"(a[1][0].words[0]), "d"(a[1][1].words[0]),
+          "d"(a[2][0].words[0]), "d"(a[2][1].words[0]), "d"(a[3][0].words[0]), "d"(a[3][1].words[0]),
+          "d"(b[0].words[0]), "d"(b[1].words[0]), "d"(b[2].words[0]), "d"(b[3].words[0]));
+  }
+#else
+  SIMT_UNROLL
+  for (int s = 0; s < Steps; ++s) {
+    SIMT_UNROLL
+    for (int h = 0; h < 2; ++h) mma(sum[h], a[s][h], b[s]);
+  }
+#endif
+}
 
 }  // namespace cuda
 }  // namespace freqrank::simt

@@ -184,6 +184,14 @@ void mma(Fragment<E, Role::accumulator>& sum, const Fragment<E, Role::a>& a, con
       },
       &mine, at);
 }
+// Sixteen rows and Steps times four of depth at once.
+template <int Steps>
+void mma(Accumulator<double> (&sum)[2], const FragmentA<double> (&a)[Steps][2], const FragmentB<double> (&b)[Steps],
+         Location at = Location::current()) {
+  static_assert(Steps == 1 || Steps == 2 || Steps == 4);
+  for (int s = 0; s < Steps; ++s)
+    for (int h = 0; h < 2; ++h) mma(sum[h], a[s][h], b[s], at);
+}
 
 }  // namespace host
 }  // namespace freqrank::simt

@@ -230,6 +230,30 @@ void multiplies(Device& device, Problems& problems, const std::string& type, dou
     }
 }
 
+template <int Steps, class Device>
+void multiplies_wide(Device& device, Problems& problems) {
+  using P = WideProduct<Steps>;
+  std::mt19937 random(Steps);
+  std::uniform_int_distribution<int> whole(-60, 60);
+  std::vector<double> a(P::m * P::k), b(P::k * P::n), c(P::m * P::n), expected(P::m * P::n);
+  for (auto* x : {&a, &b, &c})
+    for (double& v : *x) v = whole(random);
+  for (int i = 0; i < P::m; ++i)
+    for (int j = 0; j < P::n; ++j) {
+      expected[i * P::n + j] = c[i * P::n + j];
+      for (int l = 0; l < P::k; ++l) expected[i * P::n + j] += a[i * P::k + l] * b[l * P::n + j];
+    }
+  auto& queue = device.queue();
+  const double* const x = device.put(a);
+  const double* const y = device.put(b);
+  const double* const z = device.put(c);
+  auto* const d = device.template make<double>(P::m * P::n);
+  queue.template launch<P>({1, 32, 0}, {queue.view(x, 0, P::m * P::k), queue.view(y, 0, P::k * P::n),
+                                        queue.view(z, 0, P::m * P::n), queue.view(d, 0, P::m * P::n)});
+  expect_equal(problems, "mma fp64, 16 rows and a depth of " + std::to_string(P::k), device.get(d, P::m * P::n),
+               expected);
+}
+
 template <class Device>
 void all_products(Device& device, Problems& problems) {
   multiplies<bfloat16>(device, problems, "bf16", 0x1p-21, {From::global, From::shared_natural, From::shared_other});
@@ -237,6 +261,9 @@ void all_products(Device& device, Problems& problems) {
   multiplies<tf32>(device, problems, "tf32", 0x1p-21, {From::global, From::shared_natural});
   multiplies<double>(device, problems, "fp64", 0x1p-50, {From::global});
   multiplies<std::int8_t>(device, problems, "int8", 0, {From::global, From::shared_natural});
+  multiplies_wide<1>(device, problems);
+  multiplies_wide<2>(device, problems);
+  multiplies_wide<4>(device, problems);
 }
 
 template <class Device>

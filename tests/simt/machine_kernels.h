@@ -274,6 +274,40 @@ struct Product {
   }
 };
 
+// D = A B + C in double for sixteen rows and Steps times four of depth, by one call of mma.
+template <int Steps>
+struct WideProduct {
+  static constexpr int m = 16, n = 8, k = 4 * Steps;
+  struct Params {
+    global<const double> a, b, c;  // row-major
+    global<double> d;
+  };
+  static constexpr const char* name = "test_wide_product";
+  static constexpr int max_threads = 32, min_blocks = 1;
+  SIMT_DEVICE static void run(const Params& p) {
+    FragmentA<double> a[Steps][2];
+    FragmentB<double> b[Steps];
+    Accumulator<double> sum[2];
+    SIMT_UNROLL
+    for (int s = 0; s < Steps; ++s) {
+      b[s].set(0, p.b.load((4 * s + b[s].row(0)) * n + b[s].col(0)));
+      SIMT_UNROLL
+      for (int h = 0; h < 2; ++h) a[s][h].set(0, p.a.load((8 * h + a[s][h].row(0)) * k + 4 * s + a[s][h].col(0)));
+    }
+    SIMT_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      SIMT_UNROLL
+      for (int i = 0; i < 2; ++i) sum[h].set(i, p.c.load((8 * h + sum[h].row(i)) * n + sum[h].col(i)));
+    }
+    mma(sum, a, b);
+    SIMT_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      SIMT_UNROLL
+      for (int i = 0; i < 2; ++i) p.d.store((8 * h + sum[h].row(i)) * n + sum[h].col(i), sum[h].get(i));
+    }
+  }
+};
+
 // Two fragments of B by one load, x1 and x2 loads, elements by registers, tf32: everything that Product leaves out.
 struct MatrixLoads {
   struct Params {

@@ -14,5 +14,6 @@ void bind_machine(pybind11::module_& m);
 void bind_dct(pybind11::module_& m);
 void bind_linear_attention(pybind11::module_& m);
 void bind_linear_attention_fma(pybind11::module_& m);
+void bind_gram(pybind11::module_& m);
 
 }  // namespace freqrank::simt_bindings

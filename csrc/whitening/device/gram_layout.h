@@ -1,0 +1,30 @@
+#pragma once
+// Where a Gram kernel's tiles lie in shared memory. The plan and the kernel both go by it.
+
+#include "whitening/gram_device.h"
+
+namespace freqrank::whitening::device {
+
+struct GramLayout {
+  static constexpr int stages = 4, warps = 4;
+
+  int element_bytes;
+  int stage_tokens;  // of X and Y that are brought at a time
+  int pitch;         // elements from one token to the next: X's columns, Y's columns and 32 bytes, so that the four
+                     // tokens that a warp reads at a time lie in different banks
+  int stage_bytes;
+  int weights_at, shared_bytes;
+};
+
+constexpr GramLayout gram_layout(const GramShape& shape, int element_bytes) {
+  GramLayout l{};
+  l.element_bytes = element_bytes;
+  l.stage_tokens = 64 / element_bytes;
+  l.pitch = shape.rows + shape.columns + 32 / element_bytes;
+  l.stage_bytes = l.stage_tokens * l.pitch * element_bytes;
+  l.weights_at = GramLayout::stages * l.stage_bytes;
+  l.shared_bytes = l.weights_at + GramLayout::stages * l.stage_tokens * 8;
+  return l;
+}
+
+}  // namespace freqrank::whitening::device

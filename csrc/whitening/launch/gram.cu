@@ -1,0 +1,7 @@
+#include "whitening/device/gram_mma.h"
+
+namespace freqrank::whitening::device {
+
+template void enqueue_gram(const GramDevicePlan&, const GramParams&, simt::Queue&);
+
+}  // namespace freqrank::whitening::device

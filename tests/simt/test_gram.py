@@ -1,0 +1,248 @@
+"""The Gram kernels under the host executor, against sums of Python's integers."""
+
+import math
+
+import freqrank_simt as simt
+import numpy as np
+import pytest
+
+RANDOM = np.random.default_rng
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+KERNELS = {0: "gram_{}", 1: "gram_{}_small"}
+ONE_SM = {"sms": 1}  # the tokens are never split
+GRID = 200  # every number of a test is a multiple of 2^-GRID
+
+
+def stored(values, dtype):
+    """As the kernels read it: bfloat16 as its bits, rounded to nearest even."""
+    if dtype != "bfloat16":
+        return np.asarray(values, dtype)
+    bits = np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def value(x):
+    """The float64 numbers that an array as stored stands for."""
+    return (x.astype(np.uint32) << 16).view(np.float32).astype(float) if x.dtype == np.uint16 else x.astype(float)
+
+
+def integers(x):
+    def one(v):
+        top, bottom = float(v).as_integer_ratio()
+        assert (1 << GRID) % bottom == 0
+        return top * ((1 << GRID) // bottom)
+
+    return np.vectorize(one, otypes=[object])(x) if x.size else x.astype(object)
+
+
+def exact(x, y=None, weight=None):
+    """X^T diag(weight) Y of one matrix as integers, in units of 2^(-3 GRID)."""
+    a, b = integers(value(x)), integers(value(x if y is None else y))
+    w = np.array([1 << GRID] * len(a), object) if weight is None else integers(weight)
+    return (a * w[:, None]).T.dot(b) if len(a) else np.zeros((x.shape[-1], b.shape[-1]), object)
+
+
+def error(got, x, y=None, weight=None):
+    """The worst element's, relative to sqrt(G_ii G_jj)."""
+    difference = integers(got) * (1 << 2 * GRID) - exact(x, y, weight)
+    size = np.abs(weight) if weight is not None else None
+    norms = [
+        [math.sqrt(abs(v) / (1 << 3 * GRID)) for v in np.diagonal(exact(side, None, size))]
+        for side in (x, x if y is None else y)
+    ]
+    relative = np.vectorize(lambda d: abs(d) / (1 << 3 * GRID), otypes=[float])(difference)
+    return float((relative / np.maximum(np.outer(*norms), 1e-300)).max(initial=0.0))
+
+
+def run(x, y=None, weight=None, out=None, *, accumulate=False, half="bfloat16", limits=ONE_SM, seed=0):
+    executor = simt.Executor(seed)
+    if out is None:
+        out = np.full((*x.shape[:-2], x.shape[-1], (x if y is None else y).shape[-1]), np.nan)
+        executor.expect_written(out)
+    plan = simt.gram(executor, out, x, y, weight, accumulate=accumulate, half=half, limits=limits)
+    executor.check_written()
+    return out, plan, executor
+
+
+def total(executor, name):
+    return sum(kernel[name] for kernel in executor.counters.values())
+
+
+def half_of(dtype):
+    return {"half": dtype if dtype == "float16" else "bfloat16"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "n", "m"),
+    [(1, 1, 1), (5, 8, 3), (33, 64, 64), (70, 65, 17), (40, 130, 70), (67, 7, 200), (9, 128, 64), (9, 384, 1)],
+)
+def test_against_exact_sums(tokens, n, m, dtype):
+    random = RANDOM(tokens)
+    x, y = (stored(random.standard_normal((tokens, k)), dtype) for k in (n, m))
+    for other in (None, y):
+        results = []
+        for seed in range(3):
+            out, plan, executor = run(x, other, **half_of(dtype), seed=seed)
+            results.append(out)
+            executor.require_no_bank_conflicts()
+        assert all(np.array_equal(out, results[0]) for out in results)
+        assert error(results[0], x, other) < 4e-15
+        assert KERNELS[plan["shape"]].format(dtype) in executor.counters
+        if other is None:
+            assert np.array_equal(results[0], results[0].T)
+
+
+def test_both_shapes_are_chosen():
+    rows = np.zeros((8, 384), np.float32)
+    assert simt.gram_plan(rows, limits=ONE_SM)["shape"] == 0
+    assert simt.gram_plan(rows[:, :256], limits=ONE_SM)["shape"] == 1  # wastes less along the diagonal
+    assert simt.gram_plan(rows[:, :64], rows, limits=ONE_SM)["shape"] == 1  # the 64 are rows
+    assert simt.gram_plan(rows, rows[:, :64], limits=ONE_SM)["shape"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_tokens_ten_thousand_times_the_rest(dtype):
+    random = RANDOM(1)
+    rows = random.standard_normal((150, 40)) * np.where(random.random((150, 1)) < 0.03, 1e4, 1.0)
+    x = stored(rows, dtype)
+    weight = random.standard_normal(150)
+    assert error(run(x)[0], x) < 4e-15
+    assert error(run(x, weight=weight)[0], x, weight=weight) < 4e-15
+
+
+@pytest.mark.parametrize(("batch", "splits"), [(3, 1), (1, 2)])
+def test_whole_numbers_are_summed_exactly_over_many_flushes(batch, splits):
+    x = RANDOM(2).integers(-1000, 1000, (batch, splits * 4096 + 60, 9)).astype(np.float32)
+    out, plan, executor = run(x)
+    assert plan["splits"] == splits
+    wide = x.astype(float)
+    assert np.array_equal(out, wide.swapaxes(1, 2) @ wide)  # below 2^53: exact in any order
+    assert total(executor, "global_read_bytes") == plan["read_bytes"]
+    assert total(executor, "global_written_bytes") == plan["write_bytes"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("accumulate", [True, False])
+@pytest.mark.parametrize("split", [True, False])
+def test_moves_the_bytes_that_the_plan_states(dtype, weighted, accumulate, split):
+    random = RANDOM(3)
+    tokens, n = (520, 208) if split else (40, 384)
+    numbers = stored(random.integers(-9, 10, (2, tokens, n)), dtype)
+    x = simt.memory(numbers.nbytes).view(numbers.dtype).reshape(numbers.shape)  # aligned as a GPU's
+    x[...] = numbers
+    weight = random.integers(-3, 4, (2, tokens)).astype(float) if weighted else None
+    out = random.integers(-9, 10, (2, n, n)).astype(float) if accumulate else None
+    wide = value(x)
+    left = wide if weight is None else wide * weight[..., None]
+    expected = left.swapaxes(1, 2) @ wide + (0 if out is None else out)
+    limits = {"sms": 40} if split else ONE_SM
+    got, plan, executor = run(x, None, weight, out, accumulate=accumulate, limits=limits, **half_of(dtype))
+    assert (plan["splits"] > 1) == split
+    assert np.array_equal(got, expected)
+    assert total(executor, "global_read_bytes") == plan["read_bytes"]
+    assert total(executor, "global_written_bytes") == plan["write_bytes"]
+    executor.require_no_bank_conflicts()
+    if not weighted and not accumulate:  # whole sectors
+        lines = [line for counts in executor.counters.values() for line in counts["lines"].values()]
+        assert all(line["global_read_sectors"] * 32 == line["global_read_bytes"] for line in lines)
+
+
+def test_two_dtypes():
+    random = RANDOM(4)
+    for dtype, other in (("bfloat16", "float32"), ("float64", "float16"), ("float32", "float64")):
+        x, y = stored(random.standard_normal((37, 70)), dtype), stored(random.standard_normal((37, 20)), other)
+        out, plan, executor = run(x, y, half="float16" if "float16" in (dtype, other) else "bfloat16")
+        assert set(executor.counters) == {KERNELS[plan["shape"]].format("float64")}
+        assert error(out, x, y) < 1e-15
+
+
+def batch_of(random, dtype, tokens, n, layout):
+    """[3, 2, tokens, n] of some layout."""
+    if layout == "plain":
+        return stored(random.standard_normal((3, 2, tokens, n)), dtype)
+    if layout == "transposed":
+        return stored(random.standard_normal((2, n, 3, tokens)), dtype).transpose(2, 0, 3, 1)
+    if layout == "sliced":
+        return stored(random.standard_normal((3, 2, 2 * tokens, 3 * n)), dtype)[:, :, ::2, 1::3]
+    if layout == "expanded":
+        return np.broadcast_to(stored(random.standard_normal((3, 1, 1, n)), dtype), (3, 2, tokens, n))
+    assert layout == "backwards"
+    return stored(random.standard_normal((3, 2, tokens, n)), dtype)[::-1, :, ::-1, ::-1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["plain", "transposed", "sliced", "expanded", "backwards"])
+def test_batches_of_any_strides(dtype, layout):
+    random = RANDOM(5)
+    x, y = batch_of(random, dtype, 19, 12, layout), batch_of(random, dtype, 19, 70, layout)
+    weight = random.standard_normal((2, 19, 3)).transpose(2, 0, 1)
+    for other in (None, y):
+        m = 12 if other is None else 70
+        out, *_ = run(x, other, weight, **half_of(dtype))
+        before = random.standard_normal((m, 3, 24, 2)).transpose(1, 3, 2, 0)[:, :, ::2]
+        after = before.copy(order="K")
+        target = np.empty((m, 3, 24, 2)).transpose(1, 3, 2, 0)[:, :, ::2]
+        target[...] = before
+        run(x, other, weight, target, accumulate=True, **half_of(dtype))
+        for b in np.ndindex(3, 2):
+            side = None if other is None else other[b]
+            assert error(out[b], x[b], side, weight[b]) < 4e-15
+            assert np.abs(target[b] - (after[b] + out[b])).max() <= 1e-15 * max(1, np.abs(target[b]).max())
+
+
+def test_many_batch_dimensions():
+    x = RANDOM(6).standard_normal((2, 1, 3, 2, 1, 1, 2, 4, 5))
+    out, *_ = run(x)
+    assert np.allclose(out, x.swapaxes(-1, -2) @ x, rtol=1e-13, atol=1e-13)
+    with pytest.raises(ValueError, match="at most 6 batch dimensions may be larger than 1; got 7"):
+        run(np.zeros((2, 2, 2, 2, 2, 2, 2, 1, 1)))
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_nothing_to_sum(accumulate):
+    for batch, tokens, n, m in ((2, 0, 5, 3), (0, 4, 5, 3), (2, 4, 0, 3), (2, 4, 5, 0)):
+        x, y = np.ones((batch, tokens, n), np.float32), np.ones((batch, tokens, m), np.float32)
+        for other in (None, y):
+            k = n if other is None else m
+            out = np.full((batch, n, k), 7.0 if accumulate else np.nan)
+            run(x, other, None, out, accumulate=accumulate)
+            if tokens == 0:
+                assert np.array_equal(out, np.full_like(out, 7.0 if accumulate else 0.0))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("limits", [ONE_SM, {"sms": 24}])
+def test_a_bad_number_stays_where_arithmetic_puts_it(bad, limits):
+    x = RANDOM(7).standard_normal((3, 520, 70)).astype(np.float32)
+    clean, plan, _ = run(x, limits=limits)
+    assert (plan["splits"] > 1) == (limits is not ONE_SM)
+    x[1, 300, 67] = bad
+    out, *_ = run(x, limits=limits)
+    assert np.array_equal(out[[0, 2]], clean[[0, 2]])
+    wrong = ~np.isfinite(out[1])
+    assert wrong[67].all()
+    assert wrong[:, 67].all()
+    assert wrong.sum() == 2 * 70 - 1
+
+
+def test_far_apart_in_memory():
+    """More than 2^31 elements from one token to the next, and from one matrix to the next."""
+    far = 2**31 + 8
+    memory = simt.memory((3 * far + 1000) * 2).view(np.uint16)
+    x = np.lib.stride_tricks.as_strided(memory, (2, 2, 16), (2 * far * 2, far * 2, 2))
+    x[...] = stored(RANDOM(8).standard_normal((2, 2, 16)), "bfloat16")
+    out, *_ = run(x)
+    for b in range(2):
+        assert error(out[b], x[b]) < 1e-15
+
+
+def test_the_plan_splits_long_sums_over_the_gpu():
+    x = simt.memory(2 * 32768 * 4096).view(np.uint16)
+    plan = {n: simt.gram_plan(x[: 32768 * n].reshape(32768, n)) for n in (64, 256, 1024, 4096)}
+    assert plan[4096]["splits"] == 1
+    assert plan[64]["splits"] == 128  # of 256 tokens
+    assert all(1.9 * 132 <= plan[n]["blocks"] <= 8 * 132 for n in (256, 1024))
+    assert plan[1024]["bytes"] == plan[1024]["blocks"] * 128 * 64 * 8
+    assert "too few tiles" in plan[64]["text"]

@@ -33,7 +33,6 @@ class GramCall {
     p.out_row_stride = out.row_stride, p.out_column_stride = out.column_stride;
     const Extent e = extent(out.batch_strides, s.rows, out.row_stride, s.columns, out.column_stride);
     p.out = queue_.view(static_cast<double*>(out.data), e.begin, e.end);
-    p.out_pairs = out.column_stride == 1 && aligned(out, s.rows, 2);
     p.accumulate = arguments_.accumulate;
     p.tokens = s.tokens, p.split_tokens = plan_.split_tokens;
     p.splits = static_cast<int>(plan_.splits);

@@ -27,6 +27,8 @@ struct GramTile {
   static constexpr int warp_rows = 8 * RowFragments, warp_columns = 8 * fragments;
   static constexpr int rows = 2 * warp_rows, columns = 2 * warp_columns, threads = 32 * GramLayout::warps;
   static constexpr int ratio = rows / columns;
+  static_assert(8 * warp_columns * 8 == GramLayout::scratch_bytes);
+  using Pair = simt::pack<double, 2>;
 
   // Which tile of which matrix.
   struct Place {
@@ -44,41 +46,58 @@ struct GramTile {
     return {batch, i, tile - ratio * (i * (i + 1) / 2)};
   }
 
-  SIMT_DEVICE static int row(int f) { return simt::warp() / 2 * warp_rows + f * 8 + simt::lane() / 4; }
-  SIMT_DEVICE static int column(int c) { return simt::warp() % 2 * warp_columns + c * 8 + simt::lane() % 4 * 2; }
-
   // Where a thread's pair of fragment (f, c) lies in a part: all threads' pairs side by side.
   SIMT_DEVICE static int at_part(int f, int c) { return ((f * fragments + c) * threads + simt::thread()) * 2; }
 
-  // Two neighbours of the result, and where Y is X what mirrors them. `add` to what is there.
-  SIMT_DEVICE static void put(const GramParams& p, const Place& at, simt::global<double> out, int f, int c,
-                              simt::pack<double, 2> value, bool add) {
-    const Index i = Index{at.down} * rows + row(f), j = Index{at.across} * columns + column(c);
-    if (i >= p.x.columns) return;
-    if (p.out_pairs && j + 1 < p.y.columns && (!p.symmetric || j < i)) {
-      const Index k = i * p.out_row_stride + j;
-      simt::pack<double, 2> sum = value;
-      if (add) {
-        const auto before = out.template load_vector<2>(k);
-        sum[0] += before[0], sum[1] += before[1];
-      }
-      out.template store_vector<2>(k, sum);
-    } else {
+  // Where an element of eight rows lies in a warp's scratch: pairs are permuted so that they are written, and the
+  // columns read, without bank conflicts.
+  SIMT_DEVICE static int at_scratch(int row, int column) {
+    return row * warp_columns + (column / 2 ^ (row / 2 | row % 2 * 4)) * 2 + column % 2;
+  }
+
+  // Eight rows of a warp's result, and where Y is X what mirrors them; `add` to what is there. By way of the scratch,
+  // for neighbours in memory to be written together.
+  SIMT_DEVICE static void put(const GramParams& p, const Place& at, simt::global<double> out,
+                              simt::shared<double> scratch, int f, const Pair (&values)[fragments], bool add) {
+    const int lane = simt::opaque(simt::lane());
+    simt::warp_barrier();  // what lay there has been read
+    SIMT_UNROLL
+    for (int c = 0; c < fragments; ++c)
+      scratch.template store_vector<2>(at_scratch(lane / 4, c * 8 + lane % 4 * 2), values[c]);
+    simt::warp_barrier();
+    const Index first_row = Index{at.down} * rows + simt::warp() / 2 * warp_rows + f * 8;
+    const Index first_column = Index{at.across} * columns + simt::warp() % 2 * warp_columns;
+    {
+      const Index j = first_column + lane;
+      const Index left = p.x.columns - first_row;
+      const auto to = out + (first_row * p.out_row_stride + j * p.out_column_stride);
+      // row r is wanted if first <= r < end
+      const Index first = p.symmetric ? j - first_row : 0, end = j < p.y.columns ? left : 0;
+      double sums[8];
       SIMT_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        if (j + e < p.y.columns && (!p.symmetric || j + e <= i))
-          put_one(out, i * p.out_row_stride + (j + e) * p.out_column_stride, value[e], add);
+      for (int r = 0; r < 8; ++r) {
+        sums[r] = scratch.load(at_scratch(r, lane));
+        if (add && first <= r && r < end) sums[r] += to.load(r * p.out_row_stride);
+      }
+      SIMT_UNROLL
+      for (int r = 0; r < 8; ++r) {
+        if (first <= r && r < end) to.store(r * p.out_row_stride, sums[r]);
       }
     }
     if (!p.symmetric) return;
+    const Index i = first_row + lane % 8, j = first_column + lane / 8;
+    const Index end = i < p.x.columns ? i - j : 0;
+    const auto to = out + (j * p.out_row_stride + i * p.out_column_stride);
+    double sums[8];
     SIMT_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      if (j + e < i) put_one(out, (j + e) * p.out_row_stride + i * p.out_column_stride, value[e], add);
+    for (int k = 0; k < 8; ++k) {
+      sums[k] = scratch.load(at_scratch(lane % 8, lane / 8 + 4 * k));
+      if (add && 4 * k < end) sums[k] += to.load(4 * k * p.out_row_stride);
     }
-  }
-  SIMT_DEVICE static void put_one(simt::global<double> out, Index k, double value, bool add) {
-    if (add) value += out.load(k);
-    out.store(k, value);
+    SIMT_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      if (4 * k < end) to.store(4 * k * p.out_row_stride, sums[k]);
+    }
   }
 };
 
@@ -109,6 +128,11 @@ struct GramKernel {
   }
   SIMT_DEVICE static simt::shared<double> weights(int stage) {
     return simt::shared_array<double>(layout.weights_at + stage * stage_tokens * 8, stage_tokens);
+  }
+
+  SIMT_DEVICE static simt::shared<double> scratch() {
+    constexpr int bytes = GramLayout::scratch_bytes;
+    return simt::shared_array<double>(layout.scratch_at + simt::warp() * bytes, bytes / 8);
   }
 
   // A block's own part of everything.
@@ -144,31 +168,30 @@ struct GramKernel {
       if (s < count) fetch(p, w, s, s, tokens);
       simt::copy_commit();
     }
-    Sums sums;
-    clear(sums);
     // a warp whose elements all lie above the diagonal has nothing to do
     const bool wanted =
         !p.symmetric || Index{w.at.down} * Tile::rows + simt::warp() / 2 * Tile::warp_rows + Tile::warp_rows >
                             Index{w.at.across} * Tile::columns + simt::warp() % 2 * Tile::warp_columns;
     constexpr int flush = kGramFlushTokens / stage_tokens;
     int stage = 0;
-    bool flushed = false;
-    SIMT_NO_UNROLL
-    for (Index s = 0; s < count; ++s) {
-      simt::copy_wait<stages - 2>();
-      simt::barrier();
-      const int ahead = stage == 0 ? stages - 1 : stage - 1;
-      if (s + stages - 1 < count) fetch(p, w, ahead, s + stages - 1, tokens);
-      simt::copy_commit();
-      if (wanted) multiply(w, stage, sums);
-      if ((s + 1) % flush == 0 && s + 1 < count) {
-        write(p, w.at, sums, flushed);
-        clear(sums);
-        flushed = true;
+    Index s = 0;
+    do {
+      Sums sums;
+      clear(sums);
+      const Index end = count - s < flush ? count : s + flush;
+      const bool flushed = s > 0;
+      SIMT_NO_UNROLL
+      for (; s < end; ++s) {
+        simt::copy_wait<stages - 2>();
+        simt::barrier();
+        const int ahead = stage == 0 ? stages - 1 : stage - 1;
+        if (s + stages - 1 < count) fetch(p, w, ahead, s + stages - 1, tokens);
+        simt::copy_commit();
+        if (wanted) multiply(w, stage, sums);
+        stage = stage == stages - 1 ? 0 : stage + 1;
       }
-      stage = stage == stages - 1 ? 0 : stage + 1;
-    }
-    write(p, w.at, sums, flushed);
+      write(p, w.at, sums, flushed);
+    } while (s < count);
   }
 
   SIMT_DEVICE static void clear(Sums& sums) {
@@ -283,18 +306,23 @@ struct GramKernel {
     const auto part = p.splits > 1 ? p.parts + simt::block() * (Tile::rows * Tile::columns) : p.parts;
     SIMT_UNROLL
     for (int f = 0; f < RowFragments; ++f) {
+      typename Tile::Pair values[Tile::fragments];
       SIMT_UNROLL
       for (int c = 0; c < Tile::fragments; ++c) {
-        simt::pack<double, 2> value{{sums[f / 2][c][f % 2].get(0), sums[f / 2][c][f % 2].get(1)}};
-        if (p.splits == 1) {
-          Tile::put(p, at, out, f, c, value, p.accumulate || flushed);
-          continue;
-        }
+        const Sum& sum = sums[f / 2][c][f % 2];
+        values[c] = {{sum.get(0), sum.get(1)}};
+      }
+      if (p.splits == 1) {
+        Tile::put(p, at, out, scratch(), f, values, p.accumulate || flushed);
+        continue;
+      }
+      SIMT_UNROLL
+      for (int c = 0; c < Tile::fragments; ++c) {
         if (flushed) {
           const auto before = part.template load_vector<2>(Tile::at_part(f, c));
-          value[0] += before[0], value[1] += before[1];
+          values[c][0] += before[0], values[c][1] += before[1];
         }
-        part.template store_vector<2>(Tile::at_part(f, c), value);
+        part.template store_vector<2>(Tile::at_part(f, c), values[c]);
       }
     }
   }
@@ -314,7 +342,7 @@ struct GramSumParts {
     const auto at = Tile::place(p, task);
     const auto out = p.out + gram_offset(p, at.batch, p.out_batch_strides);
     const Index tile = at.batch * p.splits * p.tiles + task % p.tiles;
-    simt::pack<double, 2> sums[Tile::fragments] = {};
+    typename Tile::Pair sums[Tile::fragments] = {};
     SIMT_NO_UNROLL
     for (int k = 0; k < p.splits; ++k) {
       const auto part = p.parts + (tile + k * p.tiles) * (Tile::rows * Tile::columns);
@@ -324,8 +352,8 @@ struct GramSumParts {
         sums[c][0] += value[0], sums[c][1] += value[1];
       }
     }
-    SIMT_UNROLL
-    for (int c = 0; c < Tile::fragments; ++c) Tile::put(p, at, out, f, c, sums[c], p.accumulate);
+    constexpr int bytes = GramLayout::scratch_bytes;
+    Tile::put(p, at, out, simt::shared_array<double>(simt::warp() * bytes, bytes / 8), f, sums, p.accumulate);
   }
 };
 
@@ -339,7 +367,8 @@ void enqueue_gram_as(const GramDevicePlan& plan, const GramParams& p, Queue& que
     case Dtype::float64: queue.template launch<GramKernel<double, RowFragments>>(grid, p); break;
   }
   if (plan.splits > 1)
-    queue.template launch<GramSumParts<RowFragments>>({plan.blocks / plan.splits * RowFragments, plan.threads, 0}, p);
+    queue.template launch<GramSumParts<RowFragments>>(
+        {plan.blocks / plan.splits * RowFragments, plan.threads, GramLayout::warps * GramLayout::scratch_bytes}, p);
 }
 
 template <class Queue>

@@ -24,7 +24,6 @@ struct GramParams {
   Index weight_stride = 0, weight_batch_strides[kGramBatchSizes] = {};
   simt::global<double> out;
   Index out_row_stride = 0, out_column_stride = 0, out_batch_strides[kGramBatchSizes] = {};
-  bool out_pairs = false;  // every two neighbours of a row from an even column on lie together, aligned
   bool accumulate = false;
   Index batch_sizes[kGramBatchSizes] = {};
   int batch_dims = 0;

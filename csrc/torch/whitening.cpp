@@ -1,55 +1,14 @@
 // CPU adapters of the whitening family: check, allocate through torch, run.
 #include <optional>
 #include <tuple>
-#include <vector>
 
-#include "torch/adapter.h"
+#include "torch/whitening_problem.h"
 #include "whitening/cholesky.h"
-#include "whitening/gram.h"
 #include "whitening/triangular.h"
 
 namespace freqrank::torch_adapter {
 
 namespace {
-
-namespace wh = freqrank::whitening;
-using wh::Dtype;
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half: return Dtype::float16;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Double: return Dtype::float64;
-    default: STD_TORCH_CHECK(false, "freqrank: a floating-point tensor was expected");
-  }
-  return Dtype::float64;
-}
-
-std::vector<std::int64_t> sizes_of(const Tensor& tensor, std::int64_t drop) {
-  const auto sizes = tensor.sizes();
-  return {sizes.begin(), sizes.end() - drop};
-}
-
-void check_batch(const Tensor& tensor, std::int64_t drop, const std::vector<std::int64_t>& batch) {
-  STD_TORCH_CHECK(tensor.dim() >= drop && sizes_of(tensor, drop) == batch, "freqrank: batch dimensions differ");
-}
-
-// `strides` is the tensor's own and must outlive the view.
-wh::MatrixBatch view_of(const Tensor& tensor, const std::vector<std::int64_t>& strides) {
-  wh::MatrixBatch view;
-  view.data = tensor.data_ptr();
-  view.dtype = dtype_of(tensor);
-  view.column_stride = strides[strides.size() - 1];
-  view.row_stride = strides[strides.size() - 2];
-  view.batch_strides = strides.data();
-  return view;
-}
-
-std::vector<std::int64_t> strides_of(const Tensor& tensor) {
-  const auto strides = tensor.strides();
-  return {strides.begin(), strides.end()};
-}
 
 Tensor workspace_for(const Tensor& like, std::int64_t bytes) {
   return torch::stable::new_empty(like, {bytes + 64}, ScalarType::Byte);
@@ -62,42 +21,14 @@ void* aligned(const Tensor& workspace) {
 
 void add_gram(const Tensor& out, bool accumulate, const Tensor& x, const std::optional<Tensor>& y,
               const std::optional<Tensor>& weight) {
-  STD_TORCH_CHECK(x.dim() >= 2 && out.dim() >= 2 && out.scalar_type() == ScalarType::Double,
-                  "freqrank::gram: bad arguments");
-  const Tensor& other = y ? *y : x;
-  const auto batch = sizes_of(x, 2);
-  check_batch(other, 2, batch);
-  check_batch(out, 2, batch);
-  const std::int64_t tokens = x.size(-2);
-  STD_TORCH_CHECK(other.size(-2) == tokens && out.size(-2) == x.size(-1) && out.size(-1) == other.size(-1),
-                  "freqrank::gram: sizes do not match");
-  wh::GramArguments arguments;
-  const auto x_strides = strides_of(x), y_strides = strides_of(other), out_strides = strides_of(out);
-  arguments.x = view_of(x, x_strides);
-  arguments.y = view_of(other, y_strides);
-  arguments.out = view_of(out, out_strides);
-  arguments.accumulate = accumulate;
-  std::vector<std::int64_t> weight_strides;
-  if (weight) {
-    check_batch(*weight, 1, batch);
-    STD_TORCH_CHECK(weight->scalar_type() == ScalarType::Double && weight->size(-1) == tokens,
-                    "freqrank::gram: weight does not match x");
-    weight_strides = strides_of(*weight);
-    arguments.weight = static_cast<const double*>(weight->data_ptr());
-    arguments.weight_stride = weight_strides.back();
-    arguments.weight_batch_strides = weight_strides.data();
-  }
-  const auto plan = wh::plan_gram({batch}, tokens, x.size(-1), other.size(-1), !y);
+  const GramCall call(out, accumulate, x, y, weight);
+  const auto plan = wh::plan_gram({call.batch}, call.tokens, call.rows, call.columns, call.symmetric);
   const Tensor workspace = workspace_for(x, workspace_bytes(plan));
-  run(plan, arguments, aligned(workspace), torch_parallel_for());
+  run(plan, call.arguments, aligned(workspace), torch_parallel_for());
 }
 
 Tensor gram(const Tensor& x, const std::optional<Tensor>& y, const std::optional<Tensor>& weight) {
-  STD_TORCH_CHECK(x.dim() >= 2 && (!y || y->dim() >= 2), "freqrank::gram: x and y must be matrices");
-  auto sizes = sizes_of(x, 2);
-  sizes.push_back(x.size(-1));
-  sizes.push_back((y ? *y : x).size(-1));
-  const Tensor out = torch::stable::new_empty(x, sizes, ScalarType::Double);
+  const Tensor out = gram_result(x, y);
   add_gram(out, false, x, y, weight);
   return out;
 }

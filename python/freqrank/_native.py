@@ -56,6 +56,8 @@ _HAS_CUDA_KERNELS = (
     "feature_map_attention",
     "feature_map_attention_backward",
     "feature_map_attention_step",
+    "gram",
+    "gram_",
     "linear_attention",
     "linear_attention_backward",
     "linear_attention_step",

@@ -581,5 +581,5 @@ def test_bad_input():
 
 @needs_cuda
 def test_ops_without_cuda_kernels_say_so():
-    with pytest.raises(ValueError, match="x is on cuda:0, and freqrank has kernels of gram for the CPU alone"):
-        freqrank.gram(rows(3, 4))
+    with pytest.raises(ValueError, match="gram is on cuda:0, and freqrank has kernels of whiten for the CPU alone"):
+        freqrank.whiten(rows(3, 3))

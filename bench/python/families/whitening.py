@@ -8,7 +8,7 @@ import freqrank
 import torch
 from torch import Tensor
 
-from bench.python.registry import Case, Family, Inputs
+from bench.python.registry import Case, Family, Inputs, NotApplicable
 
 SIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -62,6 +62,8 @@ family = Family("whitening", "Gram matrices and Cholesky factors", "n", cases)
 
 @family.implementation("freqrank")
 def _freqrank(case: Case, x: Tensor) -> Callable[[Tensor], Tensor]:
+    if x.is_cuda and case.op not in freqrank._native._HAS_CUDA_KERNELS:
+        raise NotApplicable(f"{case.op} has no CUDA kernels so far")
     if case.op == "gram":
         return freqrank.gram
     return lambda a: freqrank.cholesky_ex(a).L

@@ -32,6 +32,7 @@ GpuLimits gpu_limits(int device) {
   limits.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   limits.shared_bytes_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   limits.threads_per_sm = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, device);
+  limits.float_per_double = attribute(cudaDevAttrSingleToDoublePrecisionPerfRatio, device);
   return limits;
 }
 

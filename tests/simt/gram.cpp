@@ -56,6 +56,7 @@ wh::GramDevicePlan plan_of(const py::array& x, const std::optional<py::array>& y
   p.symmetric = !y, p.weighted = weighted, p.accumulate = accumulate;
   GpuLimits limits;
   if (given.contains("sms")) limits.sms = given["sms"].cast<int>();
+  if (given.contains("float_per_double")) limits.float_per_double = given["float_per_double"].cast<int>();
   return wh::plan_gram_device(p, limits);
 }
 
@@ -63,6 +64,7 @@ py::dict described(const wh::GramDevicePlan& plan) {
   py::dict d;
   d["text"] = wh::describe(plan);
   d["shape"] = plan.shape;
+  d["integers"] = plan.integers;
   d["tiles"] = plan.tiles;
   d["splits"] = plan.splits;
   d["split_tokens"] = plan.split_tokens;

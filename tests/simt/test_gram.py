@@ -1,6 +1,6 @@
 """The Gram kernels under the host executor, against sums of Python's integers."""
 
-import math
+from fractions import Fraction
 
 import freqrank_simt as simt
 import numpy as np
@@ -9,8 +9,9 @@ import pytest
 RANDOM = np.random.default_rng
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 KERNELS = {0: "gram_{}", 1: "gram_{}_small"}
-ONE_SM = {"sms": 1}  # the tokens are never split
-GRID = 200  # every number of a test is a multiple of 2^-GRID
+INTEGERS = {"gram_exponents_{}", "gram_integers_{}"}
+ONE_SM = {"sms": 1}  # tokens are hardly split
+WAYS = {"double": {}, "integers": {"float_per_double": 64}}
 
 
 def stored(values, dtype):
@@ -27,30 +28,29 @@ def value(x):
 
 
 def integers(x):
-    def one(v):
-        top, bottom = float(v).as_integer_ratio()
-        assert (1 << GRID) % bottom == 0
-        return top * ((1 << GRID) // bottom)
-
-    return np.vectorize(one, otypes=[object])(x) if x.size else x.astype(object)
+    """Floating-point numbers as Python's integers and the power of two that they are to be divided by."""
+    parts = [v.as_integer_ratio() for v in x.ravel().tolist()]
+    grid = max((bottom.bit_length() - 1 for _, bottom in parts), default=0)
+    whole = np.empty(len(parts), object)
+    whole[:] = [top << grid - (bottom.bit_length() - 1) for top, bottom in parts]
+    return whole.reshape(x.shape), grid
 
 
 def exact(x, y=None, weight=None):
-    """X^T diag(weight) Y of one matrix as integers, in units of 2^(-3 GRID)."""
-    a, b = integers(value(x)), integers(value(x if y is None else y))
-    w = np.array([1 << GRID] * len(a), object) if weight is None else integers(weight)
-    return (a * w[:, None]).T.dot(b) if len(a) else np.zeros((x.shape[-1], b.shape[-1]), object)
+    """X^T diag(weight) Y of one matrix, as `integers` gives numbers."""
+    (a, of_a), (b, of_b) = integers(value(x)), integers(value(x if y is None else y))
+    w, of_w = (np.ones(len(a), object), 0) if weight is None else integers(weight)
+    return (a * w[:, None]).T.dot(b), of_a + of_b + of_w
 
 
 def error(got, x, y=None, weight=None):
     """The worst element's, relative to sqrt(G_ii G_jj)."""
-    difference = integers(got) * (1 << 2 * GRID) - exact(x, y, weight)
-    size = np.abs(weight) if weight is not None else None
-    norms = [
-        [math.sqrt(abs(v) / (1 << 3 * GRID)) for v in np.diagonal(exact(side, None, size))]
-        for side in (x, x if y is None else y)
-    ]
-    relative = np.vectorize(lambda d: abs(d) / (1 << 3 * GRID), otypes=[float])(difference)
+    (found, of_found), (wanted, of_wanted) = integers(got), exact(x, y, weight)
+    grid = max(of_found, of_wanted)
+    difference = (found << grid - of_found) - (wanted << grid - of_wanted)
+    size = np.ones(len(x)) if weight is None else np.abs(weight)
+    norms = [np.sqrt((value(side) ** 2 * size[:, None]).sum(0)) for side in (x, x if y is None else y)]
+    relative = np.array([float(Fraction(abs(d), 1 << grid)) for d in difference.ravel()]).reshape(difference.shape)
     return float((relative / np.maximum(np.outer(*norms), 1e-300)).max(initial=0.0))
 
 
@@ -72,23 +72,29 @@ def half_of(dtype):
     return {"half": dtype if dtype == "float16" else "bfloat16"}
 
 
+def kernels(plan, dtype):
+    names = INTEGERS if plan["integers"] else {KERNELS[plan["shape"]]}
+    return {name.format(dtype) for name in names}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("tokens", "n", "m"),
-    [(1, 1, 1), (5, 8, 3), (33, 64, 64), (70, 65, 17), (40, 130, 70), (67, 7, 200), (9, 128, 64), (9, 384, 1)],
+    [(1, 1, 1), (5, 8, 3), (33, 64, 64), (70, 65, 17), (40, 130, 70), (67, 7, 200), (9, 128, 64), (5, 384, 1)],
 )
-def test_against_exact_sums(tokens, n, m, dtype):
+def test_against_exact_sums(tokens, n, m, way, dtype):
     random = RANDOM(tokens)
     x, y = (stored(random.standard_normal((tokens, k)), dtype) for k in (n, m))
     for other in (None, y):
         results = []
         for seed in range(3):
-            out, plan, executor = run(x, other, **half_of(dtype), seed=seed)
+            out, plan, executor = run(x, other, **half_of(dtype), limits=ONE_SM | WAYS[way], seed=seed)
             results.append(out)
             executor.require_no_bank_conflicts()
         assert all(np.array_equal(out, results[0]) for out in results)
         assert error(results[0], x, other) < 4e-15
-        assert KERNELS[plan["shape"]].format(dtype) in executor.counters
+        assert set(executor.counters) == kernels(plan, dtype)
         if other is None:
             assert np.array_equal(results[0], results[0].T)
 
@@ -102,24 +108,81 @@ def test_both_shapes_are_chosen():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-def test_tokens_ten_thousand_times_the_rest(dtype):
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_ten_thousand_times_the_rest(way, dtype):
     random = RANDOM(1)
     rows = random.standard_normal((150, 40)) * np.where(random.random((150, 1)) < 0.03, 1e4, 1.0)
     x = stored(rows, dtype)
-    weight = random.standard_normal(150)
-    assert error(run(x)[0], x) < 4e-15
-    assert error(run(x, weight=weight)[0], x, weight=weight) < 4e-15
+    weight = random.standard_normal(150) * 10.0 ** random.integers(-9, 3, 150)
+    for w in (None, weight):
+        out, *_ = run(x, weight=w, limits=ONE_SM | WAYS[way])
+        assert error(out, x, weight=w) < 4e-15
+        assert np.array_equal(out, out.T)
 
 
-@pytest.mark.parametrize(("batch", "splits"), [(3, 1), (1, 2)])
-def test_whole_numbers_are_summed_exactly_over_many_flushes(batch, splits):
-    x = RANDOM(2).integers(-1000, 1000, (batch, splits * 4096 + 60, 9)).astype(np.float32)
-    out, plan, executor = run(x)
+def test_integers_for_numbers_far_apart():
+    """The largest hides the digits of the others, and only as many as the bound allows."""
+    random = RANDOM(9)
+    x = random.standard_normal((100, 40)) * 2.0 ** random.integers(-40, 41, (100, 40))
+    assert error(run(x, limits=ONE_SM | WAYS["integers"])[0], x) < 1e-13
+    x = x.astype(np.float32) * np.float32(2.0**-100)
+    x[3, :5] = 0
+    x[:, 7] = 0
+    x[:, 8] = np.float32(2.0**-149) * np.arange(100)  # not normal
+    assert error(run(x, limits=ONE_SM | WAYS["integers"])[0], x) < 1e-13
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e150, 3e-308, 1e308])
+def test_integers_at_the_ends_of_the_range(scale):
+    x = RANDOM(10).uniform(-1, 1, (20, 9)) * scale
+    for weight in (None, np.full(20, 1e-5 if scale > 1 else 1e5)):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            expected = x.T @ (x if weight is None else x * weight[:, None])
+        out, *_ = run(x, weight=weight, limits=ONE_SM | WAYS["integers"])
+        finite = np.isfinite(expected)
+        assert np.array_equal(np.isfinite(out), finite)
+        out, expected = out[finite], expected[finite]
+        assert np.abs(out - expected).max(initial=0) <= max(1e-14 * np.abs(expected).max(initial=0), 5e-324)
+
+
+@pytest.mark.parametrize(("dtype", "spread", "digits"), [("bfloat16", 16, 4), ("bfloat16", 40, 7), ("float32", 1, 4)])
+def test_digits_that_are_0_are_passed_over(dtype, spread, digits):
+    """Of numbers that lie within `spread` powers of two."""
+    random = RANDOM(11)
+    x = stored(
+        random.choice([-1, 1], (32, 64)) * (1 + random.random((32, 64))) * 2.0 ** random.integers(-spread, 1, (32, 64)),
+        dtype,
+    )
+    _, plan, executor = run(x, limits=ONE_SM | WAYS["integers"])
+    pairs = sum(k + other >= 5 for k in range(7 - digits, 7) for other in range(7 - digits, 7))
+    assert total(executor, "mma") == pairs * 2 * 8 * plan["tiles"]
+
+
+@pytest.mark.parametrize(
+    ("way", "batch", "tokens", "splits"),
+    [("double", 3, 4156, 1), ("double", 1, 8252, 2), ("integers", 3, 4156, 1), ("integers", 1, 8192, 2)],
+)
+def test_whole_numbers_are_summed_exactly_over_many_flushes(way, batch, tokens, splits):
+    x = RANDOM(2).integers(-1000, 1000, (batch, tokens, 9)).astype(np.float32)
+    out, plan, executor = run(x, limits=ONE_SM | WAYS[way])
     assert plan["splits"] == splits
     wide = x.astype(float)
     assert np.array_equal(out, wide.swapaxes(1, 2) @ wide)  # below 2^53: exact in any order
     assert total(executor, "global_read_bytes") == plan["read_bytes"]
     assert total(executor, "global_written_bytes") == plan["write_bytes"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_integers_move_the_bytes_that_the_plan_states(accumulate, dtype):
+    random = RANDOM(12)
+    x, y = (stored(random.integers(-9, 10, (2, 70, n)), dtype) for n in (100, 33))
+    for other in (None, y):
+        out = np.zeros((2, 100, 100 if other is None else 33)) if accumulate else None
+        got, plan, executor = run(x, other, None, out, accumulate=accumulate, limits=ONE_SM | WAYS["integers"])
+        assert np.array_equal(got, value(x).swapaxes(1, 2) @ value(x if other is None else other))
+        assert total(executor, "global_read_bytes") == plan["read_bytes"]
+        assert total(executor, "global_written_bytes") == plan["write_bytes"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
@@ -149,13 +212,15 @@ def test_moves_the_bytes_that_the_plan_states(dtype, weighted, accumulate, split
         assert all(line["global_read_sectors"] * 32 == line["global_read_bytes"] for line in lines)
 
 
-def test_two_dtypes():
+@pytest.mark.parametrize("way", WAYS)
+def test_two_dtypes(way):
     random = RANDOM(4)
     for dtype, other in (("bfloat16", "float32"), ("float64", "float16"), ("float32", "float64")):
         x, y = stored(random.standard_normal((37, 70)), dtype), stored(random.standard_normal((37, 20)), other)
-        out, plan, executor = run(x, y, half="float16" if "float16" in (dtype, other) else "bfloat16")
-        assert set(executor.counters) == {KERNELS[plan["shape"]].format("float64")}
-        assert error(out, x, y) < 1e-15
+        half = "float16" if "float16" in (dtype, other) else "bfloat16"
+        out, plan, executor = run(x, y, half=half, limits=ONE_SM | WAYS[way])
+        assert set(executor.counters) == kernels(plan, "float64")
+        assert error(out, x, y) < 4e-15
 
 
 def batch_of(random, dtype, tokens, n, layout):
@@ -174,18 +239,19 @@ def batch_of(random, dtype, tokens, n, layout):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["plain", "transposed", "sliced", "expanded", "backwards"])
-def test_batches_of_any_strides(dtype, layout):
-    random = RANDOM(5)
+@pytest.mark.parametrize("way", WAYS)
+def test_batches_of_any_strides(way, dtype, layout):
+    random, limits = RANDOM(5), ONE_SM | WAYS[way]
     x, y = batch_of(random, dtype, 19, 12, layout), batch_of(random, dtype, 19, 70, layout)
     weight = random.standard_normal((2, 19, 3)).transpose(2, 0, 1)
     for other in (None, y):
         m = 12 if other is None else 70
-        out, *_ = run(x, other, weight, **half_of(dtype))
+        out, *_ = run(x, other, weight, limits=limits, **half_of(dtype))
         before = random.standard_normal((m, 3, 24, 2)).transpose(1, 3, 2, 0)[:, :, ::2]
         after = before.copy(order="K")
         target = np.empty((m, 3, 24, 2)).transpose(1, 3, 2, 0)[:, :, ::2]
         target[...] = before
-        run(x, other, weight, target, accumulate=True, **half_of(dtype))
+        run(x, other, weight, target, accumulate=True, limits=limits, **half_of(dtype))
         for b in np.ndindex(3, 2):
             side = None if other is None else other[b]
             assert error(out[b], x[b], side, weight[b]) < 4e-15
@@ -200,31 +266,48 @@ def test_many_batch_dimensions():
         run(np.zeros((2, 2, 2, 2, 2, 2, 2, 1, 1)))
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_nothing_to_sum(accumulate):
+def test_nothing_to_sum(accumulate, way):
     for batch, tokens, n, m in ((2, 0, 5, 3), (0, 4, 5, 3), (2, 4, 0, 3), (2, 4, 5, 0)):
         x, y = np.ones((batch, tokens, n), np.float32), np.ones((batch, tokens, m), np.float32)
         for other in (None, y):
             k = n if other is None else m
             out = np.full((batch, n, k), 7.0 if accumulate else np.nan)
-            run(x, other, None, out, accumulate=accumulate)
+            run(x, other, None, out, accumulate=accumulate, limits=ONE_SM | WAYS[way])
             if tokens == 0:
                 assert np.array_equal(out, np.full_like(out, 7.0 if accumulate else 0.0))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("limits", [ONE_SM, {"sms": 24}])
+@pytest.mark.parametrize("limits", [ONE_SM, {"sms": 24}, ONE_SM | WAYS["integers"]])
 def test_a_bad_number_stays_where_arithmetic_puts_it(bad, limits):
     x = RANDOM(7).standard_normal((3, 520, 70)).astype(np.float32)
     clean, plan, _ = run(x, limits=limits)
-    assert (plan["splits"] > 1) == (limits is not ONE_SM)
+    assert (plan["splits"] > 1) == (limits["sms"] > 1)
     x[1, 300, 67] = bad
+    x[1, 301, 3] = 0
     out, *_ = run(x, limits=limits)
     assert np.array_equal(out[[0, 2]], clean[[0, 2]])
     wrong = ~np.isfinite(out[1])
     assert wrong[67].all()
     assert wrong[:, 67].all()
     assert wrong.sum() == 2 * 70 - 1
+    with np.errstate(invalid="ignore"):
+        expected = x[1].astype(float).T @ x[1]
+    assert np.array_equal(np.isnan(out[1]), np.isnan(expected))
+    assert np.array_equal(out[1][np.isinf(expected)], expected[np.isinf(expected)])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bad_weight(way):
+    x = RANDOM(13).standard_normal((2, 40, 9))
+    weight = np.ones((2, 40))
+    weight[1, 5], x[1, 5, 4] = np.inf, 0
+    out, *_ = run(x, weight=weight, limits=ONE_SM | WAYS[way])
+    assert error(out[0], x[0]) < 4e-15
+    assert np.isnan(out[1, 4]).all()
+    assert np.isinf(out[1][np.ix_([0, 1, 8], [0, 1, 8])]).all()
 
 
 def test_far_apart_in_memory():

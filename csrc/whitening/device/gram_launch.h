@@ -38,8 +38,13 @@ class GramCall {
     p.splits = static_cast<int>(plan_.splits);
     p.tiles = plan_.tiles, p.tiles_across = static_cast<int>(plan_.tiles_across);
     if (plan_.splits > 1)
-      p.parts = queue_.view(static_cast<double*>(workspace_), 0, static_cast<Index>(plan_.bytes / sizeof(double)));
-    enqueue_gram(plan_, p, queue_);
+      p.parts = queue_.view(static_cast<double*>(workspace_), 0,
+                            plan_.blocks * (Index{plan_.tile.rows} * plan_.tile.columns));
+    if (!plan_.integers) return enqueue_gram_mma(plan_, p, queue_);
+    p.chunks = plan_.chunks;
+    p.x_exponents = exponents(plan_.x_exponents_at, s.rows);
+    p.y_exponents = s.symmetric ? p.x_exponents : exponents(plan_.y_exponents_at, s.columns);
+    enqueue_gram_integers(plan_, p, queue_);
   }
 
  private:
@@ -70,6 +75,11 @@ class GramCall {
     for (std::size_t d = 0; d < problem_.batch.sizes.size(); ++d)
       whole = whole && (problem_.batch.sizes[d] <= 1 || m.batch_strides[d] % count == 0);
     return whole;
+  }
+
+  simt::global<int> exponents(std::size_t at, Index columns) const {
+    return queue_.view(reinterpret_cast<int*>(static_cast<char*>(workspace_) + at), 0,
+                       problem_.batch.count() * plan_.chunks * columns);
   }
 
   GramOperand operand(const MatrixBatch& m, Index columns) const {

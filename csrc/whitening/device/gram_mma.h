@@ -8,17 +8,6 @@
 
 namespace freqrank::whitening::device {
 
-// Where a batch's matrix begins.
-SIMT_DEVICE Index gram_offset(const GramParams& p, Index batch, const Index (&strides)[kGramBatchSizes]) {
-  Index offset = 0;
-  SIMT_NO_UNROLL
-  for (int d = p.batch_dims - 1; d >= 0; --d) {
-    offset += batch % p.batch_sizes[d] * strides[d];
-    batch /= p.batch_sizes[d];
-  }
-  return offset;
-}
-
 // What the two kernels share: who has which element of a tile. A warp has 8 * RowFragments x 32 of it, and of each
 // fragment of 8 x 8 a lane has two neighbours in a row.
 template <int RowFragments>
@@ -29,22 +18,6 @@ struct GramTile {
   static constexpr int ratio = rows / columns;
   static_assert(8 * warp_columns * 8 == GramLayout::scratch_bytes);
   using Pair = simt::pack<double, 2>;
-
-  // Which tile of which matrix.
-  struct Place {
-    Index batch;
-    int down, across;
-  };
-  SIMT_DEVICE static Place place(const GramParams& p, Index task) {
-    const Index batch = task / p.tiles;
-    const int tile = static_cast<int>(task - batch * p.tiles);
-    if (!p.symmetric) return {batch, tile / p.tiles_across, tile % p.tiles_across};
-    // i tiles down lie ratio * i (i + 1) / 2 tiles before
-    int i = static_cast<int>((simt::sqrt(8.0f * static_cast<float>(tile / ratio) + 1.0f) - 1.0f) * 0.5f);
-    while (ratio * (i * (i + 1) / 2) > tile) --i;
-    while (ratio * ((i + 1) * (i + 2) / 2) <= tile) ++i;
-    return {batch, i, tile - ratio * (i * (i + 1) / 2)};
-  }
 
   // Where a thread's pair of fragment (f, c) lies in a part: all threads' pairs side by side.
   SIMT_DEVICE static int at_part(int f, int c) { return ((f * fragments + c) * threads + simt::thread()) * 2; }
@@ -57,7 +30,7 @@ struct GramTile {
 
   // Eight rows of a warp's result, and where Y is X what mirrors them; `add` to what is there. By way of the scratch,
   // for neighbours in memory to be written together.
-  SIMT_DEVICE static void put(const GramParams& p, const Place& at, simt::global<double> out,
+  SIMT_DEVICE static void put(const GramParams& p, const GramPlace& at, simt::global<double> out,
                               simt::shared<double> scratch, int f, const Pair (&values)[fragments], bool add) {
     const int lane = simt::opaque(simt::lane());
     simt::warp_barrier();  // what lay there has been read
@@ -137,7 +110,7 @@ struct GramKernel {
 
   // A block's own part of everything.
   struct Work {
-    typename Tile::Place at;
+    GramPlace at;
     Index first;  // token
     int tokens;
     Index x, y, weight;  // the first token's elements
@@ -150,7 +123,7 @@ struct GramKernel {
     const int split = static_cast<int>(part % p.splits);
     task = part / p.splits * p.tiles + task % p.tiles;
     Work w;
-    w.at = Tile::place(p, task);
+    w.at = gram_place<Tile::ratio>(p, task);
     w.first = split * p.split_tokens;
     const Index left = p.tokens - w.first;
     const Index tokens = left < p.split_tokens ? left : p.split_tokens;
@@ -301,7 +274,7 @@ struct GramKernel {
   SIMT_DEVICE static double wide(E v) { return static_cast<double>(simt::to_float(v)); }
 
   // --- From the sums to memory ---
-  SIMT_DEVICE static void write(const Params& p, const typename Tile::Place& at, const Sums& sums, bool flushed) {
+  SIMT_DEVICE static void write(const Params& p, const GramPlace& at, const Sums& sums, bool flushed) {
     const auto out = p.out + gram_offset(p, at.batch, p.out_batch_strides);
     const auto part = p.splits > 1 ? p.parts + simt::block() * (Tile::rows * Tile::columns) : p.parts;
     SIMT_UNROLL
@@ -339,9 +312,9 @@ struct GramSumParts {
   SIMT_DEVICE static void run(const Params& p) {
     const int f = static_cast<int>(simt::block() % RowFragments);
     const Index task = simt::block() / RowFragments;
-    const auto at = Tile::place(p, task);
+    const auto at = gram_place<Tile::ratio>(p, task);
     const auto out = p.out + gram_offset(p, at.batch, p.out_batch_strides);
-    const Index tile = at.batch * p.splits * p.tiles + task % p.tiles;
+    const Index tile = Index{at.batch} * p.splits * p.tiles + task % p.tiles;
     typename Tile::Pair sums[Tile::fragments] = {};
     SIMT_NO_UNROLL
     for (int k = 0; k < p.splits; ++k) {
@@ -358,7 +331,7 @@ struct GramSumParts {
 };
 
 template <int RowFragments, class Queue>
-void enqueue_gram_as(const GramDevicePlan& plan, const GramParams& p, Queue& queue) {
+void enqueue_gram_mma_as(const GramDevicePlan& plan, const GramParams& p, Queue& queue) {
   const simt::Grid grid{plan.blocks, plan.threads, plan.shared_bytes};
   switch (plan.element) {
     case Dtype::float16: queue.template launch<GramKernel<float16, RowFragments>>(grid, p); break;
@@ -372,11 +345,11 @@ void enqueue_gram_as(const GramDevicePlan& plan, const GramParams& p, Queue& que
 }
 
 template <class Queue>
-void enqueue_gram(const GramDevicePlan& plan, const GramParams& p, Queue& queue) {
+void enqueue_gram_mma(const GramDevicePlan& plan, const GramParams& p, Queue& queue) {
   if (plan.shape == 0) {
-    enqueue_gram_as<8>(plan, p, queue);
+    enqueue_gram_mma_as<8>(plan, p, queue);
   } else {
-    enqueue_gram_as<4>(plan, p, queue);
+    enqueue_gram_mma_as<4>(plan, p, queue);
   }
 }
 

@@ -1,4 +1,4 @@
-// Gram matrices on CUDA but for their kernels, which gram.cu compiles, here and in tests/simt.
+// Gram matrices on CUDA but for their kernels, which the other files of this folder compile, here and in tests/simt.
 #include "whitening/gram_launch.h"
 
 #include <stdexcept>

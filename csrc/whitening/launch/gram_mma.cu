@@ -2,6 +2,6 @@
 
 namespace freqrank::whitening::device {
 
-template void enqueue_gram(const GramDevicePlan&, const GramParams&, simt::Queue&);
+template void enqueue_gram_mma(const GramDevicePlan&, const GramParams&, simt::Queue&);
 
 }  // namespace freqrank::whitening::device

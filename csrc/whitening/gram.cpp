@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <numeric>
 
 #include "whitening/kernels.h"
 
@@ -20,6 +21,14 @@ std::int64_t tile_elements(const GramPlan& plan) {
 
 std::int64_t slot_elements(const GramPlan& plan) {
   return round_up(packed_elements(plan.tile_rows, plan.tile_columns), 8) + (plan.splits == 1 ? tile_elements(plan) : 0);
+}
+
+// Tiles differ in their work, and threads get neighbouring slots. The k-th part is number k * step modulo all of them,
+// with a step near the golden section of their number: any run of slots then has its share of every kind of tile.
+std::int64_t step_of(std::int64_t parts) {
+  auto step = std::max<std::int64_t>(1, static_cast<std::int64_t>(0.618 * static_cast<double>(parts)));
+  while (std::gcd(step, parts) != 1) ++step;
+  return step;
 }
 
 struct Tile {
@@ -119,11 +128,13 @@ void run(const GramPlan& plan, const GramArguments& arguments, void* workspace, 
   const std::int64_t tasks = plan.batch.count() * plan.tiles;
   double* const space = static_cast<double*>(workspace);
   double* const parts = space + plan.slots * slot_elements(plan);
+  const std::int64_t all = tasks * plan.splits, step = step_of(all);
   const auto in_slots = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t slot = begin; slot < end; ++slot) {
       double* const packed = space + slot * slot_elements(plan);
       double* const own = packed + round_up(packed_elements(plan.tile_rows, plan.tile_columns), 8);
-      for (std::int64_t part = slot; part < tasks * plan.splits; part += plan.slots) {
+      for (std::int64_t k = slot; k < all; k += plan.slots) {
+        const std::int64_t part = k * step % all;
         const std::int64_t task = part / plan.splits, batch = task / plan.tiles;
         const Tile tile = tile_of(plan, task % plan.tiles);
         double* const sums = plan.splits > 1 ? parts + part * tile_elements(plan) : own;

@@ -145,6 +145,26 @@ def test_integers_at_the_ends_of_the_range(scale):
         assert np.abs(out - expected).max(initial=0) <= max(1e-14 * np.abs(expected).max(initial=0), 5e-324)
 
 
+def test_integers_for_numbers_that_are_not_normal():
+    """A column of them times one that is large enough for the products to be normal; weights likewise."""
+    random = RANDOM(14)
+    small = random.integers(-50, 50, (30, 3)) * 5e-324
+    large = random.standard_normal((30, 4)) * 1e290
+    limits = ONE_SM | WAYS["integers"]
+
+    def close(out, x, y, weight):
+        wanted, grid = exact(x, y, weight)
+        wanted = np.vectorize(lambda v: float(Fraction(v, 1 << grid)), otypes=[float])(wanted)
+        return np.abs(out - wanted).max() <= 1e-14 * np.abs(wanted).max()
+
+    assert close(run(small, large, limits=limits)[0], small, large, None)
+    ones = np.ones((30, 3))
+    for weight in (small[:, 0], np.full(30, 1e-300)):
+        assert close(run(ones, large, weight, limits=limits)[0], ones, large, weight)
+    tiny = ones * 1e-200
+    assert close(run(tiny, large, np.full(30, 1e-250), limits=limits)[0], tiny, large, np.full(30, 1e-250))
+
+
 @pytest.mark.parametrize(("dtype", "spread", "digits"), [("bfloat16", 16, 4), ("bfloat16", 40, 7), ("float32", 1, 4)])
 def test_digits_that_are_0_are_passed_over(dtype, spread, digits):
     """Of numbers that lie within `spread` powers of two."""

@@ -25,7 +25,10 @@ namespace freqrank::whitening::device {
 struct GramIntegers {
   static constexpr int digits = 7, bits = 54, least_pair = 5, levels = 2 * digits - 1 - least_pair;
   static constexpr int chunk = kGramFlushTokens;
-  static constexpr int not_finite = 1 << 20;  // the exponent of a column that holds NaN or an infinity
+  // In place of exponents: of a column that is summed as it stands, since a number is not finite or all are too small
+  // to be rounded with accuracy; of zero.
+  static constexpr int as_it_stands = 1 << 20, none = -(1 << 20);
+  static constexpr int least = -1000, most = 1024;
 
   // An integer of `digits` balanced digits, one in each byte.
   SIMT_DEVICE static std::uint64_t balanced(std::uint64_t magnitude, bool negative) {
@@ -54,14 +57,16 @@ struct GramIntegers {
     return balanced(shifted<bits - 53>(mantissa, (field ? field : 1) - 1075 + bits - e), b >> 63 != 0);
   }
 
-  // The least e with |x| < 2^e, or that of the least normal number; not_finite.
+  // The least e with |x| < 2^e for normal numbers, none or as_it_stands.
   SIMT_DEVICE static int exponent_of(float x) {
-    const int field = static_cast<int>(simt::bits_as<std::uint32_t>(x) >> 23 & 0xffu);
-    return field == 0xff ? not_finite : (field ? field : 1) - 126;
+    const auto b = simt::bits_as<std::uint32_t>(x) & 0x7fffffffu;
+    const int field = static_cast<int>(b >> 23);
+    return b == 0 ? none : field == 0xff ? as_it_stands : (field ? field : 1) - 126;
   }
   SIMT_DEVICE static int exponent_of(double x) {
-    const int field = static_cast<int>(simt::bits_as<std::uint64_t>(x) >> 52 & 0x7ffu);
-    return field == 0x7ff ? not_finite : (field ? field : 1) - 1022;
+    const auto b = simt::bits_as<std::uint64_t>(x) & 0x7fffffffffffffffu;
+    const int field = static_cast<int>(b >> 52);
+    return b == 0 ? none : field == 0x7ff ? as_it_stands : (field ? field : 1) - 1022;
   }
 
   // x 2^e, whatever e.
@@ -75,8 +80,10 @@ struct GramIntegers {
 
   // The same of x sqrt |w|, from the exponents of x and w alone: roots are slow.
   SIMT_DEVICE static int with_weight(int e, double weight) {
-    const int of_weight = exponent_of(weight), both = e + ((of_weight + 1) >> 1);
-    return e == not_finite || of_weight == not_finite || both > 1024 ? not_finite : both;
+    const int of_weight = exponent_of(weight);
+    if (e == none || of_weight == none) return e == as_it_stands || of_weight == as_it_stands ? as_it_stands : none;
+    const bool plain = e == as_it_stands || of_weight == as_it_stands || of_weight < least;
+    return plain ? as_it_stands : e + ((of_weight + 1) >> 1);
   }
 };
 
@@ -129,7 +136,7 @@ struct GramExponents {
     const int count = left < I::chunk ? static_cast<int>(left) : I::chunk;
     const Index begin = gram_offset(p, batch, m.batch_strides) + first * m.token_stride + column * m.column_stride;
     const Index weights = gram_offset(p, batch, p.weight_batch_strides) + first * p.weight_stride;
-    int most = -(1 << 20);
+    int most = I::none;
     if (column < m.columns) {
       constexpr int together = 4;
       SIMT_NO_UNROLL
@@ -158,6 +165,8 @@ struct GramExponents {
       const int other = found.load(w * 32 + simt::lane());
       most = other > most ? other : most;
     }
+    if (most == I::none) most = 0;
+    if (most < I::least || most > I::most) most = I::as_it_stands;
     exponents.store((batch * p.chunks + chunk) * m.columns + column, most);
   }
 };
@@ -413,7 +422,7 @@ struct GramIntegerKernel {
       const int row = i / Tile::columns, column = i % Tile::columns;
       const int of_row = exponents().load(row), of_column = exponents().load(Tile::rows + column);
       double value = values.load(row * pitch + column);
-      if (of_row == I::not_finite || of_column == I::not_finite) {
+      if (of_row == I::as_it_stands || of_column == I::as_it_stands) {
         value = plain(p, w, row, column);
       } else {
         value = I::scaled(value, of_row + of_column + 8 * I::least_pair - 2 * I::bits);
@@ -426,7 +435,7 @@ struct GramIntegerKernel {
     }
   }
 
-  // An element of whose chunk a number is not finite: what arithmetic makes of it.
+  // An element of columns that are summed as they stand.
   SIMT_DEVICE static double plain(const Params& p, const Work& w, int row, int column) {
     const Index i = Index{places().load(1)} * Tile::rows + row, j = Index{places().load(2)} * Tile::columns + column;
     double sum = 0;

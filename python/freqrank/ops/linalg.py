@@ -117,9 +117,12 @@ def gram(x: Tensor, y: Tensor | None = None, *, weight: Tensor | None = None) ->
         weight: [..., T], real or bool; 1 if None. Negative weights are allowed (the result may then be indefinite). A
             weight of 0 does not hide a NaN: 0 * NaN is NaN.
 
-    Leading dimensions are a batch and broadcast. Elements are converted as they are read, no float64 copy of x is made;
-    products and sums are float64 throughout. Repeats bit for bit on any number of threads. Differentiable, any number
-    of times, with respect to all three (the backward pass does make float64 copies).
+    Leading dimensions are a batch and broadcast (on a GPU at most 6 of them may be larger than 1). Elements are
+    converted as they are read, no float64 copy of x is made. Up to 800,000 rows the error of element (i, j) is at most
+    1e-12 sqrt(G_ii G_jj), and mostly far less, where G_ii and G_jj are the sums of abs(weight) times the squares of x's
+    column i and y's column j: sums are float64 throughout or, on GPUs that are slow in float64, exact sums of integers.
+    Repeats bit for bit on any number of threads. Differentiable, any number of times, with respect to all three (the
+    backward pass does make float64 copies).
 
     Returns:
         [..., n, m], float64.

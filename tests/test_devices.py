@@ -86,6 +86,14 @@ def test_export_for_cuda():
     assert any(node.target is torch.ops.freqrank.dct.default for node in graph.graph.nodes)
 
 
+def test_batch_dimensions_of_gram_on_a_gpu():
+    with FakeTensorMode():
+        x = torch.empty(*6 * [2], 1, 4, 3, device="cuda")
+        assert freqrank.gram(x).shape == (*6 * [2], 1, 3, 3)
+        with pytest.raises(ValueError, match=r"at most 6 leading .* larger than 1; got \(2, 2, 2, 2, 2, 2, 2, 1\)"):
+            freqrank.gram(x.expand(2, *x.shape))
+
+
 def test_mixed_devices():
     with FakeTensorMode():
         gpu, cpu = torch.empty(3, 3, device="cuda"), torch.empty(3, 3)

@@ -107,7 +107,7 @@ GramDevicePlan plan_gram_device(const GramDeviceProblem& problem, const GpuLimit
   const i64 count = problem.batch.count();
   const i64 part = count * plan.tiles * plan.tile.rows * plan.tile.columns * 8;
   if (plan.integers) {
-    plan.threads = 256;
+    plan.threads = device::kGramIntegerThreads;
     plan.shared_bytes = device::kGramIntegerSharedBytes;
     split(plan, kGramFlushTokens, limits);
     plan.chunks = ceil_div(problem.tokens, kGramFlushTokens);

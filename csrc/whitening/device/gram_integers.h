@@ -174,7 +174,7 @@ struct GramExponents {
 // A block's tile: eight warps, four by two, have 16 x 16 of it each.
 struct GramIntegerTile {
   static constexpr int rows = kGramIntegerShape.rows, columns = kGramIntegerShape.columns, ratio = rows / columns;
-  static constexpr int threads = 256, warps = threads / 32;
+  static constexpr int threads = kGramIntegerThreads, warps = threads / 32;
   static_assert(rows == 64 && columns == 32);
 
   // An element of the result, and where Y is X what mirrors it; `add` to what is there.

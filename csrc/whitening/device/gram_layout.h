@@ -27,8 +27,9 @@ constexpr GramLayout gram_layout(const GramShape& shape, int element_bytes) {
   return l;
 }
 
-// Of the kernel that sums integers: seven digits of 96 columns, 48 bytes each, masks and exponents, roots of weights,
-// and where the matrices begin.
+// Of the kernel that sums integers: its threads; seven digits of 96 columns, 48 bytes each, masks and exponents, roots
+// of weights, and where the block is.
+constexpr int kGramIntegerThreads = 256;
 constexpr int kGramIntegerSharedBytes = 7 * 96 * 48 + 24 * 4 + 96 * 4 + 2 * 32 * 8 + 4 * 8;
 
 }  // namespace freqrank::whitening::device

@@ -15,6 +15,7 @@ from freqrank.ops._checks import check_device, check_dtype, check_tensor, check_
 from freqrank.ops._derivatives import register_derivatives
 
 _SOLVER_FLOATS = (torch.float32, torch.float64)
+_GPU_BATCH_SIZES = 6  # kGramBatchSizes of csrc/whitening/gram_device.h
 
 
 class CholeskyResult(NamedTuple):
@@ -99,6 +100,10 @@ def _gram_arguments(x: Tensor, y: Tensor | None, weight: Tensor | None) -> tuple
             )
         named["weight"] = (weight.shape[:-1], weight)
     batch = _broadcast(named)
+    if x.is_cuda and sum(size != 1 for size in batch) > _GPU_BATCH_SIZES:
+        raise ValueError(
+            f"on a GPU at most {_GPU_BATCH_SIZES} leading (batch) dimensions may be larger than 1; got {tuple(batch)}"
+        )
     x = x.expand(*batch, *x.shape[-2:])
     if y is not None:
         y = y.expand(*batch, *y.shape[-2:])

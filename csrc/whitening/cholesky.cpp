@@ -16,7 +16,6 @@ constexpr std::int64_t kShareAlways = 1024;  // from this order on the threads s
 constexpr std::int64_t kShareFew = 256;      // and from this one on if there are fewer matrices than kFew
 constexpr std::int64_t kFew = 8;
 constexpr double kWorthThreads = 1e5;
-constexpr double kLevels[] = {0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6};
 
 std::int64_t block_rows(const CholeskyPlan& plan) { return round_up(std::min(plan.n, kBlock), kRowPadding); }
 std::int64_t block_ld(const CholeskyPlan& plan) { return round_up(std::min(plan.n, kBlock), kColumnPadding); }
@@ -177,7 +176,7 @@ void run_whiten(const CholeskyPlan& plan, const WhitenArguments& arguments, void
         for (std::int64_t i = 0; i < n; ++i) a.mean += a.template at<double>(i, i) / static_cast<double>(n);
         double* const u = arguments.factor + b * n * n;
         Outcome outcome;
-        for (const double level : kLevels) {
+        for (const double level : kDampingLevels) {
           a.damping = level;
           outcome = factor_matrix(plan, a, u, space, inner, slots);
           if (outcome.minor == 0 || outcome.not_a_number) break;

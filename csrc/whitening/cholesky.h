@@ -8,6 +8,10 @@
 
 namespace freqrank::whitening {
 
+// The levels that whitening tries in turn: what is added to the diagonal, relative to it.
+constexpr double kDampingLevels[] = {0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6};
+constexpr int kDampingLevelCount = static_cast<int>(sizeof kDampingLevels / sizeof *kDampingLevels);
+
 struct CholeskyPlan {
   BatchSizes batch;
   std::int64_t n;

@@ -15,5 +15,6 @@ void bind_dct(pybind11::module_& m);
 void bind_linear_attention(pybind11::module_& m);
 void bind_linear_attention_fma(pybind11::module_& m);
 void bind_gram(pybind11::module_& m);
+void bind_cholesky(pybind11::module_& m);
 
 }  // namespace freqrank::simt_bindings

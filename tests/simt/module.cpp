@@ -70,4 +70,5 @@ PYBIND11_MODULE(freqrank_simt, m) {
   freqrank::simt_bindings::bind_linear_attention(m);
   freqrank::simt_bindings::bind_linear_attention_fma(m);
   freqrank::simt_bindings::bind_gram(m);
+  freqrank::simt_bindings::bind_cholesky(m);
 }

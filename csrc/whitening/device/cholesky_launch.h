@@ -1,0 +1,178 @@
+#pragma once
+// Runs a plan of cholesky_device.h on a queue: a CUDA stream or the host executor. Allocates nothing, waits for
+// nothing.
+
+#include <algorithm>
+#include <utility>
+
+#include "whitening/cholesky_device.h"
+#include "whitening/device/cholesky_layout.h"
+#include "whitening/device/cholesky_params.h"
+#include "whitening/device/cholesky_progress.h"
+#include "whitening/device/triangular_params.h"
+
+namespace freqrank::whitening::device {
+
+// Defined in their headers and compiled in files of their own (whitening/launch/).
+template <class T, int N, class Queue>
+void enqueue_cholesky_warp(const CholeskySource& source, const CholeskyResult<T>& result, Index blocks, Queue& queue);
+template <class T, class Queue>
+void enqueue_cholesky_block(const CholeskySource& source, const CholeskyResult<T>& result, Index blocks, int threads,
+                            Queue& queue);
+template <class Queue>
+void enqueue_cholesky_means(const CholeskySource& source, simt::global<double> means, Queue& queue);
+template <class T, class Queue>
+void enqueue_cholesky_copy(const CholeskySource& source, simt::global<const double> means, simt::global<T> factor,
+                           const CholeskyProgress& progress, Queue& queue);
+template <class T, class Queue>
+void enqueue_cholesky_diagonal(simt::global<T> factor, int n, int first, int rows, const CholeskyProgress& progress,
+                               simt::global<int> failed, Queue& queue);
+template <class T, class Queue>
+void enqueue_cholesky_finish(const CholeskySource& source, const CholeskyResult<T>& result,
+                             simt::global<const int> failed, Queue& queue);
+template <class T, class Queue>
+void enqueue_triangular_solve(TriangularSolveParams<T> p, Index most_blocks, Queue& queue);
+template <class T, class Queue>
+void enqueue_triangular_update(TriangularUpdateParams<T> p, Index most_blocks, Queue& queue);
+
+// Blocks beyond these are not launched; those that are do their work.
+constexpr Index kMostBlocks = Index{1} << 30;
+
+template <class T>
+Matrices<const T> to_read(const Matrices<T>& m) {
+  Matrices<const T> out;
+  static_cast<Placement&>(out) = m;
+  out.data = m.data;
+  return out;
+}
+
+template <class T, class Queue>
+void run_panels(const DeviceCholeskyPlan& plan, const CholeskySource& source, const CholeskyResult<T>& result,
+                void* workspace, Queue& queue) {
+  const Index count = source.count, n = source.n;
+  char* const base = static_cast<char*>(workspace);
+  simt::global<double> means;
+  if (plan.ladder) {
+    means = queue.view(reinterpret_cast<double*>(base + plan.means_at), 0, count);
+    enqueue_cholesky_means(source, means, queue);
+  }
+  const simt::global<int> failed = queue.view(reinterpret_cast<int*>(base + plan.failed_at), 0, source.levels * count);
+  Matrices<T> factor;
+  factor.row = n, factor.column = 1;
+  factor.batch.dims = 1;
+  factor.batch.sizes[0] = count, factor.batch.strides[0] = n * n;
+  factor.data = result.factor;
+  for (int level = 0; level < source.levels; ++level) {
+    const CholeskyProgress progress{failed, count, level};
+    enqueue_cholesky_copy<T>(source, means, result.factor, progress, queue);
+    for (Index first = 0; first < n; first += plan.rows) {
+      const int rows = static_cast<int>(std::min<Index>(plan.rows, n - first));
+      enqueue_cholesky_diagonal<T>(result.factor, source.n, static_cast<int>(first), rows, progress,
+                                   failed + level * count, queue);
+      const Index right = first + rows;
+      if (right == n) break;
+      TriangularSolveParams<T> solve{};
+      solve.u = solve.b = to_read(factor), solve.x = factor;
+      solve.count = count, solve.columns = n;
+      solve.first_row = static_cast<int>(first), solve.rows = rows, solve.first_column = right;
+      solve.progress = progress;
+      enqueue_triangular_solve(solve, kMostBlocks, queue);
+      TriangularUpdateParams<T> update{};
+      update.u = update.x = update.from = to_read(factor), update.to = factor;
+      update.count = count, update.first_row = static_cast<int>(first), update.depth = rows;
+      update.row = update.column = right, update.row_end = update.column_end = n;
+      update.upper = true;
+      update.progress = progress;
+      enqueue_triangular_update(update, kMostBlocks, queue);
+    }
+  }
+  enqueue_cholesky_finish<T>(source, result, failed, queue);
+}
+
+template <class T, class Queue>
+void run_source(const DeviceCholeskyPlan& plan, const CholeskySource& source, void* factor, std::int32_t* info,
+                double* damping, void* workspace, Queue& queue) {
+  const Index count = source.count, n = source.n;
+  CholeskyResult<T> result{};
+  result.factor = queue.view(static_cast<T*>(factor), 0, count * n * n);
+  result.info = queue.view(info, 0, count);
+  if (damping) result.damping = queue.view(damping, 0, count);
+  const auto blocks_of = [&](Index matrices) { return std::min(kMostBlocks, (count + matrices - 1) / matrices); };
+  if (plan.kernel == CholeskyKernel::panels) {
+    if (count > 0) run_panels(plan, source, result, workspace, queue);
+  } else if (plan.kernel == CholeskyKernel::block) {
+    enqueue_cholesky_block<T>(source, result, blocks_of(1), plan.threads, queue);
+  } else if (plan.columns == 8) {
+    enqueue_cholesky_warp<T, 8>(source, result, blocks_of(warp_kernel_threads / 8), queue);
+  } else if (plan.columns == 16) {
+    enqueue_cholesky_warp<T, 16>(source, result, blocks_of(warp_kernel_threads / 16), queue);
+  } else {
+    enqueue_cholesky_warp<T, 32>(source, result, blocks_of(warp_kernel_threads / 32), queue);
+  }
+}
+
+template <class Queue>
+void run_device_cholesky(const DeviceCholeskyPlan& plan, const CholeskyArguments& args, void* workspace, Queue& queue) {
+  const CholeskySource source = source_of(args.a, plan.batch, plan.n, nullptr, false, queue);
+  if (plan.dtype == Dtype::float32) {
+    run_source<float>(plan, source, args.factor, args.info, nullptr, workspace, queue);
+  } else {
+    run_source<double>(plan, source, args.factor, args.info, nullptr, workspace, queue);
+  }
+}
+
+template <class Queue>
+void run_device_whiten(const DeviceCholeskyPlan& plan, const WhitenArguments& args, void* workspace, Queue& queue) {
+  const CholeskySource source = source_of(args.gram, plan.batch, plan.n, args.scale, true, queue);
+  run_source<double>(plan, source, args.factor, args.info, args.damping, workspace, queue);
+}
+
+template <class T, class Queue>
+void run_triangular(const DeviceTriangularPlan& plan, const TriangularArguments& args, Queue& queue) {
+  const Index n = plan.n, columns = plan.columns, count = plan.batch.count();
+  if (n == 0 || columns == 0 || count == 0) return;
+  const Index rows = args.left ? n : columns, across = args.left ? columns : n;
+  auto u = matrices_of<const T>(args.a, plan.batch, n, n, queue);
+  auto b = matrices_of<const T>(args.b, plan.batch, rows, across, queue);
+  auto x = matrices_of<T>(args.x, plan.batch, rows, across, queue);
+  bool upper = args.upper;
+  const auto transpose = [](Placement& m) { std::swap(m.row, m.column); };
+  // U^T X = B is what kernels solve. X A = B is A^T X^T = B^T.
+  if (!args.left) {
+    transpose(b), transpose(x);
+  } else {
+    transpose(u), upper = !upper;
+  }
+  if (!upper) {  // from the last row and column to the first, a lower triangle is an upper one
+    u.data = u.data + (n - 1) * (u.row + u.column);
+    u.row = -u.row, u.column = -u.column;
+    b.data = b.data + (n - 1) * b.row, b.row = -b.row;
+    x.data = x.data + (n - 1) * x.row, x.row = -x.row;
+  }
+  for (Index first = 0; first < n; first += plan.rows) {
+    TriangularSolveParams<T> solve{};
+    solve.u = u, solve.b = first == 0 ? b : to_read(x), solve.x = x;
+    solve.count = count, solve.columns = columns;
+    solve.first_row = static_cast<int>(first), solve.rows = static_cast<int>(std::min<Index>(plan.rows, n - first));
+    solve.unit_diagonal = args.unit_triangular;
+    enqueue_triangular_solve(solve, kMostBlocks, queue);
+    const Index below = first + solve.rows;
+    if (below == n) break;
+    TriangularUpdateParams<T> update{};
+    update.u = u, update.x = to_read(x), update.from = first == 0 ? b : to_read(x), update.to = x;
+    update.count = count, update.first_row = solve.first_row, update.depth = solve.rows;
+    update.row = below, update.row_end = n, update.column_end = columns;
+    enqueue_triangular_update(update, kMostBlocks, queue);
+  }
+}
+
+template <class Queue>
+void run_device_triangular(const DeviceTriangularPlan& plan, const TriangularArguments& args, Queue& queue) {
+  if (plan.dtype == Dtype::float32) {
+    run_triangular<float>(plan, args, queue);
+  } else {
+    run_triangular<double>(plan, args, queue);
+  }
+}
+
+}  // namespace freqrank::whitening::device

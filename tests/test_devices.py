@@ -26,15 +26,14 @@ def on_cuda(op, *arguments):
 # --- ops without a kernel for the device --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cholesky_ex", "solve_triangular"])
-def test_ops_without_cuda_kernels_say_so(name):
-    x = torch.eye(3)
-    arguments = {
-        "cholesky_ex": (x, False),
-        "solve_triangular": (x, x, False, True, False),
-    }[name]
-    with pytest.raises(ValueError, match=rf"freqrank has kernels of {name} for the CPU alone so far; .*x\.cpu\(\)"):
-        on_cuda(getattr(torch.ops.freqrank, name), *arguments)
+def test_ops_without_cuda_kernels_say_so():
+    q = torch.ones(1, 2, 1, 4)
+    with pytest.raises(
+        ValueError, match=r"freqrank has kernels of feature_map_attention for the CPU alone so far; .*x\.cpu\(\)"
+    ):
+        on_cuda(
+            torch.ops.freqrank.feature_map_attention, q, q, q, torch.eye(4), None, 0, *5 * [None], False, 0.0, False
+        )
 
 
 @pytest.mark.skipif(_native.cuda_loaded(), reason="the CUDA library is loaded")
@@ -44,6 +43,9 @@ def test_without_the_cuda_library_the_error_says_how_to_build_it():
         (torch.ops.freqrank.dct, (torch.ones(3, 4), [1], [4], [4], 2, 0, 0, 0)),
         (torch.ops.freqrank.linear_attention, (q, q, q, *5 * [None], 1.0, False, 0.0, False, False)),
         (torch.ops.freqrank.gram, (torch.ones(3, 4), None, None)),
+        (torch.ops.freqrank.cholesky_ex, (torch.eye(3), False)),
+        (torch.ops.freqrank.solve_triangular, (torch.eye(3), torch.eye(3), False, True, False)),
+        (torch.ops.freqrank.whiten, (torch.eye(3), None)),
     ):
         with pytest.raises(
             ValueError, match=r"CUDA library is not .*FREQRANK_CUDA=1 pip install \. --no-build-isolation"

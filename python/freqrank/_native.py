@@ -52,6 +52,8 @@ def cuda_loaded() -> bool:
 
 BUILD_WITH_CUDA = "`FREQRANK_CUDA=1 pip install . --no-build-isolation`, with the CUDA toolkit's nvcc"
 _HAS_CUDA_KERNELS = (
+_HAS_CUDA_KERNELS = (
+    "cholesky_ex",
     "dct",
     "feature_map_attention",
     "feature_map_attention_backward",
@@ -61,6 +63,8 @@ _HAS_CUDA_KERNELS = (
     "linear_attention",
     "linear_attention_backward",
     "linear_attention_step",
+    "solve_triangular",
+    "whiten",
 )
 _REFUSING = Library("freqrank", "IMPL")
 

@@ -40,9 +40,10 @@ def cases(device: str) -> Iterator[Case]:
                 compute="float64",
                 quick=n == widths[1] and dtype == "bfloat16",
             )
-    if device == "cuda" and "cholesky_ex" not in freqrank._native._HAS_CUDA_KERNELS:
-        return
-    for batch, n in ((256, 32), (64, 64), (64, 128), (16, 256), (16, 512), (2, 1024)):
+    batches = [(256, 32), (64, 64), (64, 128), (16, 256), (16, 512), (2, 1024)]
+    if device == "cuda":
+        batches += [(4096, 32), (4096, 128), (1, 4096)]
+    for batch, n in batches:
         for dtype in ("float32", "float64"):
             yield Case(
                 op="cholesky_ex",

@@ -35,14 +35,15 @@ SIMT_DEVICE int factor_columns(FactorColumn<T, N>& column) {
   for (int k = 0; k < N; ++k) {
     const T pivot = simt::shuffle(x[k], k, N);
     if (!(pivot > T(0)) && minor == 0) minor = pivot <= T(0) ? k + 1 : -(k + 1);
-    const T root = simt::sqrt(pivot), factor = T(1) / root;
+    const T factor = simt::rsqrt(pivot);  // the next columns wait for it
     const bool mine = simt::lane() % N == k;
-    column.diagonal = mine ? root : column.diagonal;
+    column.diagonal = mine ? pivot : column.diagonal;
     column.inverse = mine ? factor : column.inverse;
     x[k] *= factor;
     SIMT_UNROLL
     for (int i = k + 1; i < N; ++i) x[i] = simt::fma(-simt::shuffle(x[k], i, N), x[k], x[i]);
   }
+  column.diagonal = simt::sqrt(column.diagonal);
   return minor;
 }
 

@@ -233,8 +233,9 @@ def cholesky_ex(A: Tensor, *, upper: bool = False, check_errors: bool = False) -
         ``info > 0``. A matrix that fails leaves the others alone; of its own factor only the leading ``info - 1`` rows
         and columns are meaningful, the rest is finished partly or not at all.
 
-    Differentiable any number of times; the gradient is symmetric. On the CPU every order, single large matrices
-    included, uses the library's own blocked factorisation; nothing is handed to LAPACK.
+    Differentiable any number of times; the gradient is symmetric. Every order, single large matrices included, uses the
+    library's own factorisation; nothing is handed to LAPACK or cuSOLVER, and on a GPU nothing waits for the host. There
+    at most 8 batch dimensions that do not follow each other in memory are allowed.
 
     Raises:
         TypeError: A is not float32 or float64.
@@ -290,8 +291,8 @@ def solve_triangular(
         out: a tensor of the result's shape and dtype that receives it; an empty one is resized, as torch
             does. Not under autograd.
 
-    A zero on the diagonal divides by zero, as in torch.linalg: the result holds Inf or NaN. NaN in one right-hand side
-    stays there. Differentiable any number of times with respect to A and B.
+    A zero on the diagonal divides by zero, as in torch.linalg: the result holds Inf or NaN (on a GPU, rows after an Inf
+    may be NaN). NaN in one right-hand side stays there. Differentiable any number of times with respect to A and B.
 
     Raises:
         TypeError: dtypes that are not float32 or float64, or differ.

@@ -17,7 +17,7 @@ namespace freqrank::whitening {
 enum class CholeskyKernel {
   warp,    // some matrices in the registers of a warp
   block,   // one in the shared memory of a block
-  panels,  // in global memory, some rows at a time: factor the diagonal block, solve, update
+  panels,  // in global memory, some rows at a time: solve, update and factor the next block on the diagonal
 };
 
 struct DeviceCholeskyPlan {
@@ -31,8 +31,8 @@ struct DeviceCholeskyPlan {
   int threads = 0;       // block
   int shared_bytes = 0;  // the most that a launch takes
   std::int64_t launches = 0;
-  // Workspace of panels, bytes from its start: double [count] and int32 [levels, count].
-  std::size_t means_at = 0, failed_at = 0, bytes = 0;
+  // Workspace of panels, bytes from its start: double [count] and int32 [2, levels, count].
+  std::size_t means_at = 0, words_at = 0, bytes = 0;
 };
 
 // Throws std::invalid_argument where the GPU has too little shared memory.

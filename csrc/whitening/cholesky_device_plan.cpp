@@ -71,10 +71,10 @@ DeviceCholeskyPlan plan_device_cholesky(BatchSizes batch, std::int64_t n, Dtype 
   plan.kernel = CholeskyKernel::panels;
   std::tie(plan.rows, plan.shared_bytes) = step_of(n, dtype, limits);
   const std::int64_t levels = ladder ? kDampingLevelCount : 1, steps = ceil_div(n, plan.rows);
-  plan.launches = levels * (3 * steps - 1) + (ladder ? 2 : 1);
+  plan.launches = levels * 2 * steps + (ladder ? 2 : 1);
   const auto count = static_cast<std::size_t>(plan.batch.count());
-  plan.failed_at = ladder ? count * sizeof(double) : 0;
-  plan.bytes = plan.failed_at + static_cast<std::size_t>(levels) * count * sizeof(std::int32_t);
+  plan.words_at = ladder ? count * sizeof(double) : 0;
+  plan.bytes = plan.words_at + static_cast<std::size_t>(2 * levels) * count * sizeof(std::int32_t);
   return plan;
 }
 

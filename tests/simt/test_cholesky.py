@@ -71,7 +71,7 @@ def check_factor(u, a):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [*range(1, 36), 47, 48, 49, 61, 64, 65, 70, 97, 127, 128, 131])
+@pytest.mark.parametrize("n", [*range(1, 71), 97, 127, 128, 131, 151, 160])
 def test_sizes(n, dtype):
     a = positive_definite(np.random.default_rng(n), 2, n, n, dtype=dtype)
     u, info, plan = cholesky(a)
@@ -222,9 +222,9 @@ def test_plans():
     plan = freqrank_simt.cholesky_plan([4], 20_000, True, ladder=True)
     steps = -(-20_000 // plan["rows"])
     assert plan["rows"] == 128
-    assert plan["launches"] == 8 * (3 * steps - 1) + 2
+    assert plan["launches"] == 8 * 2 * steps + 2
     assert plan["text"] == (
-        "4 matrices of 20000 rows, float64, with the ladder: 128 rows a step; launches: 3762, "
+        "4 matrices of 20000 rows, float64, with the ladder: 128 rows a step; launches: 2514, "
         "bytes of shared memory: 205824"
     )
     # GPUs with 99 KB: smaller steps
@@ -341,7 +341,7 @@ def needs(rng, n, level):
     return (q * values) @ q.T
 
 
-@pytest.mark.parametrize(("n", "shared"), [(6, 0), (20, 0), (40, 0), (133, SMALL)])
+@pytest.mark.parametrize(("n", "shared"), [(6, 0), (20, 0), (40, 0), (100, SMALL), (133, SMALL)])
 def test_ladder(n, shared):
     rng = np.random.default_rng(n)
     grams = [positive_definite(rng, n, n)]

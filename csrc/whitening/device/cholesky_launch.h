@@ -23,17 +23,17 @@ template <class Queue>
 void enqueue_cholesky_means(const CholeskySource& source, simt::global<double> means, Queue& queue);
 template <class T, class Queue>
 void enqueue_cholesky_copy(const CholeskySource& source, simt::global<const double> means, simt::global<T> factor,
-                           const CholeskyProgress& progress, Queue& queue);
+                           const CholeskyProgress& progress, int level, Queue& queue);
 template <class T, class Queue>
-void enqueue_cholesky_diagonal(simt::global<T> factor, int n, int first, int rows, const CholeskyProgress& progress,
-                               simt::global<int> failed, Queue& queue);
+void enqueue_cholesky_corner(simt::global<T> factor, Index count, int n, int rows, const CholeskyProgress& progress,
+                             simt::global<int> words, Queue& queue);
 template <class T, class Queue>
 void enqueue_cholesky_finish(const CholeskySource& source, const CholeskyResult<T>& result,
-                             simt::global<const int> failed, Queue& queue);
+                             simt::global<const int> words, Queue& queue);
 template <class T, class Queue>
 void enqueue_triangular_solve(TriangularSolveParams<T> p, Index most_blocks, Queue& queue);
 template <class T, class Queue>
-void enqueue_triangular_update(TriangularUpdateParams<T> p, Index most_blocks, Queue& queue);
+void enqueue_triangular_update(TriangularUpdateParams<T> p, Queue& queue);
 
 // Blocks beyond these are not launched; those that are do their work.
 constexpr Index kMostBlocks = Index{1} << 30;
@@ -56,37 +56,43 @@ void run_panels(const DeviceCholeskyPlan& plan, const CholeskySource& source, co
     means = queue.view(reinterpret_cast<double*>(base + plan.means_at), 0, count);
     enqueue_cholesky_means(source, means, queue);
   }
-  const simt::global<int> failed = queue.view(reinterpret_cast<int*>(base + plan.failed_at), 0, source.levels * count);
+  // for even and for odd steps
+  const Index words = source.levels * count;
+  const simt::global<int> all = queue.view(reinterpret_cast<int*>(base + plan.words_at), 0, 2 * words);
+  const auto words_of = [&](Index step) { return all + step % 2 * words; };
+  const Index last = (n - 1) / plan.rows;
   Matrices<T> factor;
   factor.row = n, factor.column = 1;
   factor.batch.dims = 1;
   factor.batch.sizes[0] = count, factor.batch.strides[0] = n * n;
   factor.data = result.factor;
+  const auto rows_of = [&](Index step) { return static_cast<int>(std::min<Index>(plan.rows, n - step * plan.rows)); };
   for (int level = 0; level < source.levels; ++level) {
-    const CholeskyProgress progress{failed, count, level};
-    enqueue_cholesky_copy<T>(source, means, result.factor, progress, queue);
-    for (Index first = 0; first < n; first += plan.rows) {
-      const int rows = static_cast<int>(std::min<Index>(plan.rows, n - first));
-      enqueue_cholesky_diagonal<T>(result.factor, source.n, static_cast<int>(first), rows, progress,
-                                   failed + level * count, queue);
-      const Index right = first + rows;
-      if (right == n) break;
+    CholeskyProgress progress;
+    if (level > 0) progress.before = words_of(last) + (level - 1) * count;
+    enqueue_cholesky_copy<T>(source, means, result.factor, progress, level, queue);
+    enqueue_cholesky_corner<T>(result.factor, count, source.n, rows_of(0), progress, words_of(0) + level * count,
+                               queue);
+    for (Index step = 0; step < last; ++step) {
+      progress.now = words_of(step) + level * count;
+      const Index right = (step + 1) * plan.rows;
       TriangularSolveParams<T> solve{};
       solve.u = solve.b = to_read(factor), solve.x = factor;
       solve.count = count, solve.columns = n;
-      solve.first_row = static_cast<int>(first), solve.rows = rows, solve.first_column = right;
+      solve.first_row = static_cast<int>(step * plan.rows), solve.rows = plan.rows, solve.first_column = right;
       solve.progress = progress;
       enqueue_triangular_solve(solve, kMostBlocks, queue);
       TriangularUpdateParams<T> update{};
       update.u = update.x = update.from = to_read(factor), update.to = factor;
-      update.count = count, update.first_row = static_cast<int>(first), update.depth = rows;
+      update.count = count, update.first_row = solve.first_row, update.depth = plan.rows;
       update.row = update.column = right, update.row_end = update.column_end = n;
       update.upper = true;
       update.progress = progress;
-      enqueue_triangular_update(update, kMostBlocks, queue);
+      update.next_rows = rows_of(step + 1), update.next_words = words_of(step + 1) + level * count;
+      enqueue_triangular_update(update, queue);
     }
   }
-  enqueue_cholesky_finish<T>(source, result, failed, queue);
+  enqueue_cholesky_finish<T>(source, result, words_of(last), queue);
 }
 
 template <class T, class Queue>
@@ -162,7 +168,7 @@ void run_triangular(const DeviceTriangularPlan& plan, const TriangularArguments&
     update.u = u, update.x = to_read(x), update.from = first == 0 ? b : to_read(x), update.to = x;
     update.count = count, update.first_row = solve.first_row, update.depth = solve.rows;
     update.row = below, update.row_end = n, update.column_end = columns;
-    enqueue_triangular_update(update, kMostBlocks, queue);
+    enqueue_triangular_update(update, queue);
   }
 }
 

@@ -39,6 +39,12 @@ FREQRANK_LAYOUT int block_bytes(int n) {
   return triangle_bytes<T>(n) + 8 * block_warps + 16;
 }
 
+// A triangle that is factored in place.
+template <class T>
+FREQRANK_LAYOUT int corner_bytes(int n) {
+  return triangle_bytes<T>(n) + 16;
+}
+
 // A solve: the triangle, and `solve_columns` columns of the right-hand sides.
 constexpr int solve_columns = 64;
 template <class T>

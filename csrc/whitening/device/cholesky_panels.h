@@ -1,8 +1,9 @@
 #pragma once
 // Cholesky factors of matrices that do not fit into a block's shared memory, right-looking, in the place of the result:
-// A is copied there; then, some rows at a time, the block on the diagonal is factored (here), the rows to its right are
-// solved against it and their product is subtracted from what is below (triangular_solve.h, triangular_update.h), each
-// by a launch over all matrices. A ladder enqueues all of it for every level; matrices that are done leave at once.
+// A is copied there and the first block on the diagonal factored (here); then each step solves the rows to the right of
+// its block against it (triangular_solve.h), subtracts their product from what is below and factors the next block
+// meanwhile (triangular_update.h), by launches over all matrices. A ladder enqueues all of it for every level; matrices
+// that are done leave at once.
 
 #include "whitening/device/cholesky_params.h"
 #include "whitening/device/cholesky_progress.h"
@@ -48,6 +49,7 @@ struct CholeskyCopyKernel {
     simt::global<const double> means;  // with a ladder
     simt::global<T> factor;
     CholeskyProgress progress;
+    int level;
     int tiles;  // in each direction
   };
 
@@ -58,7 +60,7 @@ struct CholeskyCopyKernel {
     const int index = static_cast<int>(simt::block() - matrix * (p.tiles * p.tiles));
     const int row = index / p.tiles * tile, column = index % p.tiles * tile;
     const bool below = row > column;
-    if (!p.progress.begins(matrix) || (below && p.progress.level > 0)) return;
+    if (!p.progress.begins(matrix) || (below && p.level > 0)) return;
     const auto piece = simt::shared_array<T>(0, tile * pitch);
     const int rows = n - row < tile ? n - row : tile, columns = n - column < tile ? n - column : tile;
     if (!below) {
@@ -72,7 +74,7 @@ struct CholeskyCopyKernel {
             [&](int i, int j) {
               if (row + i > column + j) return T(0);
               const T x = static_cast<T>(data.load(base + i * a.row + j * a.column)) * factor;
-              return row + i < column + j ? x : x + source.damping_of(x, p.progress.level, mean);
+              return row + i < column + j ? x : x + source.damping_of(x, p.level, mean);
             },
             [&](int i, int j, T x) { piece.store(i * pitch + j, x); });
       });
@@ -85,39 +87,26 @@ struct CholeskyCopyKernel {
   }
 };
 
-// Rows and columns [first, first + rows) of every matrix.
+// The first rows and columns of every matrix.
 template <class T>
-struct CholeskyDiagonalKernel {
-  static constexpr const char* name = sizeof(T) == 8 ? "cholesky_diagonal_double" : "cholesky_diagonal";
+struct CholeskyCornerKernel {
+  static constexpr const char* name = sizeof(T) == 8 ? "cholesky_corner_double" : "cholesky_corner";
   static constexpr int max_threads = 256, min_blocks = 1;
 
   struct Params {
     simt::global<T> factor;
-    int n, first, rows;
-    CholeskyProgress progress;
-    simt::global<int> failed;  // of this level
+    int n, rows;
+    CholeskyProgress progress;  // of which `now` is not looked at
+    simt::global<int> words;    // of the first step
   };
-
-  static constexpr int shared_bytes(int rows) { return triangle_bytes<T>(rows) + 16; }
 
   SIMT_DEVICE static void run(const Params& p) {
     const Index matrix = simt::block();
-    const bool begins = p.first == 0;
-    if (begins ? !p.progress.begins(matrix) : !p.progress.works(matrix)) {
-      if (begins && simt::thread() == 0) p.failed.store(matrix, p.progress.before(matrix));
-      return;
+    if (p.progress.begins(matrix)) {
+      factor_in_place(p.factor + matrix * p.n * p.n, p.n, p.rows, 0, p.words + matrix);
+    } else if (simt::thread() == 0) {
+      p.words.store(matrix, p.progress.before.load(matrix));
     }
-    const Triangle<T> u(0, p.rows);
-    const auto corner = p.factor + (matrix * p.n + p.first) * p.n + p.first;
-    u.fill(false, [&](int i, int j) { return corner.load(static_cast<Index>(i) * p.n + j); });
-    const int minor = factor_triangle(u, simt::shared_array<int>(triangle_bytes<T>(p.rows), 1));
-    move_elements<T>(
-        p.rows, p.rows, false, [&](int i, int j) { return u.at.load(i * u.pitch + j); },
-        [&](int i, int j, T x) {
-          if (i <= j) corner.store(static_cast<Index>(i) * p.n + j, x);
-        });
-    if (simt::thread() == 0 && (begins || minor != 0))
-      p.failed.store(matrix, minor > 0 ? minor + p.first : minor < 0 ? minor - p.first : 0);
   }
 };
 
@@ -131,15 +120,15 @@ struct CholeskyFinishKernel {
   struct Params {
     CholeskySource source;
     CholeskyResult<T> result;
-    simt::global<const int> failed;  // [levels, count]
-    int tiles;                       // blocks of a matrix
+    simt::global<const int> words;  // [levels, count], of each level's last step
+    int tiles;                      // blocks of a matrix
   };
 
   SIMT_DEVICE static void run(const Params& p) {
     const Index matrix = simt::block() / p.tiles;
     const int n = p.source.n, first = static_cast<int>(simt::block() - matrix * p.tiles) * rows;
-    int level = 0, minor = p.failed.load(matrix);
-    while (minor > 0 && level + 1 < p.source.levels) minor = p.failed.load(++level * p.source.count + matrix);
+    int level = 0, minor = p.words.load(matrix);
+    while (minor > 0 && level + 1 < p.source.levels) minor = p.words.load(++level * p.source.count + matrix);
     if (first == 0 && simt::thread() == 0) {
       p.result.info.store(matrix, minor < 0 ? -minor : minor);
       if (p.result.damping) p.result.damping.store(matrix, p.source.damping[level]);
@@ -162,27 +151,27 @@ void enqueue_cholesky_means(const CholeskySource& source, simt::global<double> m
 
 template <class T, class Queue>
 void enqueue_cholesky_copy(const CholeskySource& source, simt::global<const double> means, simt::global<T> factor,
-                           const CholeskyProgress& progress, Queue& queue) {
+                           const CholeskyProgress& progress, int level, Queue& queue) {
   using Kernel = CholeskyCopyKernel<T>;
   const int tiles = (source.n + Kernel::tile - 1) / Kernel::tile;
   queue.template launch<Kernel>({source.count * tiles * tiles, Kernel::max_threads, Kernel::shared_bytes},
-                                {source, means, factor, progress, tiles});
+                                {source, means, factor, progress, level, tiles});
 }
 
 template <class T, class Queue>
-void enqueue_cholesky_diagonal(simt::global<T> factor, int n, int first, int rows, const CholeskyProgress& progress,
-                               simt::global<int> failed, Queue& queue) {
-  using Kernel = CholeskyDiagonalKernel<T>;
-  queue.template launch<Kernel>({progress.count, Kernel::max_threads, Kernel::shared_bytes(rows)},
-                                {factor, n, first, rows, progress, failed});
+void enqueue_cholesky_corner(simt::global<T> factor, Index count, int n, int rows, const CholeskyProgress& progress,
+                             simt::global<int> words, Queue& queue) {
+  using Kernel = CholeskyCornerKernel<T>;
+  queue.template launch<Kernel>({count, Kernel::max_threads, corner_bytes<T>(rows)},
+                                {factor, n, rows, progress, words});
 }
 
 template <class T, class Queue>
 void enqueue_cholesky_finish(const CholeskySource& source, const CholeskyResult<T>& result,
-                             simt::global<const int> failed, Queue& queue) {
+                             simt::global<const int> words, Queue& queue) {
   using Kernel = CholeskyFinishKernel<T>;
   const int tiles = (source.n + Kernel::rows - 1) / Kernel::rows;
-  queue.template launch<Kernel>({source.count * tiles, Kernel::max_threads, 0}, {source, result, failed, tiles});
+  queue.template launch<Kernel>({source.count * tiles, Kernel::max_threads, 0}, {source, result, words, tiles});
 }
 
 }  // namespace freqrank::whitening::device

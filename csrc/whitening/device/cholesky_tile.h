@@ -208,4 +208,20 @@ SIMT_DEVICE int factor_triangle(const Triangle<T>& u, simt::shared<int> minor) {
   return 0;
 }
 
+// The upper triangle of `rows` rows and columns from `corner` on becomes its factor, by way of shared memory, from byte
+// 0 on, that nobody uses any more. Thread 0 writes how it went to `word`, orders counted from `first`.
+template <class T>
+SIMT_DEVICE void factor_in_place(simt::global<T> corner, Index stride, int rows, Index first, simt::global<int> word) {
+  const Triangle<T> u(0, rows);
+  u.fill(false, [&](int i, int j) { return corner.load(i * stride + j); });
+  const int minor = factor_triangle(u, simt::shared_array<int>(triangle_bytes<T>(rows), 1));
+  move_elements<T>(
+      rows, rows, false, [&](int i, int j) { return u.at.load(i * u.pitch + j); },
+      [&](int i, int j, T x) {
+        if (i <= j) corner.store(i * stride + j, x);
+      });
+  const int before = static_cast<int>(first);
+  if (simt::thread() == 0) word.store(0, minor > 0 ? minor + before : minor < 0 ? minor - before : 0);
+}
+
 }  // namespace freqrank::whitening::device

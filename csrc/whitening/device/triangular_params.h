@@ -28,6 +28,10 @@ struct TriangularUpdateParams {
   Index column, column_end;  // of C and X
   bool upper;                // row == column: tiles below the diagonal do not exist
   CholeskyProgress progress;
+  // For a Cholesky factor: how many of C's first rows and columns are factored as soon as they are updated, and where
+  // it is written how that went, and handed on what is known of matrices that this launch leaves. Null for others.
+  int next_rows;
+  simt::global<int> next_words;
   Index down, across, tiles;  // tiles of C
 };
 

@@ -1,13 +1,14 @@
 #pragma once
 // C -= U^T X on tensor cores, of some rows of U and X: what solving those rows leaves to do. For a Cholesky factor X is
-// U, and only the upper triangle of C is wanted.
+// U, and only the upper triangle of C is wanted; the block that has its first tile goes on to factor the next step's
+// block on the diagonal, which lies in it, while others update the rest.
 //
 // double is multiplied as such. A float is the sum of two tf32 numbers, of whose four products the smallest is left
 // away, which loses no more than rounding to float does.
 
 #include <type_traits>
 
-#include "whitening/device/cholesky_layout.h"
+#include "whitening/device/cholesky_tile.h"
 #include "whitening/device/triangular_params.h"
 
 namespace freqrank::whitening::device {
@@ -101,21 +102,37 @@ struct TriangularUpdateKernel {
     }
   };
 
-  SIMT_DEVICE static void run(const Params& p) {
-    SIMT_NO_UNROLL
-    for (Index task = simt::block(); task < p.count * p.tiles; task += simt::blocks()) {
-      const Index matrix = task / p.tiles;
-      if (!p.progress.works(matrix)) continue;
-      Index index = task - matrix * p.tiles, i = 0;
-      if (p.upper) {
-        for (; index >= p.across - i; ++i) index -= p.across - i;
-        index += i;
-      } else {
-        i = index / p.across, index -= i * p.across;
-      }
-      update(p, matrix, p.row + i * tile, p.column + index * tile);
-      simt::barrier();
+  struct Place {
+    Index matrix, down, across;  // the latter two of tiles
+  };
+  SIMT_DEVICE static Place place_of(const Params& p, Index task) {
+    Place at{task / p.tiles, 0, 0};
+    at.across = task - at.matrix * p.tiles;
+    if (p.upper) {
+      for (; at.across >= p.across - at.down; ++at.down) at.across -= p.across - at.down;
+      at.across += at.down;
+    } else {
+      at.down = at.across / p.across, at.across -= at.down * p.across;
     }
+    return at;
+  }
+
+  SIMT_DEVICE static void run(const Params& p) {
+    {
+      const Place at = place_of(p, simt::block());
+      if (!p.progress.works(at.matrix)) {
+        if (p.next_words && at.across == 0 && simt::thread() == 0)
+          p.next_words.store(at.matrix, p.progress.now.load(at.matrix));
+        return;
+      }
+      update(p, at.matrix, p.row + at.down * tile, p.column + at.across * tile);
+    }
+    if (!p.next_words) return;
+    const Place at = place_of(p, simt::block() + simt::opaque(0));  // worked out again: it takes no registers before
+    if (at.across != 0) return;
+    simt::barrier();
+    factor_in_place(p.to.data + p.to.at(at.matrix, p.row, p.column), p.to.row, p.next_rows, p.row,
+                    p.next_words + at.matrix);
   }
 
   // A warp's part of the tile.
@@ -228,13 +245,14 @@ struct TriangularUpdateKernel {
 };
 
 template <class T, class Queue>
-void enqueue_triangular_update(TriangularUpdateParams<T> p, Index most_blocks, Queue& queue) {
+void enqueue_triangular_update(TriangularUpdateParams<T> p, Queue& queue) {
   using Kernel = TriangularUpdateKernel<T>;
   p.down = (p.row_end - p.row + Kernel::tile - 1) / Kernel::tile;
   p.across = (p.column_end - p.column + Kernel::tile - 1) / Kernel::tile;
   p.tiles = p.upper ? p.down * (p.down + 1) / 2 : p.down * p.across;
-  const Index tasks = p.count * p.tiles;
-  queue.template launch<Kernel>({tasks < most_blocks ? tasks : most_blocks, Kernel::max_threads, update_bytes<T>()}, p);
+  const int corner = p.next_words ? corner_bytes<T>(p.next_rows) : 0;
+  const int shared_bytes = corner > update_bytes<T>() ? corner : update_bytes<T>();
+  queue.template launch<Kernel>({p.count * p.tiles, Kernel::max_threads, shared_bytes}, p);
 }
 
 }  // namespace freqrank::whitening::device

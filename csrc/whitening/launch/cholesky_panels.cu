@@ -6,9 +6,9 @@ template void enqueue_cholesky_means(const CholeskySource&, simt::global<double>
 
 #define INSTANTIATE(T)                                                                                                \
   template void enqueue_cholesky_copy(const CholeskySource&, simt::global<const double>, simt::global<T>,             \
-                                      const CholeskyProgress&, simt::Queue&);                                         \
-  template void enqueue_cholesky_diagonal(simt::global<T>, int, int, int, const CholeskyProgress&, simt::global<int>, \
-                                          simt::Queue&);                                                              \
+                                      const CholeskyProgress&, int, simt::Queue&);                                    \
+  template void enqueue_cholesky_corner(simt::global<T>, Index, int, int, const CholeskyProgress&, simt::global<int>, \
+                                        simt::Queue&);                                                                \
   template void enqueue_cholesky_finish(const CholeskySource&, const CholeskyResult<T>&, simt::global<const int>,     \
                                         simt::Queue&);
 INSTANTIATE(float)

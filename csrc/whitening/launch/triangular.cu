@@ -5,7 +5,7 @@ namespace freqrank::whitening::device {
 
 template void enqueue_triangular_solve(TriangularSolveParams<float>, Index, simt::Queue&);
 template void enqueue_triangular_solve(TriangularSolveParams<double>, Index, simt::Queue&);
-template void enqueue_triangular_update(TriangularUpdateParams<float>, Index, simt::Queue&);
-template void enqueue_triangular_update(TriangularUpdateParams<double>, Index, simt::Queue&);
+template void enqueue_triangular_update(TriangularUpdateParams<float>, simt::Queue&);
+template void enqueue_triangular_update(TriangularUpdateParams<double>, simt::Queue&);
 
 }  // namespace freqrank::whitening::device

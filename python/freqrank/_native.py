@@ -52,7 +52,6 @@ def cuda_loaded() -> bool:
 
 BUILD_WITH_CUDA = "`FREQRANK_CUDA=1 pip install . --no-build-isolation`, with the CUDA toolkit's nvcc"
 _HAS_CUDA_KERNELS = (
-_HAS_CUDA_KERNELS = (
     "cholesky_ex",
     "dct",
     "feature_map_attention",

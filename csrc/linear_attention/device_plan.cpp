@@ -22,7 +22,7 @@ constexpr i64 kDecayTokens = 512;
 // arithmetic).
 constexpr double kTensorCoreReach = 0.6, kFmaReach = 0.15, kAloneCost = 0.4, kStatesCost = 0.45;
 // Tokens of a tile of the map's gradient, and about how many blocks an SM gets of it.
-constexpr i64 kMapTokens = 64, kMapBlocks = 4;
+constexpr i64 kMapTokens = 64, kMapBlocks = 2;
 // Estimates err: only a clear gain is worth the states' memory.
 constexpr double kSplitGain = 0.75;
 
@@ -71,7 +71,6 @@ DevicePlan::Scan scan_of(const DevicePlan& plan, Role role) {
     scan.tile = shape.tile, scan.chunk = shape.chunk, scan.threads = 32 * shape.warps;
     scan.shared_bytes = layout.bytes;
     if (scan.column_heads > 1 && roles.out) scan.shared_bytes = layout.parked + layout.parked_bytes;
-    if (role == Role::query_gradient && s.normalize) scan.shared_bytes = layout.parked + layout.rests_bytes;
   } else {
     const FmaLayout layout = fma_layout(scan.depth, scan.width, s.double_precision, plan.limits);
     scan.tile = layout.tile, scan.chunk = layout.chunk, scan.threads = layout.threads;

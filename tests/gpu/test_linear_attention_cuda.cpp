@@ -264,13 +264,11 @@ class Trial {
     fault = launch(workspace_bytes(backward),
                    [&](void* workspace) { run_backward(backward, inputs(), args, normalizer, workspace, stream_); });
     if (!fault.empty()) return "backward: " + fault;
-    // with a normalizer this is a difference of two sums that have the mean of the keys in common
-    const double difference = p_.normalize && p_.dtype == Dtype::bfloat16 ? 4e-3 : tolerance(p_.dtype);
-    compare("dq", dq, want_q_, difference);
+    compare("dq", dq, want_q_, tolerance(p_.dtype));
     compare("dk", dk, want_k_, tolerance(p_.dtype));
     compare("dv", dv, want_v_, tolerance(p_.value_dtype));
     if (dkv) compare("the gradient of the state", *dkv, want_dkv_, tolerance(p_.dtype));
-    if (dz) compare("the gradient of z", *dz, want_dz_, difference);
+    if (dz) compare("the gradient of z", *dz, want_dz_, tolerance(p_.dtype));
     if (ddecay) compare_decay(*ddecay, per_head);
     return wrong_;
   }

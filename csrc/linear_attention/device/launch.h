@@ -44,6 +44,7 @@ class Call {
     p.normalize = s_.normalize;
     p.eps = static_cast<A>(in_.eps);
     if (s_.normalize) p.denominator = row(normalizer.denominator.data);
+    p.exact_scores = static_cast<bool>(normalizer.rest);  // for dq, which is a difference of sums that have o in them
     if (normalizer.rest) p.rest = output_of(normalizer.rest, s_.batch, s_.time, s_.heads, s_.value_dim, queue_);
     p.key_sum = plan_.with_z;
     p.by_slot = plan_.split;

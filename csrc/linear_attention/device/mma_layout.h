@@ -24,7 +24,6 @@ struct MmaLayout {
   int bytes;        // but for `parked`
   int parked;       // float [values of a thread's accumulators][threads]: with several column heads
   int parked_bytes;
-  int rests_bytes;  // in its place: 16 bits [chunk][chunk], what rounding takes from the scores
 };
 
 constexpr MmaLayout mma_layout(const MmaShape& s) {
@@ -56,7 +55,6 @@ constexpr MmaLayout mma_layout(const MmaShape& s) {
   at.facts = take(5 * 8 + 5 * 4);
   at.bytes = used;
   at.parked_bytes = s.chunk * s.tile * 4;
-  at.rests_bytes = s.chunk * s.chunk * 2;
   at.parked = take(at.parked_bytes);
   return at;
 }

@@ -83,8 +83,11 @@ struct ScanMma {
     SIMT_DEVICE simt::shared<float> waiting_room() const {
       return simt::shared_array<float>(layout.scores, chunk * chunk / 2);
     }
-    // With exact_scores, which no scan has that parks accumulators.
-    SIMT_DEVICE simt::shared<E> score_rests() const { return simt::shared_array<E>(layout.parked, chunk * chunk); }
+    // With exact_scores: in the place of the next step's rows, which come later then.
+    SIMT_DEVICE simt::shared<E> score_rests(int rows_parity) const {
+      static_assert(chunk <= depth);
+      return simt::shared_array<E>(layout.rows + (1 - rows_parity) * layout.rows_bytes, chunk * chunk);
+    }
     SIMT_DEVICE simt::shared<float> decay(int parity, int which) const {
       return simt::shared_array<float>(layout.decay + (parity * 4 + which) * chunk * 4, chunk);
     }
@@ -172,11 +175,17 @@ struct ScanMma {
     fetch_rows<chunk, Width, max_threads>(b.p, m, to, b.batch(), b.first_of(c), b.count_of(c), head, column);
   }
 
+  SIMT_DEVICE static void prefetch_rows(const Block& b, const Turn& turn) {
+    const Params& p = b.p;
+    fetch<depth>(b, p.rows, b.rows(turn.rows_parity(b)), turn.chunk_of(b), b.head(p.rows, b.row_of_group(turn.head)),
+                 0);
+  }
+
+  // All but the rows if the scores are exact.
   SIMT_DEVICE static void prefetch(const Block& b, const Turn& turn) {
     const Params& p = b.p;
     const int c = turn.chunk_of(b), r = turn.head;
-    if (!p.states_only && turn.brings_rows(b))
-      fetch<depth>(b, p.rows, b.rows(turn.rows_parity(b)), c, b.head(p.rows, b.row_of_group(r)), 0);
+    if (!p.states_only && !p.exact_scores && turn.brings_rows(b)) prefetch_rows(b, turn);
     if (turn.brings_columns(b)) {
       const int parity = turn.columns_parity(b), column_head = b.columns_vary() ? r : 0;
       fetch<depth>(b, p.columns, b.columns(parity), c, b.head(p.columns, column_head), 0);
@@ -384,7 +393,7 @@ struct ScanMma {
         if (!p.exact_scores) continue;
         SIMT_UNROLL
         for (int side = 0; side < 2; ++side) x[side] = rounded<true>(sum[n].get(2 * h + side) * shrunk[h]);
-        b.score_rests().store_vector(at, x);
+        b.score_rests(turn.rows_parity(b)).store_vector(at, x);
       }
     }
     if (p.normalize) add_denominators(b, rows, total, row, chunk_parity);
@@ -542,7 +551,7 @@ struct ScanMma {
         SIMT_UNROLL
         for (int n = 0; n < own_tiles; ++n) simt::mma(out.at[r][n], left, right[n]);
         if (!b.p.exact_scores) continue;
-        simt::load_matrix_rows(left, b.score_rests(),
+        simt::load_matrix_rows(left, b.score_rests(turn.rows_parity(b)),
                                [&](int i, int k) { return place<chunk>(out.first + r * 16 + i + here, c * 16 + k); });
         SIMT_UNROLL
         for (int n = 0; n < own_tiles; ++n) simt::mma(out.at[r][n], left, right[n]);
@@ -936,7 +945,10 @@ struct ScanMma {
     State state;
     load_state(b, state);
     Turn turn;
-    if (b.chunks() > 0) prefetch(b, turn);
+    if (b.chunks() > 0) {
+      if (p.exact_scores) prefetch_rows(b, turn);
+      prefetch(b, turn);
+    }
     SIMT_NO_UNROLL
     while (turn.number < b.chunks()) {
       simt::copy_wait<0>();
@@ -973,6 +985,11 @@ struct ScanMma {
           }
         }
         if (p.dots && turn.opens(b)) store_dots(b, turn);
+        if (p.exact_scores) {
+          simt::barrier();
+          if (const Turn next = turn.next(b); next.number < b.chunks()) prefetch_rows(b, next);
+          simt::copy_commit();
+        }
       }
       if (b.columns_vary() || turn.last(b)) {
         update_state(b, state, turn);

@@ -52,6 +52,7 @@ class Case:
     normalize: bool = False
     decay: str = ""  # "head" or "token"
     mapped: bool = False
+    rest: bool = False  # of o, for a backward pass
     split: bool = False
 
     @property
@@ -70,6 +71,7 @@ def cases() -> Iterator[Case]:
     for dim in (64, 128, 256):
         yield Case("forward", dim)
         yield Case("forward, normalised", dim, normalize=True)
+        yield Case("forward, normalised, before a backward pass", dim, normalize=True, rest=True)
         yield Case("forward, a decay a head", dim, decay="head")
         yield Case("forward, split into short segments", dim, split=True)
         yield Case("backward: dq, dk, dv", dim, backward=True)
@@ -103,6 +105,8 @@ class Runner:
             arrays["projection"] = self.array(np.float32, case.dim, case.dim)
         if case.normalize:
             arrays["denominator"] = self.array(np.float32, 1, 1, tokens)
+        if case.rest:
+            arrays["rest"] = self.array(STORAGE[case.dtype], 1, tokens, 1, case.dim)
         if case.decay:
             shape = (1,) if case.decay == "head" else (1, tokens, 1)
             arrays["log_decay"] = self.array(np.float32, *shape)

@@ -1,4 +1,4 @@
-"""Feature maps in the CUDA kernels of linear attention, under the host executor, against the quadratic form in float64."""
+"""Feature maps in the CUDA kernels of linear attention, on the host executor, against a quadratic form in float64."""
 
 import freqrank_simt as simt
 import numpy as np

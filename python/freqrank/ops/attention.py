@@ -526,7 +526,8 @@ def _makes_features(
         return False
     if largest <= 64 or not torch.cuda.is_available():  # fake tensors may be on a GPU that is not there
         return True
-    return torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin >= _FUSED_SHARED_BYTES
+    properties = torch.cuda.get_device_properties(q.device)
+    return properties.shared_memory_per_block_optin >= _FUSED_SHARED_BYTES  # type: ignore[attr-defined]
 
 
 def feature_map_attention_step(

@@ -6,6 +6,7 @@ They need torch, numpy and pytest alone: `make gpu-check` runs them on machines 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import freqrank
 import pytest
@@ -36,3 +37,19 @@ def room(gigabytes: float) -> None:
     free = torch.cuda.mem_get_info()[0] if CUDA else 0
     if free < gigabytes * 2**30:
         pytest.skip(f"needs {gigabytes} GiB of free GPU memory; there are {free / 2**30:.1f}")
+
+
+def assert_waits_for_nothing(work: Callable[[], object]) -> None:
+    """Fails if ``work`` makes the host wait for the GPU; of fewer launches than a GPU's queue takes before it does."""
+    work()  # kernels are loaded, and memory is taken from the driver, at first use
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(400_000_000)
+        marker = torch.cuda.Event()
+        marker.record()
+        work()
+        assert not marker.query(), "the GPU slept, and the host waited for it"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from freqrank.ops import reference
-from on_device import CUDA, DEVICE, needs_cuda, room, skip_module_without_device
+from on_device import CUDA, DEVICE, assert_waits_for_nothing, needs_cuda, room, skip_module_without_device
 
 skip_module_without_device()
 pytestmark = pytest.mark.gpu
@@ -419,18 +419,7 @@ def test_never_synchronises():
             freqrank.dct(x, n=n)
         freqrank.dctn(x, s=(128, 128))
 
-    work()  # kernels are loaded, and memory is taken from the driver, at first use
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        torch.cuda._sleep(200_000_000)
-        marker = torch.cuda.Event()
-        marker.record()
-        work()
-        assert not marker.query()  # the GPU still sleeps: nothing waited for it
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize()
+    assert_waits_for_nothing(work)
 
 
 @needs_cuda

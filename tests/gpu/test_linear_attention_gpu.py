@@ -11,7 +11,7 @@ import pytest
 import torch
 from freqrank import LinearAttentionState
 from freqrank.ops import reference
-from on_device import CUDA, DEVICE, needs_cuda, room, skip_module_without_device
+from on_device import CUDA, DEVICE, assert_waits_for_nothing, needs_cuda, room, skip_module_without_device
 
 skip_module_without_device()
 pytestmark = pytest.mark.gpu
@@ -823,21 +823,7 @@ def test_never_synchronises(dtype, shape):
     case = Case(dtype, **shape)
     directions, scales = arguments_of(case)
 
-    def work() -> None:  # of fewer launches than a GPU's queue takes before it makes the host wait
-        everything(case, directions, scales)
-
-    work()  # kernels are loaded, and memory is taken from the driver, at first use
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        torch.cuda._sleep(400_000_000)
-        marker = torch.cuda.Event()
-        marker.record()
-        work()
-        assert not marker.query()  # the GPU still sleeps: nothing waited for it
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize()
+    assert_waits_for_nothing(lambda: everything(case, directions, scales))
 
 
 @needs_cuda

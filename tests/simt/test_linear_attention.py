@@ -35,6 +35,8 @@ def error(actual, expected):
 class Case:
     """The tensors of one call, filled at random."""
 
+    without_gradient = ()
+
     def __init__(
         self, dtype="bfloat16", batch=1, time=70, heads=1, key_heads=None, key_dim=64, value_dim=64, *, decay=None,
         strength=0.3, normalize=False, mask=False, lengths=None, state=False, scale=None, strided=False, seed=0,
@@ -113,22 +115,27 @@ class Case:
         executor.check_written()
         return plan, executor
 
-    def backward(self, grads, outputs, limits=ONE_SM, seed=0, *, without=()):
+    def backward(self, grads, outputs, limits=ONE_SM, seed=0):
         arrays = self.arrays() | {name: array(x) for name, x in grads.items()}
         if self.normalize:
             arrays |= {name: array(outputs[name]) for name in ("o", "denominator", "rest")}
         results = {
-            "d" + name: None if x is None or name in without else torch.empty(x.shape, dtype=x.dtype)
+            "d" + name: None if x is None or name in self.without_gradient else torch.empty(x.shape, dtype=x.dtype)
             for name, x in self.leaves().items()
         }
         return results, *self.run(arrays, results, limits, seed)
+
+    def scanned(self, leaves):
+        """What the scan sees as q and k."""
+        return leaves["q"], leaves["k"]
 
     def expected(self, grads=None):
         """(o, kv, z) and with grads the gradients, by the quadratic form in float64."""
         leaves = {n: None if x is None else x.detach().double().requires_grad_() for n, x in self.leaves().items()}
         state = None if self.initial is None else (leaves["initial_kv"], leaves["initial_z"])
+        q, k = self.scanned(leaves)
         results = reference.linear_attention(
-            leaves["q"], leaves["k"], leaves["v"], log_decay=leaves["log_decay"], scale=self.scale,
+            q, k, leaves["v"], log_decay=leaves["log_decay"], scale=self.scale,
             normalize=self.normalize, eps=self.eps, mask=self.mask, initial_state=state, cu_seqlens=self.cu_seqlens,
         )  # fmt: skip
         if grads is None:
@@ -138,7 +145,7 @@ class Case:
             for n, x in zip(("grad_o", "grad_kv", "grad_z"), results, strict=True)
             if n in grads and x.requires_grad
         ]
-        wanted = {n: x for n, x in leaves.items() if x is not None}
+        wanted = {n: x for n, x in leaves.items() if x is not None and n not in self.without_gradient}
         if not pairs:
             return results, {"d" + n: torch.zeros_like(x) for n, x in wanted.items()}
         found = torch.autograd.grad(

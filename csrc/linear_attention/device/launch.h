@@ -198,7 +198,7 @@ class Call {
   simt::global<T> floats_at(std::size_t at, Index count) const {
     return queue_.view(reinterpret_cast<T*>(base_ + at), 0, count);
   }
-  // [Hk or 1, ...], with the strides of a tensor of fewer dimensions at the end.
+  // A projection or weights, of so many heads.
   simt::global<const float> by_head(const View& x, const Index (&sizes)[4]) const {
     const Extent e = extent_of(x, sizes);
     return queue_.view(static_cast<const float*>(x.data), e.begin, e.end);

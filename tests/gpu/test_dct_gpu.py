@@ -566,10 +566,3 @@ def test_bad_input():
             freqrank.dct(x, **arguments)
     with pytest.raises(TypeError, match="x must be real"):
         freqrank.dct(torch.complex(x, x))
-
-
-@needs_cuda
-def test_ops_without_cuda_kernels_say_so():
-    q = torch.ones(1, 2, 1, 4, device=DEVICE)
-    with pytest.raises(ValueError, match="q is on cuda:0, and freqrank has kernels of feature_map_attention for"):
-        freqrank.feature_map_attention(q, q, q, torch.eye(4, device=DEVICE))

@@ -452,7 +452,11 @@ class _Work:
         self.grams: dict[tuple[int, str], Tensor] = {}
 
     def spectra(self, advance: Any) -> list[Tensor]:
-        """Squared singular values of each group."""
+        """Squared singular values of each group.
+
+        Ranks need those of all groups, and factors need the ranks: eigenvectors kept in between would weigh several
+        times what the model does, so they are found when the blocks come by again.
+        """
         found: dict[int, Tensor] = {}
         stream = BlockStream(self.architecture, self.batches)
         for layer in range(len(self.architecture.blocks)):
@@ -482,7 +486,7 @@ class _Work:
                     prefix.block([group for group in waiting if prefix.layer in group.layers])
                     advance(f"block {prefix.layer - 1}: refit")
                 for group in [group for group in waiting if group.layers[-1] < prefix.layer]:
-                    self._measure(group)
+                    self._measure(group, *self._metric(group))
                     waiting.remove(group)
             self._release(layer if prefix is None else prefix.layer - 1)
 
@@ -564,9 +568,7 @@ class _Work:
         group.report = GroupReport(
             rank=group.rank,
             full_rank=min(shape.inputs, shape.outputs),
-            predicted_error=0.0 if factors is None else _relative(
-                float(factors.spectrum[group.rank :].sum()), float(factors.spectrum.sum())
-            ),
+            predicted_error=0.0 if factors is None else _relative(sum(factors.lost), sum(factors.energy)),
             measured_error=0.0,
             whitening="none" if factors is None else factors.whitening,
             damping=0.0 if factors is None else factors.damping,
@@ -577,22 +579,22 @@ class _Work:
             layers=layers,
         )  # fmt: skip
         if measure:
-            self._measure(group)
+            self._measure(group, weights, metric, grams)
 
-    def _measure(self, group: _Group) -> None:
+    def _measure(self, group: _Group, weights: list[Tensor], metric: Metric, grams: list[Tensor]) -> None:
         """Errors of the factors as they will be stored."""
         if group.rank is None:
             return
         assert group.report is not None
-        weights, metric, grams = self._metric(group)
         lost = total = 0.0
         for i, (site, weight) in enumerate(zip(group.sites, weights, strict=True)):
             basis, coefficient = self._stored(group, site)
             product = basis.double().mT @ coefficient.double().mT
-            group.report.layers[i].error = _relative(
-                *squared_error(weight, product, grams[group.layers.index(site.layer)])
-            )
-            error, energy = squared_error(weight, product, metric.gram)
+            own = grams[group.layers.index(site.layer)]
+            error, energy = squared_error(weight, product, own)
+            group.report.layers[i].error = _relative(error, energy)
+            if metric.gram is not own:
+                error, energy = squared_error(weight, product, metric.gram)
             lost += error * metric.block_weights[i] ** 2
             total += energy * metric.block_weights[i] ** 2
         group.report.measured_error = _relative(lost, total)

@@ -1,4 +1,4 @@
-"""The eigenproblem of a shared basis: how it is formed and how it is solved."""
+"""The eigenproblem of a shared basis: how it is formed and solved, and what whitening costs where Grams are hard."""
 
 import freqrank
 import pytest
@@ -186,3 +186,62 @@ def test_subspace_factors_are_eighs(inputs, outputs, case):
     assert sum(g.lost) == pytest.approx(float(f.spectrum[rank:].sum()), rel=1e-8)
     for a, b in zip(f.coefficients, g.coefficients, strict=True):
         torch.testing.assert_close(g.basis @ b, f.basis @ a, rtol=1e-3, atol=1e-3)
+
+
+# --- whitening: what it costs where the Gram is hard ------------------------------------------------------------------
+
+
+def squared_loss(x, y, basis, coefficients):
+    return float((y - x.double() @ basis @ coefficients).square().sum())
+
+
+def massive(x):
+    x[:4] *= 2600.0
+    return x
+
+
+def zero_channels(x):
+    x[:, [3, 77]] = 0
+    return x
+
+
+# Condition numbers of the Gram matrices: 4e7, 2.6e12, and singular for the others. The most squared loss beyond the
+# optimum that a float64 Gram may cost, relative to it (2e-15 and 4e-15 are rounding), the damping level, and the least
+# that a float32 Gram costs.
+LADDER = {
+    "mild": (4096, lambda x: x, 280, 2e-15, 0.0, 1e-9),
+    "massive tokens": (4096, massive, 280, 4e-15, 0.0, 1.0),
+    "fewer tokens than channels": (256, lambda x: x, 200, 2e-15, 1e-12, 1e-9),
+    "zero channels": (4096, zero_channels, 280, 2e-15, 1e-12, 1e-9),
+    "massive tokens and zero channels": (4096, lambda x: zero_channels(massive(x)), 280, 1e-9, 1e-12, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_excess_loss_of_the_damping_ladder(name):
+    tokens, change, rank, most, level, single = LADDER[name]
+    n = 512
+    x = random(tokens, n) * 10 ** torch.linspace(0, -3.75, n, dtype=torch.float64)
+    x = change(x @ torch.linalg.qr(random(n, n, seed=1)).Q).float()
+    weight = random(n, 640, seed=2)
+    y = x.double() @ weight
+
+    # the optimum from the data itself, no Gram matrix, in the arithmetic that measures the others
+    right = torch.linalg.svd(y, full_matrices=False).Vh[:rank]
+    optimum = squared_loss(x, y, weight @ right.mT, right)
+    f = fz.factorize([weight], freqrank.gram(x), rank)
+    excess = squared_loss(x, y, f.basis, f.coefficients[0]) / optimum - 1
+    wrong = fz.factorize([weight], (x.mT @ x).double(), rank)
+    excess_of_float32 = squared_loss(x, y, wrong.basis, wrong.coefficients[0]) / optimum - 1
+    print(f"{name}: {excess:.1e} at {f.damping:g}; from a float32 Gram {excess_of_float32:.1e} at {wrong.damping:g}")
+    assert f.whitening == "cholesky"
+    assert f.damping == level
+    assert excess <= most
+    assert excess_of_float32 >= single
+    # the side of the outputs, where no whitening is needed
+    thin = fz.factorize([weight[:, :400]], freqrank.gram(x), 180)
+    assert thin.whitening == "none"
+    y = y[:, :400]
+    right = torch.linalg.svd(y, full_matrices=False).Vh[:180]
+    optimum = squared_loss(x, y, weight[:, :400] @ right.mT, right)
+    assert squared_loss(x, y, thin.basis, thin.coefficients[0]) <= optimum * (1 + 2e-15)

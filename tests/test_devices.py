@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import freqrank
 import pytest
 import torch
 from freqrank import _native
+from freqrank.ops import linalg
 from torch._subclasses import FakeTensorMode
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +74,23 @@ def test_fake_cuda_tensors_are_traced():
         y = freqrank.dct(x, norm="ortho", n=32)
         assert (y.shape, y.dtype, y.device.type) == ((3, 32), torch.bfloat16, "cuda")
         assert freqrank.gram(x).device.type == "cuda"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("second", [True, False])
+def test_derivatives_of_the_solvers_stay_on_the_gpu(first, second, dtype):
+    """The formulas themselves: without a GPU autograd has no thread for one."""
+    where = {"device": "cuda", "dtype": dtype}
+    with FakeTensorMode(), torch.no_grad():
+        a, b = torch.empty(2, 6, 6, **where), torch.empty(2, 6, 6, **where)
+        context = SimpleNamespace(saved_tensors=(a,), upper=first, needs_input_grad=(True, False))
+        [from_cholesky, _] = linalg._cholesky_backward(context, b, None)
+        context = SimpleNamespace(saved_tensors=(a, b), options=(first, second, True), needs_input_grad=(True, True))
+        [from_a, from_b, *_] = linalg._solve_backward(context, b)
+        for grad in (from_cholesky, from_a, from_b, freqrank.logdet(a)):
+            assert (grad.device.type, grad.dtype) == ("cuda", dtype)
+            assert grad.shape == a.shape[: grad.dim()]
 
 
 def test_export_for_cuda():

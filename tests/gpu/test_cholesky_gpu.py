@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import freqrank
 import pytest
 import torch
@@ -206,6 +208,41 @@ def test_gradients():
     want = torch.autograd.grad(sum(y.sum() for y in solve(*cpu)), cpu)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g.cpu(), w)
+
+
+@pytest.mark.parametrize("upper", [False, True])
+def test_gradients_of_every_option(upper):
+    a = random(2, 4, 4) / 4 + 2 * torch.eye(4, dtype=torch.float64, device=DEVICE)
+    assert torch.autograd.gradcheck(
+        lambda a: freqrank.cholesky_ex(a @ a.mT, upper=upper).L, (a.clone().requires_grad_(),)
+    )
+    for left in (True, False):
+        for unit in (True, False):
+            options = {"upper": upper, "left": left, "unitriangular": unit}
+            b = random(2, 4, 3, seed=1) if left else random(2, 3, 4, seed=1)
+            inputs = (a.clone().requires_grad_(), b.requires_grad_())
+            solve = partial(freqrank.solve_triangular, **options)
+            assert torch.autograd.gradcheck(solve, inputs), options
+            assert torch.autograd.gradgradcheck(solve, inputs), options
+
+
+def test_gradients_of_large_float32_matrices_are_those_of_float64():
+    a = positive_definite(2, 300, 300)
+    b = random(2, 300, 40, seed=1)
+    grads = []
+    for dtype in DTYPES:
+        x, y = a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()
+        L = freqrank.cholesky_ex(x).L
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            solved = freqrank.solve_triangular(L, y, upper=False)
+        (solved.square().sum() + freqrank.logdet(L).sum()).backward()
+        assert x.grad is not None
+        assert y.grad is not None
+        assert x.grad.dtype == y.grad.dtype == dtype
+        assert x.grad.device == x.device
+        grads.append((x.grad.double(), y.grad.double()))
+    for single, double in zip(*grads, strict=True):
+        assert float((single - double).norm() / double.norm()) < 1e-4
 
 
 @needs_cuda

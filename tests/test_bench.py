@@ -9,7 +9,7 @@ import torch
 from freqrank.ops import reference
 
 from bench.python import cpp, machine, results, run
-from bench.python.families import dct, linear_attention
+from bench.python.families import dct, linear_attention, lowrank
 from bench.python.measure import COPY, MATMUL, MATMUL_SIZE, measure, relative_error
 from bench.python.registry import Case, Family, NotApplicable, families
 
@@ -195,6 +195,44 @@ def test_attentions_definition_is_the_twin(decay):
     assert relative_error(linear_attention.reference(case, q, k, v, g, block=16), want) < 1e-14
 
 
+def test_a_case_may_measure_errors_of_its_own():
+    family = toy_family(right=lambda x: x + x, wrong=lambda x: 3 * x)
+    rows, _ = measured(family, toy_case(error=lambda result, reference: float(abs(result - reference).max()) * 7))
+    assert rows["right"]["error"] == 0
+    assert rows["wrong"]["error"] > 7
+    assert "wrong: error" in rows["wrong"]["refused"]
+    family.implementation("triple", reference=lambda case, x: 3 * x.double())(lambda case, x: lambda x: 3 * x)
+    rows, _ = measured(family, toy_case(error=lambda result, reference: 1.0))
+    assert rows["triple"]["error"] < 1e-6  # its own definition, compared as usual
+
+
+def test_excess_loss_of_factors():
+    for data in ("mild", "massive"):
+        [case] = [case for case in families()["lowrank"].cases("cpu") if case.n == 128 and case.options["data"] == data]
+        x, weights = case.inputs(case, torch.Generator().manual_seed(0), CPU)
+        reference = lowrank.reference(case, x, weights)
+        makers = [each for each in lowrank.family.implementations if each.reference is None]
+        found = {each.name: each.prepare(case, x, weights)(x, weights) for each in makers}
+        excess = {name: lowrank.excess(factors, reference) for name, factors in found.items()}
+        assert excess["freqrank"] < 1e-13
+        assert excess["float64 throughout"] < 1e-13
+        for name in ("recipe of SVD-LLM", "recipe of Basis Sharing"):
+            assert (1 if data == "massive" else 1e-9) < excess[name] < (100 if data == "massive" else 1e-6)
+        basis, coefficients = found["freqrank"]
+        assert lowrank.excess((basis * math.nan, coefficients), reference) == math.inf
+
+
+def test_the_optimum_from_a_gram_matrix_is_that_from_the_outputs(monkeypatch):
+    for n, outputs in ((40, 60), (40, 10)):
+        options = {"layers": 2, "rank": 8, "data": "mild"}
+        case = toy_case(shape=(400, n, outputs), n=n, options=options)
+        x, weights = lowrank._inputs(case, torch.Generator().manual_seed(0), CPU)
+        least = lowrank.reference(case, x, weights)[2]
+        with monkeypatch.context() as patch:
+            patch.setattr(lowrank, "EXACT_ORDER", 1)
+            torch.testing.assert_close(lowrank.reference(case, x, weights)[2], least, rtol=1e-9, atol=0)
+
+
 def test_repetitions_of_a_cpp_benchmark_become_a_row():
     name = "dct/cuda/type 2 64x32 float32/min_time:0.010/repeats:3/manual_time"
     common = {"name": name, "run_type": "iteration", "time_unit": "us", "iterations": 7, "n": 32.0, "bytes": 16384.0}
@@ -216,7 +254,7 @@ def test_every_family_has_its_cases_and_its_baseline():
         for device in ("cpu", "cuda"):
             cases = family.cases(device)
             assert any(case.quick for case in cases)
-            assert all(case.bytes > 0 and case.tolerance < 0.1 for case in cases)
+            assert all(case.bytes > 0 and (case.tolerance < 0.1 or case.error) for case in cases)
 
 
 @pytest.mark.parametrize("name", sorted(families()))

@@ -36,12 +36,32 @@ SLOW_ROUNDS = 3
 LONG_CALL = 0.1  # seconds; longer calls need no call before the timed ones
 
 
+def to_tensors(result: Any) -> tuple[Tensor, ...]:
+    """A result of torch, NumPy or CuPy, or a tuple of them."""
+    if isinstance(result, (tuple, list)):
+        return tuple(tensor for item in result for tensor in to_tensors(item))
+    return (result.detach() if isinstance(result, Tensor) else torch.as_tensor(result),)
+
+
+def relative_error(result: Any, reference: Tensor | tuple[Tensor, ...]) -> float:
+    """The largest relative L2 error of the tensors of a result; infinite if shapes differ."""
+    got, want = to_tensors(result), to_tensors(reference)
+    if [tensor.shape for tensor in got] != [tensor.shape for tensor in want]:
+        return float("inf")
+    errors = []
+    for a, b in zip(got, want, strict=True):
+        error = float((a.to(b.device, torch.float64) - b).norm() / b.norm().clamp(min=1e-300))
+        errors.append(error if error == error else float("inf"))
+    return max(errors)
+
+
 @dataclass
 class Timed:
     name: str
     run: Callable[[int], Any]  # of the index into the rotation
     sets: int
     reference: Any = None
+    error_of: Callable[[Any, Any], float] = relative_error
     calls: int = 1  # a sample
     estimate: float = 0.0  # seconds a call
     host: float = LONGEST_HOST  # seconds until a call returns, at best
@@ -84,25 +104,6 @@ class Clock:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) * 1e-3
-
-
-def to_tensors(result: Any) -> tuple[Tensor, ...]:
-    """A result of torch, NumPy or CuPy, or a tuple of them."""
-    if isinstance(result, (tuple, list)):
-        return tuple(tensor for item in result for tensor in to_tensors(item))
-    return (result.detach() if isinstance(result, Tensor) else torch.as_tensor(result),)
-
-
-def relative_error(result: Any, reference: Tensor | tuple[Tensor, ...]) -> float:
-    """The largest relative L2 error of the tensors of a result; infinite if shapes differ."""
-    got, want = to_tensors(result), to_tensors(reference)
-    if [tensor.shape for tensor in got] != [tensor.shape for tensor in want]:
-        return float("inf")
-    errors = []
-    for a, b in zip(got, want, strict=True):
-        error = float((a.to(b.device, torch.float64) - b).norm() / b.norm().clamp(min=1e-300))
-        errors.append(error if error == error else float("inf"))
-    return max(errors)
 
 
 def missing_modules(implementation: Implementation) -> list[str]:
@@ -211,7 +212,8 @@ def measure(
             define = implementation.reference or case.reference
             if define not in references:
                 references[define] = define(case, *sets[0])
-            errors[name] = relative_error(call(*arguments[0]), references[define])
+            error_of = relative_error if implementation.reference else case.error or relative_error
+            errors[name] = error_of(call(*arguments[0]), references[define])
             if changed := [pair for pair in zip(sets[0], pristine, strict=True) if not _same(*pair)]:
                 refused[name] = "wrong: it changes its input"
                 for x, before in changed:
@@ -228,10 +230,10 @@ def measure(
                 left_out[name] = why
             continue
         if errors[name] > case.tolerance:
-            refused[name] = f"wrong: relative error {errors[name]:.1e} is above {case.tolerance:.0e}"
+            refused[name] = f"wrong: error {errors[name]:.1e} is above {case.tolerance:.0e}"
             continue
         run = lambda i, call=call, arguments=arguments: call(*arguments[i])  # noqa: E731
-        contenders.append(Timed(name, run, len(arguments), references[define]))
+        contenders.append(Timed(name, run, len(arguments), references[define], error_of))
 
     timed = contenders + _yardsticks(case, device)
     clock = Clock(device)
@@ -256,9 +258,9 @@ def measure(
         gc.enable()
 
     for each in list(contenders):  # still right, and the inputs are what they were
-        again = relative_error(each.run(0), each.reference)
+        again = each.error_of(each.run(0), each.reference)
         if again > case.tolerance:
-            refused[each.name] = f"wrong after {len(each.samples)} samples: relative error {again:.1e}"
+            refused[each.name] = f"wrong after {len(each.samples)} samples: error {again:.1e}"
             contenders.remove(each)
 
     by_name = {each.name: each for each in timed if each.name not in refused}

@@ -29,12 +29,14 @@ class Case:
     n: int  # what plots and tables run over
     series: str  # cases that belong together in a plot
     bytes: int  # that must move: every input read once, every output written once
-    tolerance: float  # relative error above which a result counts as wrong
+    tolerance: float  # error above which a result counts as wrong
     inputs: Callable[[Case, torch.Generator, torch.device], Inputs]
-    reference: Callable[..., Tensor | tuple[Tensor, ...]]  # (case, *inputs) -> the result in float64
+    # (case, *inputs) -> the result in float64, or what `error` compares with
+    reference: Callable[..., Tensor | tuple[Tensor, ...]]
     options: Mapping[str, Any] = field(default_factory=dict)
     flops: float = 0  # if given, times are also put beside a matrix product
     compute: str | None = None  # dtype of that product; default `dtype`
+    error: Callable[[Any, Any], float] | None = None  # of a result beside the reference; default: relative L2 error
     quick: bool = False  # part of --quick
 
     @property

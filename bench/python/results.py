@@ -261,8 +261,9 @@ def render(folder: Path) -> str:
         f"*{BASELINE}* is its time; *of copy* the time of copying as many bytes as the case must move (every input",
         "read once, every output written once), divided by its time; *of matrix product* its rate of the operations",
         "that the case needs at least, over that of a large matrix product; *error* its relative error against",
-        f"float64. The columns of the others say how many times as long as {BASELINE} they took (above 1 {BASELINE} is",
-        "faster), and in brackets their error. What gives a wrong result has no time.",
+        "float64, or of factors the squared loss beyond the least, relative to it. The columns of the others say how",
+        f"many times as long as {BASELINE} they took (above 1 {BASELINE} is faster), and in brackets their error. What",
+        "gives a wrong result has no time.",
         "",
     ]
     for name, document in load(folder).items():

@@ -11,6 +11,7 @@ from torch import Tensor
 from bench.python.registry import Case, Family, Inputs
 
 SIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
+DOWN = (11008, 12288, 14336)
 
 
 def _samples(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
@@ -24,40 +25,44 @@ def _positive_definite(case: Case, generator: torch.Generator, device: torch.dev
 
 def cases(device: str) -> Iterator[Case]:
     tokens, widths = (4096, (128, 256, 512, 1024)) if device == "cpu" else (32768, (1024, 2048, 4096))
-    for n in widths:
-        for dtype in ("bfloat16", "float32"):
-            yield Case(
-                op="gram",
-                shape=(tokens, n),
-                dtype=dtype,
-                n=n,
-                series=f"Gram from {dtype}",
-                bytes=tokens * n * SIZE[dtype] + n * n * 8,
-                tolerance=1e-12,
-                inputs=_samples,
-                reference=lambda case, x: x.double().mT @ x.double(),
-                flops=tokens * n * (n + 1.0),
-                compute="float64",
-                quick=n == widths[1] and dtype == "bfloat16",
-            )
+    grams = [(tokens, n, dtype) for n in widths for dtype in ("bfloat16", "float32")]
+    if device == "cuda":  # inputs of the down projections of LLaMA-2-7B, Qwen3-8B and LLaMA-3-8B
+        grams += [(8192, n, "bfloat16") for n in DOWN]
+    for tokens, n, dtype in grams:
+        yield Case(
+            op="gram",
+            shape=(tokens, n),
+            dtype=dtype,
+            n=n,
+            series=f"Gram from {dtype}",
+            bytes=tokens * n * SIZE[dtype] + n * n * 8,
+            tolerance=1e-12,
+            inputs=_samples,
+            reference=lambda case, x: x.double().mT @ x.double(),
+            flops=tokens * n * (n + 1.0),
+            compute="float64",
+            quick=n == widths[1] and dtype == "bfloat16",
+        )
     batches = [(256, 32), (64, 64), (64, 128), (16, 256), (16, 512), (2, 1024)]
     if device == "cuda":
         batches += [(4096, 32), (4096, 128), (1, 4096)]
-    for batch, n in batches:
-        for dtype in ("float32", "float64"):
-            yield Case(
-                op="cholesky_ex",
-                shape=(batch, n, n),
-                dtype=dtype,
-                n=n,
-                series=f"Cholesky, {dtype}",
-                bytes=2 * batch * n * n * SIZE[dtype],
-                tolerance=1e-4 if dtype == "float32" else 1e-12,
-                inputs=_positive_definite,
-                reference=lambda case, a: torch.linalg.cholesky(a.double()),
-                flops=batch * n**3 / 3,
-                quick=n in (32, 128) and dtype == "float32",
-            )
+    factors = [(batch, n, dtype) for batch, n in batches for dtype in ("float32", "float64")]
+    if device == "cuda":
+        factors += [(1, n, "float64") for n in DOWN]
+    for batch, n, dtype in factors:
+        yield Case(
+            op="cholesky_ex",
+            shape=(batch, n, n),
+            dtype=dtype,
+            n=n,
+            series=f"Cholesky, {dtype}",
+            bytes=2 * batch * n * n * SIZE[dtype],
+            tolerance=1e-4 if dtype == "float32" else 1e-12,
+            inputs=_positive_definite,
+            reference=lambda case, a: torch.linalg.cholesky(a.double()),
+            flops=batch * n**3 / 3,
+            quick=n in (32, 128) and dtype == "float32",
+        )
 
 
 family = Family("whitening", "Gram matrices and Cholesky factors", "n", cases)

@@ -76,9 +76,11 @@ def test_one_decomposition_gives_every_rank(outputs, monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", None)
     for rank, f in alone.items():
         again = decomposition.truncate(rank)
-        assert torch.equal(again.basis, f.basis)
-        assert all(torch.equal(a, b) for a, b in zip(again.coefficients, f.coefficients, strict=True))
-        assert again.lost == f.lost
+        torch.testing.assert_close(again.basis, f.basis, rtol=1e-12, atol=1e-12)
+        for a, b in zip(again.coefficients, f.coefficients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert again.lost == pytest.approx(f.lost, rel=1e-12, abs=1e-12 * sum(f.energy))
+        assert f.spectrum.shape == decomposition.spectrum.shape
     with pytest.raises(ValueError, match=r"rank must be from 1 to 2\d, the directions that were found; got 25"):
         decomposition.truncate(25)
 
@@ -90,8 +92,11 @@ def test_errors():
     for rank in (0, 11):
         with pytest.raises(ValueError, match=rf"rank must be from 1 to min\(d1, sum of d2\) = 10; got {rank}"):
             fz.factorize(weights, None, rank)
+    eye = torch.eye(24, dtype=torch.float64)
     with pytest.raises(ValueError, match="rank must be from 1 to 23; got 24"):
-        leading_eigenvectors(torch.eye(24, dtype=torch.float64), 24)
+        leading_eigenvectors(eye, 24)
+    with pytest.raises(ValueError, match=r"start must be \[24, 3 to 24\]; got \(24, 2\)"):
+        leading_eigenvectors(eye, 3, start=eye[:, :2])
 
 
 # --- the leading eigenvectors alone -----------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class Decomposition:
     Attributes:
         spectrum, energy, whitening, damping, solver: as in :class:`Factorization`.
         weights, block_weights: those that were decomposed.
-        vectors: eigenvectors [d1 or sum of d2, r], one for each entry of ``spectrum``.
+        vectors: eigenvectors [d1 or sum of d2, r] of the first r entries of ``spectrum``.
         root: the upper triangular S [d1, d1], None for the identity and where ``vectors`` are those of the outputs.
         by_inputs: whether ``vectors`` are left singular vectors (of length d1) or right ones.
     """
@@ -196,7 +196,7 @@ def decompose(
         used = "subspace, then eigh" if found is None else "subspace"
     if found is None:
         values, vectors = torch.linalg.eigh(problem.matrix)
-        found = values.flip(0).clamp(min=0), vectors.flip(1)
+        found = values.flip(0).clamp(min=0), vectors[:, -(rank or order) :].flip(1)
     return Decomposition(
         spectrum=found[0],
         energy=problem.energy,

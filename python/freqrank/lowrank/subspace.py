@@ -51,6 +51,8 @@ def leading_eigenvectors(
     n = matrix.shape[0]
     if not 0 < rank < n:
         raise ValueError(f"rank must be from 1 to {n - 1}; got {rank}")
+    if start is not None and (start.dim() != 2 or start.shape[0] != n or not rank <= start.shape[1] <= n):
+        raise ValueError(f"start must be [{n}, {rank} to {n}]; got {tuple(start.shape)}")
     if start is None:
         columns = min(n, rank + max(16, rank // 4))
         generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from freqrank.lowrank import allocation as al
 from freqrank.lowrank import factorize as fz
-from freqrank.lowrank.methods import METHODS, Method, Metric, register
+from freqrank.lowrank.methods import METHODS, Method, register
 from freqrank.lowrank.modules import LowRankLinear, shared_groups
 from freqrank.lowrank.scales import block_weights, input_scale, pooling
 from freqrank.lowrank.statistics import Grams, observe, read_calibration
@@ -243,8 +243,9 @@ def test_alpha_flattens_the_errors_where_only_inputs_are_scaled():
         weights.append(torch.randn(n, d2, generator=generator, dtype=torch.float64))
 
     def errors(method, **options):
-        metric = METHODS[method](**options).metric(grams, t, weights, range(4))
-        f = fz.factorize(weights, metric.gram, 30, metric.block_weights)
+        rule = METHODS[method](**options)
+        pool = rule.pool(grams, t)
+        f = fz.factorize(weights, pool.root, 30, rule.block_weights(weights, pool.scales))
         pairs = (fz.squared_error(w, f.basis @ c, g) for w, c, g in zip(weights, f.coefficients, grams, strict=True))
         return [math.sqrt(lost / total) for lost, total in pairs]
 
@@ -519,6 +520,30 @@ def test_predicted_errors_are_measured(method):
             assert layer.error == pytest.approx((own[0] / own[1]).sqrt().item(), rel=1e-6)
             if method != "svd" and len(group.layers) == 1:
                 assert layer.error == pytest.approx(layer.predicted_error, rel=1e-6)
+
+
+def test_dense_groups_report_the_shares_of_factored_ones(monkeypatch):
+    from freqrank.models import compression
+
+    model = build()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight.mul_(3)
+    options = {"group_size": 2, "block_weight": "norm", "ratio": 0.1}
+    _, factored = compressed(model, **options)
+    sites = []
+    group = compression._group
+
+    def grouped(*args):
+        found = group(*args)
+        sites.append([{site.role for site in one.sites} for one in found])
+        return found
+
+    monkeypatch.setattr(compression, "_group", grouped)
+    monkeypatch.setattr(compression, "allocate", lambda *_: [None if roles == {"q"} else 1 for roles in sites[-1]])
+    _, dense = compressed(model, **options)
+    for one, other in zip(factored.layers, dense.layers, strict=True):
+        assert (other.rank is None) == (other.role == "q")
+        assert other.output_share == pytest.approx(one.output_share, rel=1e-9)
 
 
 def test_damping_is_reported():
@@ -891,12 +916,36 @@ def test_factors_that_do_not_fit_the_dtype_are_refused():
     assert_untouched(model, before)
 
 
+@pytest.mark.parametrize("refit", [None, "cross"])
+def test_what_roles_share_is_computed_once(refit, monkeypatch):
+    from freqrank.lowrank import methods, scales
+
+    count = dict.fromkeys(("pool", "whiten", "eigenvalues"), 0)
+
+    def counting(name, original):
+        def call(*args, **options):
+            count[name] += 1
+            return original(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(methods, "pooled", counting("pool", methods.pooled))
+    monkeypatch.setattr(fz, "whiten", counting("whiten", fz.whiten))
+    monkeypatch.setitem(scales._MEASURES, "spectral", counting("eigenvalues", scales._MEASURES["spectral"]))
+    model = build(num_hidden_layers=4)
+    compressed(model, scale="spectral", group_size=2, refit=refit)
+    # by layer: q, k and v read the same, gate and up do, o and down alone; the latter have more inputs than outputs
+    assert count["pool"] == 2 * 2 + 4 * 2
+    assert count["eigenvalues"] == 2 * 2 * 2 + 4 * 2
+    assert count["whiten"] == 2 * 2
+
+
 def test_a_further_method_is_one_class():
     class Last(Method):
         name, shares = "last", True
 
-        def metric(self, grams, tokens, weights, layers):
-            return Metric(grams[-1], [0.0] * (len(grams) - 1) + [1.0], [1.0] * len(weights))
+        def combine(self, grams, scales):
+            return fz.Root(grams[-1]), [0.0] * (len(grams) - 1) + [1.0]
 
     try:
         register(Last)

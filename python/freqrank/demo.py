@@ -353,8 +353,9 @@ def planted(demo: Demo, tick: Tick) -> Section:
     rows: list[dict[str, Any]] = []
     for name, (_, method) in PLANTED.items():
         tick(name)
-        metric = method().metric(grams, tokens, weights, range(len(scales)))
-        done = factorize(weights, metric.gram, rank, metric.block_weights)
+        rule = method()
+        pool = rule.pool(grams, tokens)
+        done = factorize(weights, pool.root, rank, rule.block_weights(weights, pool.scales))
         errors = []
         for weight, coefficients, gram in zip(weights, done.coefficients, grams, strict=True):
             lost, total = squared_error(weight, done.basis @ coefficients, gram)

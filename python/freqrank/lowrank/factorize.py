@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +27,45 @@ _COLUMNS = 256
 _ORTHOGONAL_SPREAD = 1e6
 # Refitted coefficients move freely along directions that hold more than this share of a direction's mean energy.
 _REFIT_DAMPING = 1e-6
+
+
+class Root:
+    """S with S^T S = G, made when it is first asked for: weights that read the same inputs share it.
+
+    Attributes:
+        gram: G [d1, d1], float64.
+
+    >>> root = Root(torch.tensor([[4.0, 2.0], [2.0, 2.0]], dtype=torch.float64))
+    >>> root.factor, root.whitening, root.damping
+    (tensor([[2., 1.],
+            [0., 1.]], dtype=torch.float64), 'cholesky', 0.0)
+    """
+
+    def __init__(self, gram: Tensor) -> None:
+        self.gram = gram
+
+    @cached_property
+    def _found(self) -> tuple[Tensor, str, float]:
+        factor, damping, info = whiten(self.gram)
+        if int(info) == 0:
+            return factor, "cholesky", float(damping)
+        factor, damping, _ = whiten_eigh(self.gram)  # a zero Gram matrix has the factor 0, which is right
+        return factor, "eigh", float(damping)
+
+    @property
+    def factor(self) -> Tensor:
+        """S [d1, d1], upper triangular."""
+        return self._found[0]
+
+    @property
+    def whitening(self) -> str:
+        """How it was made: "cholesky" or "eigh"."""
+        return self._found[1]
+
+    @property
+    def damping(self) -> float:
+        """Relative damping of the Gram matrix, 0 if none was needed."""
+        return self._found[2]
 
 
 @dataclass(frozen=True)
@@ -136,7 +176,7 @@ def _orthogonal(parts: Sequence[Tensor]) -> list[Tensor]:
 
 def factorize(
     weights: Sequence[Tensor],
-    gram: Tensor | None,
+    gram: Tensor | Root | None,
     rank: int,
     block_weights: Sequence[float] | None = None,
     *,
@@ -155,7 +195,7 @@ def factorize(
 
 def decompose(
     weights: Sequence[Tensor],
-    gram: Tensor | None,
+    gram: Tensor | Root | None,
     block_weights: Sequence[float] | None = None,
     *,
     rank: int | None = None,
@@ -171,7 +211,7 @@ def decompose(
 
     Args:
         weights: [d1, d2] each, of any floating dtype; the d2 may differ.
-        gram: G [d1, d1], float64; None for the identity.
+        gram: G [d1, d1], float64, or its root; None for the identity.
         block_weights: b_l > 0 of each weight; 1 if None.
         rank: how many directions will be asked for, if that is known; all of them if None.
         solver: "eigh": all eigenvectors, by LAPACK or cuSOLVER. "subspace": only the leading ``rank``, by
@@ -212,7 +252,7 @@ def decompose(
 
 
 def squared_singular_values(
-    weights: Sequence[Tensor], gram: Tensor | None, block_weights: Sequence[float] | None = None
+    weights: Sequence[Tensor], gram: Tensor | Root | None, block_weights: Sequence[float] | None = None
 ) -> Tensor:
     """The ``spectrum`` of :func:`decompose` alone, without the cost of eigenvectors.
 
@@ -235,27 +275,28 @@ class _Problem:
     by_inputs: bool
 
 
-def _problem(weights: Sequence[Tensor], gram: Tensor | None, b: Sequence[float]) -> _Problem:
+def _problem(weights: Sequence[Tensor], gram: Tensor | Root | None, b: Sequence[float]) -> _Problem:
     inputs, outputs = weights[0].shape[0], sum(weight.shape[1] for weight in weights)
+    root = Root(gram) if isinstance(gram, Tensor) else gram
     if outputs <= inputs:
-        matrix = _between_outputs(weights, gram, b)
+        matrix = _between_outputs(weights, None if root is None else root.gram, b)
         diagonal = matrix.diagonal().split([weight.shape[1] for weight in weights])
         return _Problem(matrix, [float(part.sum()) for part in diagonal], "none", 0.0, None, False)
-    root, whitening, damping = _whiten(gram)
     # tr(S K S^T) of each K = W W^T is the sum over S^T S times K. Damping is what the diagonal of S^T S has beyond G's.
-    added = None if root is None or gram is None else root.square().sum(0) - gram.diagonal()
+    added = None if root is None else root.factor.square().sum(0) - root.gram.diagonal()
     pooled: Tensor | None = None
     energy = []
     for weight, scale in zip(weights, b, strict=True):
         product = gram_of(weight.mT).mul_(scale * scale)
-        if gram is None or added is None:
+        if root is None or added is None:
             energy.append(float(product.trace()))
         else:
-            energy.append(float((gram * product).sum() + added @ product.diagonal()))
+            energy.append(float((root.gram * product).sum() + added @ product.diagonal()))
         pooled = product if pooled is None else pooled.add_(product)
     assert pooled is not None
-    matrix = pooled if root is None else _congruent(root, pooled)
-    return _Problem(matrix, energy, whitening, damping, root, True)
+    if root is None:
+        return _Problem(pooled, energy, "none", 0.0, None, True)
+    return _Problem(_congruent(root.factor, pooled), energy, root.whitening, root.damping, root.factor, True)
 
 
 def _between_outputs(weights: Sequence[Tensor], gram: Tensor | None, b: Sequence[float]) -> Tensor:
@@ -289,16 +330,6 @@ def _congruent(root: Tensor, middle: Tensor) -> Tensor:
 
 def _mirrored(lower: Tensor) -> Tensor:
     return lower.tril() + lower.tril(-1).mT
-
-
-def _whiten(gram: Tensor | None) -> tuple[Tensor | None, str, float]:
-    if gram is None:
-        return None, "none", 0.0
-    factor, damping, info = whiten(gram)
-    if int(info) == 0:
-        return factor, "cholesky", float(damping)
-    factor, damping, _ = whiten_eigh(gram)  # a zero Gram matrix has the factor 0, which is right
-    return factor, "eigh", float(damping)
 
 
 def refit(basis: Tensor, coefficient: Tensor, gram: Tensor, moment: Tensor) -> Tensor:
@@ -342,8 +373,13 @@ def refit(basis: Tensor, coefficient: Tensor, gram: Tensor, moment: Tensor) -> T
 
 def squared_error(weight: Tensor, approximation: Tensor, gram: Tensor | None) -> tuple[float, float]:
     """tr(D^T G D) of D = weight - approximation, and tr(W^T G W): squared output error, squared output."""
+    return squared_norm(weight - approximation, gram), squared_norm(weight, gram)
 
-    def norm(matrix: Tensor) -> float:
-        return float(((matrix if gram is None else gram @ matrix) * matrix).sum().clamp(min=0))
 
-    return norm(weight - approximation), norm(weight)
+def squared_norm(weight: Tensor, gram: Tensor | None) -> float:
+    """tr(W^T G W): the squared output.
+
+    >>> squared_norm(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+    13.0
+    """
+    return float(((weight if gram is None else gram @ weight) * weight).sum().clamp(min=0))

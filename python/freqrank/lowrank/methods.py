@@ -11,24 +11,30 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from freqrank.lowrank.factorize import Root
 from freqrank.lowrank.scales import block_weights, input_scale, pooling
 
 METHODS: dict[str, type[Method]] = {}
 
 
 @dataclass(frozen=True)
-class Metric:
-    """What a group is decomposed with.
+class Pool:
+    """The inputs of some layers, as weights that read them are decomposed with; the same for q, k and v.
 
     Attributes:
-        gram: the pooled sum_l alpha_l G_l, or None for the identity.
+        root: of the pooled sum_l alpha_l G_l, or None for the identity.
         alpha: coefficient of each layer's Gram matrix in it.
-        block_weights: b of each weight.
+        scales: of each layer's input, as the method measures it.
     """
 
-    gram: Tensor | None
+    root: Root | None
     alpha: list[float]
-    block_weights: list[float]
+    scales: list[float]
+
+    @property
+    def gram(self) -> Tensor | None:
+        """The pooled matrix."""
+        return None if self.root is None else self.root.gram
 
 
 @dataclass(frozen=True)
@@ -46,15 +52,19 @@ class Method:
     exponent: float = 1.0
     block_weight: str | None = None
 
-    def metric(self, grams: Sequence[Tensor], tokens: int, weights: Sequence[Tensor], layers: Sequence[int]) -> Metric:
-        """The metric of one group.
+    def pool(self, grams: Sequence[Tensor], tokens: int) -> Pool:
+        """Of the Gram matrices [d1, d1] of some layers' inputs, sums over so many tokens."""
+        scales = [input_scale(gram, tokens, self.scale) for gram in grams]
+        root, alpha = self.combine(grams, scales)
+        return Pool(root, alpha, scales)
 
-        Args:
-            grams: [d1, d1] of each layer.
-            tokens: how many tokens they sum over.
-            weights: [d1, d2] each; ``layers``: which of ``grams`` each weight belongs to.
-        """
+    def combine(self, grams: Sequence[Tensor], scales: Sequence[float]) -> tuple[Root | None, list[float]]:
+        """The first two of a :class:`Pool`, from the layers' Gram matrices and scales."""
         raise NotImplementedError
+
+    def block_weights(self, weights: Sequence[Tensor], scales: Sequence[float]) -> list[float]:
+        """b of each weight [d1, d2] of a group, given the scale of each one's input."""
+        return [1.0] * len(weights)
 
 
 def register(method: type[Method]) -> type[Method]:
@@ -70,8 +80,8 @@ class SVD(Method):
     name = "svd"
     shares = False
 
-    def metric(self, grams: Sequence[Tensor], tokens: int, weights: Sequence[Tensor], layers: Sequence[int]) -> Metric:
-        return Metric(None, [1.0] * len(grams), [1.0] * len(weights))
+    def combine(self, grams: Sequence[Tensor], scales: Sequence[float]) -> tuple[Root | None, list[float]]:
+        return None, [1.0] * len(grams)
 
 
 @register
@@ -81,8 +91,9 @@ class SVDLLM(Method):
     name = "svd-llm"
     shares = False
 
-    def metric(self, grams: Sequence[Tensor], tokens: int, weights: Sequence[Tensor], layers: Sequence[int]) -> Metric:
-        return Metric(pool(grams, [1.0] * len(grams)), [1.0] * len(grams), [1.0] * len(weights))
+    def combine(self, grams: Sequence[Tensor], scales: Sequence[float]) -> tuple[Root | None, list[float]]:
+        ones = [1.0] * len(grams)
+        return Root(pooled(grams, ones)), ones
 
 
 @register
@@ -104,21 +115,19 @@ class LISC(Method):
     name = "lisc"
     shares = True
 
-    def metric(self, grams: Sequence[Tensor], tokens: int, weights: Sequence[Tensor], layers: Sequence[int]) -> Metric:
-        scales = [input_scale(gram, tokens, self.scale) for gram in grams]
+    def combine(self, grams: Sequence[Tensor], scales: Sequence[float]) -> tuple[Root | None, list[float]]:
         alpha = pooling(scales, self.exponent)
-        return Metric(
-            pool(grams, alpha),
-            alpha,
-            block_weights(weights, [scales[layer] for layer in layers], self.block_weight),
-        )
+        return Root(pooled(grams, alpha)), alpha
+
+    def block_weights(self, weights: Sequence[Tensor], scales: Sequence[float]) -> list[float]:
+        return block_weights(weights, scales, self.block_weight)
 
 
-def pool(grams: Sequence[Tensor], alpha: Sequence[float]) -> Tensor:
+def pooled(grams: Sequence[Tensor], alpha: Sequence[float]) -> Tensor:
     """sum_l alpha_l G_l."""
     if len(grams) == 1:
         return grams[0]  # a common factor changes nothing
-    pooled = grams[0] * alpha[0]
+    total = grams[0] * alpha[0]
     for gram, coefficient in zip(grams[1:], alpha[1:], strict=True):
-        pooled.add_(gram, alpha=coefficient)
-    return pooled
+        total.add_(gram, alpha=coefficient)
+    return total

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from freqrank import _progress
 from freqrank.lowrank.allocation import ALLOCATIONS, Shape, allocate, kept
-from freqrank.lowrank.factorize import factorize, refit, squared_error, squared_singular_values
-from freqrank.lowrank.methods import METHODS, Method, Metric
+from freqrank.lowrank.factorize import factorize, refit, squared_error, squared_norm, squared_singular_values
+from freqrank.lowrank.methods import METHODS, Method, Pool
 from freqrank.lowrank.modules import LowRankLinear, install_lowrank
 from freqrank.lowrank.scales import BLOCK_WEIGHTS, SCALES, input_scale
 from freqrank.lowrank.statistics import Batch, Grams, read_calibration
@@ -440,6 +440,16 @@ def _group(architecture: Architecture, shares: bool, group_size: int, share: str
 # --- the work ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Metric:
+    """What a group is decomposed with: weights in float64, each layer's Gram matrix, their pool, b of each weight."""
+
+    weights: list[Tensor]
+    grams: list[Tensor]
+    pool: Pool
+    block_weights: list[float]
+
+
 class _Work:
     """Streams the calibration tokens through the model and decomposes each group once its statistics are there."""
 
@@ -450,6 +460,7 @@ class _Work:
             architecture, batches, rule, groups, tokens,
         )  # fmt: skip
         self.grams: dict[tuple[int, str], Tensor] = {}
+        self.pools: dict[tuple[tuple[int, ...], str], Pool] = {}  # of layers and what they read
 
     def spectra(self, advance: Any) -> list[Tensor]:
         """Squared singular values of each group.
@@ -462,8 +473,8 @@ class _Work:
         for layer in range(len(self.architecture.blocks)):
             self._collect(stream)
             for group in self._complete(layer):
-                weights, metric, _ = self._metric(group)
-                found[id(group)] = squared_singular_values(weights, metric.gram, metric.block_weights)
+                metric = self._metric(group)
+                found[id(group)] = squared_singular_values(metric.weights, metric.pool.root, metric.block_weights)
             self._release(layer)
             advance(f"block {layer}: spectra")
         return [found[id(group)] for group in self.groups]
@@ -486,7 +497,7 @@ class _Work:
                     prefix.block([group for group in waiting if prefix.layer in group.layers])
                     advance(f"block {prefix.layer - 1}: refit")
                 for group in [group for group in waiting if group.layers[-1] < prefix.layer]:
-                    self._measure(group, *self._metric(group))
+                    self._measure(group, self._metric(group))
                     waiting.remove(group)
             self._release(layer if prefix is None else prefix.layer - 1)
 
@@ -509,30 +520,37 @@ class _Work:
         """Drop the Gram matrices that no group beyond this block needs."""
         needed = {key for group in self.groups if group.layers[-1] > layer for key in group.inputs}
         self.grams = {key: gram for key, gram in self.grams.items() if key in needed}
+        self.pools = {key: pool for key, pool in self.pools.items() if key[0][-1] > layer}
 
     def _weight(self, site: _Site) -> Tensor:
         return self.architecture.linear(site.layer, site.role).weight.detach().double().mT
 
-    def _metric(self, group: _Group) -> tuple[list[Tensor], Metric, list[Tensor]]:
+    def _metric(self, group: _Group) -> _Metric:
         weights = [self._weight(site) for site in group.sites]
         device = weights[0].device
         weights = [weight.to(device) for weight in weights]
-        grams = [self.grams[layer, group.sites[0].source].to(device) for layer in group.layers]
-        index = [group.layers.index(site.layer) for site in group.sites]
-        return weights, self.rule.metric(grams, self.tokens, weights, index), grams
+        source = group.sites[0].source
+        grams = [self.grams[layer, source].to(device) for layer in group.layers]
+        key = tuple(group.layers), source
+        if key not in self.pools:
+            self.pools[key] = self.rule.pool(grams, self.tokens)
+        pool = self.pools[key]
+        at = [group.layers.index(site.layer) for site in group.sites]
+        return _Metric(weights, grams, pool, self.rule.block_weights(weights, [pool.scales[i] for i in at]))
 
     def _factor(self, group: _Group, own: bool, measure: bool) -> None:
-        weights, metric, grams = self._metric(group)
+        metric = self._metric(group)
+        weights, grams, pool = metric.weights, metric.grams, metric.pool
         shape = group.shape
-        kind = self.rule.scale if self.rule.scale != "none" else "trace"
-        scales = [input_scale(gram, self.tokens, kind) for gram in grams]
-        traces = [a * float(gram.trace()) for a, gram in zip(metric.alpha, grams, strict=True)]
+        scales = pool.scales
+        if self.rule.scale == "none":  # a report says something all the same
+            scales = [input_scale(gram, self.tokens, "trace") for gram in grams]
+        traces = [a * float(gram.trace()) for a, gram in zip(pool.alpha, grams, strict=True)]
         layers = []
-        factors = None if group.rank is None else factorize(weights, metric.gram, group.rank, metric.block_weights)
+        factors = None if group.rank is None else factorize(weights, pool.root, group.rank, metric.block_weights)
         if factors is None:
             energy = [
-                squared_error(w * b, w, metric.gram)[1] * b * b
-                for w, b in zip(weights, metric.block_weights, strict=True)
+                b * b * squared_norm(weight, pool.gram) for weight, b in zip(weights, metric.block_weights, strict=True)
             ]
         else:
             energy = factors.energy
@@ -551,7 +569,7 @@ class _Work:
                     predicted_error=_relative(lost, energy[i]),
                     error=0.0,
                     input_scale=scales[at],
-                    alpha=metric.alpha[at],
+                    alpha=pool.alpha[at],
                     block_weight=metric.block_weights[i],
                     input_share=_share(traces[at], traces),
                     output_share=_share(energy[i], energy),
@@ -579,22 +597,23 @@ class _Work:
             layers=layers,
         )  # fmt: skip
         if measure:
-            self._measure(group, weights, metric, grams)
+            self._measure(group, metric)
 
-    def _measure(self, group: _Group, weights: list[Tensor], metric: Metric, grams: list[Tensor]) -> None:
+    def _measure(self, group: _Group, metric: _Metric) -> None:
         """Errors of the factors as they will be stored."""
         if group.rank is None:
             return
         assert group.report is not None
         lost = total = 0.0
-        for i, (site, weight) in enumerate(zip(group.sites, weights, strict=True)):
+        pooled = metric.pool.gram
+        for i, (site, weight) in enumerate(zip(group.sites, metric.weights, strict=True)):
             basis, coefficient = self._stored(group, site)
             product = basis.double().mT @ coefficient.double().mT
-            own = grams[group.layers.index(site.layer)]
+            own = metric.grams[group.layers.index(site.layer)]
             error, energy = squared_error(weight, product, own)
             group.report.layers[i].error = _relative(error, energy)
-            if metric.gram is not own:
-                error, energy = squared_error(weight, product, metric.gram)
+            if pooled is not own:
+                error, energy = squared_error(weight, product, pooled)
             lost += error * metric.block_weights[i] ** 2
             total += energy * metric.block_weights[i] ** 2
         group.report.measured_error = _relative(lost, total)

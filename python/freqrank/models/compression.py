@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from freqrank import _progress
 from freqrank.lowrank.allocation import ALLOCATIONS, Shape, allocate, kept
-from freqrank.lowrank.factorize import factorize, refit, squared_error, squared_norm, squared_singular_values
+from freqrank.lowrank.factorize import factorize, refit, squared_norm, squared_singular_values
 from freqrank.lowrank.methods import METHODS, Method, Pool
 from freqrank.lowrank.modules import LowRankLinear, install_lowrank
 from freqrank.lowrank.scales import BLOCK_WEIGHTS, SCALES, input_scale
@@ -201,6 +201,7 @@ class _Group:
     rank: int | None = None
     basis: Tensor | None = None
     coefficients: dict[_Site, Tensor] = field(default_factory=dict)
+    energy: list[float] = field(default_factory=list)  # ||S b W||_F^2 of each linear
     report: GroupReport | None = None
 
     @property
@@ -556,6 +557,7 @@ class _Work:
             energy = factors.energy
             group.basis = factors.basis
             group.coefficients = dict(zip(group.sites, factors.coefficients, strict=True))
+        group.energy = energy
         for i, site in enumerate(group.sites):
             at = group.layers.index(site.layer)
             size = weights[i].numel()
@@ -604,19 +606,15 @@ class _Work:
         if group.rank is None:
             return
         assert group.report is not None
-        lost = total = 0.0
-        pooled = metric.pool.gram
+        pooled, lost = metric.pool.gram, 0.0
         for i, (site, weight) in enumerate(zip(group.sites, metric.weights, strict=True)):
             basis, coefficient = self._stored(group, site)
-            product = basis.double().mT @ coefficient.double().mT
+            wrong = weight - basis.double().mT @ coefficient.double().mT
             own = metric.grams[group.layers.index(site.layer)]
-            error, energy = squared_error(weight, product, own)
-            group.report.layers[i].error = _relative(error, energy)
-            if pooled is not own:
-                error, energy = squared_error(weight, product, pooled)
-            lost += error * metric.block_weights[i] ** 2
-            total += energy * metric.block_weights[i] ** 2
-        group.report.measured_error = _relative(lost, total)
+            error = squared_norm(wrong, own)
+            group.report.layers[i].error = _relative(error, squared_norm(weight, own))
+            lost += (error if pooled is own else squared_norm(wrong, pooled)) * metric.block_weights[i] ** 2
+        group.report.measured_error = _relative(lost, sum(group.energy))
 
     def _stored(self, group: _Group, site: _Site) -> tuple[Tensor, Tensor]:
         return _stored(group, site, self.architecture)

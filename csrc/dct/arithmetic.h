@@ -4,26 +4,14 @@
 // same bits whatever the width. On a GPU the compiler contracts.
 
 #include <type_traits>
-#include <utility>
 
 #include "common/inline.h"
+#include "common/lane.h"
 #if defined(__FMA__) && !defined(__CUDACC__)
 #include <immintrin.h>
 #endif
 
 namespace freqrank::dct {
-
-template <class V, bool = std::is_arithmetic_v<V>>
-struct LaneOf {
-  using type = V;
-};
-template <class V>
-struct LaneOf<V, false> {
-  using type = std::remove_cv_t<std::remove_reference_t<decltype(std::declval<V&>()[0])>>;
-};
-// The number type of a vector's lanes.
-template <class V>
-using Lane = typename LaneOf<V>::type;
 
 // The same number in every lane.
 template <class V>

@@ -236,7 +236,9 @@ def test_gram_errors():
 
 @pytest.mark.parametrize("dtype", SOLVER_FLOATS)
 @pytest.mark.parametrize("upper", [False, True])
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 12, 13, 47, 48, 63, 64, 65, 127, 191, 257, 321])
+@pytest.mark.parametrize(
+    "n", [0, 1, 2, 3, 12, 13, 47, 48, 63, 64, 65, 127, 128, 129, 191, 255, 256, 257, 511, 512, 513]
+)
 def test_cholesky_residual(n, upper, dtype):
     A = positive_definite(3, n, dtype=dtype)
     L, info = freqrank.cholesky_ex(with_rubbish(A, upper), upper=upper)
@@ -249,6 +251,42 @@ def test_cholesky_residual(n, upper, dtype):
     assert ((wide @ wide.mT - A.double()).flatten(1).norm(dim=-1) <= bound * A.double().flatten(1).norm(dim=-1)).all()
     expected = torch.linalg.cholesky(A.double(), upper=upper)
     torch.testing.assert_close(L.double(), expected, atol=300 * torch.finfo(dtype).eps, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", SOLVER_FLOATS)
+@pytest.mark.parametrize("upper", [False, True])
+def test_cholesky_side_by_side(upper, dtype):
+    # small matrices are factored in the lanes of vectors, and what does not fill half of one, alone: the same bits
+    for n in [*range(1, 71), 83, 128]:
+        A = positive_definite(7, 3, n, dtype=dtype)
+        L, info = freqrank.cholesky_ex(with_rubbish(A, upper), upper=upper)
+        assert not info.any()
+        assert torch.equal(L, L.triu() if upper else L.tril())
+        wide = L.double().mT if upper else L.double()
+        error = (wide @ wide.mT - A.double()).flatten(2).norm(dim=-1)
+        assert (error <= 5 * n * torch.finfo(dtype).eps * A.double().flatten(2).norm(dim=-1)).all()
+        for b in (0, 6):
+            assert torch.equal(freqrank.cholesky_ex(A[b, 1], upper=upper).L, L[b, 1])
+        assert torch.equal(freqrank.cholesky_ex(A.mT.contiguous().mT, upper=upper).L, L)
+        assert torch.equal(freqrank.cholesky_ex(A.transpose(0, 1), upper=upper).L, L.transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", SOLVER_FLOATS)
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("n", [1, 6, 33, 64])
+def test_cholesky_a_failure_stays_in_its_lane(n, upper, dtype):
+    A = positive_definite(45, n, dtype=dtype)
+    clean = freqrank.cholesky_ex(A, upper=upper).L
+    bad = {b: 7 * b % n for b in range(0, 45, 2)}
+    for value, (b, at) in zip([-1.0, 0.0, float("nan"), -float("inf")] * 6, bad.items(), strict=False):
+        A[b, at, at] = value
+    L, info = freqrank.cholesky_ex(A, upper=upper)
+    assert info.tolist() == [bad[b] + 1 if b in bad else 0 for b in range(45)]
+    assert torch.equal(L[1::2], clean[1::2])
+    for b in range(45):  # a matrix that fails does not depend on the others either
+        alone = freqrank.cholesky_ex(A[b], upper=upper)
+        torch.testing.assert_close(alone.L, L[b], rtol=0, atol=0, equal_nan=True)
+        assert int(alone.info) == int(info[b])
 
 
 @pytest.mark.parametrize("dtype", SOLVER_FLOATS)
@@ -317,7 +355,7 @@ def test_cholesky_info_is_lapacks(n, bad, upper, dtype):
 
 
 def test_cholesky_repeats_bitwise_on_any_number_of_threads():
-    for shape in ((40, 30), (3, 300), (1030,)):
+    for shape in ((40, 30), (41, 64), (40, 100), (3, 300), (2, 600), (1030,)):
         A = positive_definite(*shape, dtype=torch.float32)
         results = []
         for n in (1, 2, 3):

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "whitening/kernels.h"
+#include "whitening/panels.h"
 
 namespace freqrank::whitening {
 
@@ -13,32 +14,31 @@ namespace {
 
 constexpr std::int64_t kSlots = 64;
 constexpr std::int64_t kShareAlways = 1024;  // from this order on the threads share each matrix
-constexpr std::int64_t kShareFew = 256;      // and from this one on if there are fewer matrices than kFew
-constexpr std::int64_t kFew = 8;
-constexpr double kWorthThreads = 1e5;
+constexpr std::int64_t kFew = 8;             // and all that are too large for panels if there are fewer than this
+constexpr std::int64_t kPanelsFit = 512;     // up to this order a matrix is factored in panels in the second cache
+constexpr std::int64_t kLanesFit = 64;       // and up to this one so are as many of them as a vector has lanes
+constexpr std::int64_t kSpaceBytes = 16 << 20;
+constexpr double kWorthThreads = 4e5;  // multiplications, reading and writing an element counted as 5
+constexpr std::int64_t kMostLanes = lanes_of(Dtype::float32);
 
 std::int64_t block_rows(const CholeskyPlan& plan) { return round_up(std::min(plan.n, kBlock), kRowPadding); }
 std::int64_t block_ld(const CholeskyPlan& plan) { return round_up(std::min(plan.n, kBlock), kColumnPadding); }
 std::int64_t tile_ld(const CholeskyPlan& plan) { return round_up(std::min(plan.n, kTile), kColumnPadding); }
 
-// A slot holds the diagonal block, a tile to the right of it, and packing space.
+// A slot holds the panels, or the diagonal block, a tile to the right of it, and packing space.
 std::int64_t slot_elements(const CholeskyPlan& plan) {
   return block_rows(plan) * (block_ld(plan) + tile_ld(plan)) +
          round_up(packed_elements(block_rows(plan), tile_ld(plan)), 16);
 }
+std::int64_t slot_bytes(const CholeskyPlan& plan) {
+  if (!plan.panels) return slot_elements(plan) * bytes_of(plan.dtype);
+  return std::max(columns_bytes(plan.n, plan.dtype), plan.lanes > 1 ? lanes_bytes(plan.n) : 0);
+}
 
-// One matrix as the factorisation reads it: scaled and with its diagonal raised.
-template <class In>
-struct Source {
-  const In* data;
-  std::int64_t row_stride, column_stride;
-  double scale = 1, damping = 0, mean = 0;
-
-  template <class T>
-  T at(std::int64_t i, std::int64_t j) const {
-    return static_cast<T>(data[i * row_stride + j * column_stride]) * static_cast<T>(scale);
-  }
-};
+template <class T, class In>
+T at(const Source<In>& a, std::int64_t i, std::int64_t j) {
+  return static_cast<T>(a.data[i * a.row_stride + j * a.column_stride]) * static_cast<T>(a.scale);
+}
 
 // A tile of the upper triangle, zeros below the diagonal.
 template <class T, class In>
@@ -48,14 +48,14 @@ void read(const Source<In>& a, std::int64_t row, std::int64_t column, std::int64
   if (a.row_stride == 1 && a.column_stride != 1) {
     for (std::int64_t j = 0; j < columns; ++j) {
       const std::int64_t last = diagonal ? j + 1 : rows;
-      for (std::int64_t i = 0; i < last; ++i) tile[i * ld + j] = a.template at<T>(row + i, column + j);
+      for (std::int64_t i = 0; i < last; ++i) tile[i * ld + j] = at<T>(a, row + i, column + j);
       for (std::int64_t i = last; i < rows; ++i) tile[i * ld + j] = 0;
     }
   } else {
     for (std::int64_t i = 0; i < rows; ++i) {
       const std::int64_t first = diagonal ? i : 0;
       std::fill_n(tile + i * ld, first, T(0));
-      for (std::int64_t j = first; j < columns; ++j) tile[i * ld + j] = a.template at<T>(row + i, column + j);
+      for (std::int64_t j = first; j < columns; ++j) tile[i * ld + j] = at<T>(a, row + i, column + j);
     }
   }
   if (!diagonal || a.damping == 0) return;
@@ -64,11 +64,6 @@ void read(const Source<In>& a, std::int64_t row, std::int64_t column, std::int64
     value += static_cast<T>(a.damping * (value != 0 ? static_cast<double>(value) : a.mean));
   }
 }
-
-struct Outcome {
-  std::int64_t minor = 0;     // the order of the leading minor that failed, or 0
-  bool not_a_number = false;  // its pivot was NaN, which no damping cures
-};
 
 // Left-looking, a block row of U at a time: the block row of A minus the product of what is known of U, then the
 // diagonal block factored, then the rest solved against it.
@@ -118,20 +113,44 @@ Outcome factor_matrix(const CholeskyPlan& plan, const Source<In>& a, T* u, T* sp
   return {};
 }
 
-// Calls body(matrix, space, parallel_for, slots) for every matrix of the batch, either all threads on each or each
-// thread on its own.
+// What a factor that failed holds beyond its leading minor is A's own, as after LAPACK, whichever way it was made.
+template <class T, class In>
+void keep_leading_minor(const Source<In>& a, std::int64_t n, std::int64_t minor, T* u) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::int64_t known = std::max(minor - 1, i);
+    if (i >= minor - 1) std::fill_n(u + i * n, i, T(0));
+    for (std::int64_t j = known; j < n; ++j) u[i * n + j] = at<T>(a, i, j);
+  }
+}
+
+// Factors up to plan.lanes matrices, of the same strides.
+template <class T, class In>
+void factor_some(const CholeskyPlan& plan, const Source<In>* a, std::int64_t count, T* const* u, Outcome* outcomes,
+                 T* space, const ParallelFor& parallel_for, std::int64_t slots) {
+  if (count >= std::max<std::int64_t>(plan.lanes / 2, 2)) {
+    FREQRANK_DISPATCH(factor_lanes, a, count, plan.n, u, outcomes, space);
+  } else if (plan.panels) {  // as fast for so few, and the same bits
+    for (std::int64_t l = 0; l < count; ++l) outcomes[l] = FREQRANK_DISPATCH(factor_columns, a[l], plan.n, u[l], space);
+  } else {
+    *outcomes = factor_matrix(plan, *a, *u, space, parallel_for, slots);
+  }
+}
+
+// Calls body(first, count, space, parallel_for, slots) for groups of plan.lanes matrices, either all threads on each or
+// each thread on its own.
 template <class T, class Body>
-void each_matrix(const CholeskyPlan& plan, void* workspace, const ParallelFor& parallel_for, const Body& body) {
+void each_group(const CholeskyPlan& plan, void* workspace, const ParallelFor& parallel_for, const Body& body) {
   T* const space = static_cast<T*>(workspace);
   const std::int64_t count = plan.batch.count();
   if (plan.share_matrix) {
-    for (std::int64_t b = 0; b < count; ++b) body(b, space, parallel_for, plan.slots);
+    for (std::int64_t b = 0; b < count; ++b) body(b, std::int64_t{1}, space, parallel_for, plan.slots);
     return;
   }
   const auto in_slots = [&](std::int64_t begin, std::int64_t end) {
+    T* const mine = space + begin * (slot_bytes(plan) / bytes_of(plan.dtype));  // one for all, as it is in the caches
     for (std::int64_t slot = begin; slot < end; ++slot) {
-      for (std::int64_t b = slot; b < count; b += plan.slots) {
-        body(b, space + slot * slot_elements(plan), parallel_for, 1);
+      for (std::int64_t b = slot * plan.lanes; b < count; b += plan.slots * plan.lanes) {
+        body(b, std::min(plan.lanes, count - b), mine, parallel_for, 1);
       }
     }
   };
@@ -142,51 +161,71 @@ void each_matrix(const CholeskyPlan& plan, void* workspace, const ParallelFor& p
   }
 }
 
+template <class In>
+Source<In> source(const CholeskyPlan& plan, const MatrixBatch& a, std::int64_t b) {
+  return {static_cast<const In*>(a.data) + plan.batch.offset(b, a.batch_strides), a.row_stride, a.column_stride};
+}
+
 template <class T>
 void run_cholesky(const CholeskyPlan& plan, const CholeskyArguments& arguments, void* workspace,
                   const ParallelFor& parallel_for) {
   const std::int64_t n = plan.n;
-  each_matrix<T>(
-      plan, workspace, parallel_for, [&](std::int64_t b, T* space, const ParallelFor& inner, std::int64_t slots) {
-        const Source<T> a{static_cast<const T*>(arguments.a.data) + plan.batch.offset(b, arguments.a.batch_strides),
-                          arguments.a.row_stride, arguments.a.column_stride};
-        T* const u = static_cast<T*>(arguments.factor) + b * n * n;
-        const Outcome outcome = factor_matrix(plan, a, u, space, inner, slots);
-        arguments.info[b] = static_cast<std::int32_t>(outcome.minor);
-        if (outcome.minor == 0) return;
-        // What was not reached is A's own, as after LAPACK, so that no uninitialised memory is returned.
-        const std::int64_t block = (outcome.minor - 1) / kBlock * kBlock;
-        for (std::int64_t i = block; i < n; ++i) {
-          const std::int64_t known = i < block + kBlock ? std::min(block + kBlock, n) : i;
-          if (known == i) std::fill_n(u + i * n, i, T(0));
-          for (std::int64_t j = known; j < n; ++j) u[i * n + j] = a.template at<T>(i, j);
-        }
-      });
+  each_group<T>(plan, workspace, parallel_for,
+                [&](std::int64_t first, std::int64_t count, T* space, const ParallelFor& inner, std::int64_t slots) {
+                  Source<T> a[kMostLanes];
+                  T* u[kMostLanes] = {};
+                  Outcome outcomes[kMostLanes];
+                  for (std::int64_t l = 0; l < count; ++l) {
+                    a[l] = source<T>(plan, arguments.a, first + l);
+                    u[l] = static_cast<T*>(arguments.factor) + (first + l) * n * n;
+                  }
+                  factor_some(plan, a, count, u, outcomes, space, inner, slots);
+                  for (std::int64_t l = 0; l < count; ++l) {
+                    arguments.info[first + l] = static_cast<std::int32_t>(outcomes[l].minor);
+                    if (outcomes[l].minor > 0) keep_leading_minor(a[l], n, outcomes[l].minor, u[l]);
+                  }
+                });
 }
 
 template <class In>
 void run_whiten(const CholeskyPlan& plan, const WhitenArguments& arguments, void* workspace,
                 const ParallelFor& parallel_for) {
   const std::int64_t n = plan.n;
-  each_matrix<double>(
-      plan, workspace, parallel_for, [&](std::int64_t b, double* space, const ParallelFor& inner, std::int64_t slots) {
-        Source<In> a{static_cast<const In*>(arguments.gram.data) + plan.batch.offset(b, arguments.gram.batch_strides),
-                     arguments.gram.row_stride, arguments.gram.column_stride};
-        if (arguments.scale) a.scale = arguments.scale[b];
-        for (std::int64_t i = 0; i < n; ++i) a.mean += a.template at<double>(i, i) / static_cast<double>(n);
-        double* const u = arguments.factor + b * n * n;
-        Outcome outcome;
-        for (const double level : kDampingLevels) {
-          a.damping = level;
-          outcome = factor_matrix(plan, a, u, space, inner, slots);
-          if (outcome.minor == 0 || outcome.not_a_number) break;
+  each_group<double>(
+      plan, workspace, parallel_for,
+      [&](std::int64_t first, std::int64_t count, double* space, const ParallelFor& inner, std::int64_t slots) {
+        Source<In> a[kMostLanes];
+        double* u[kMostLanes] = {};
+        std::int64_t index[kMostLanes];  // of those that no level has factored yet
+        Outcome outcomes[kMostLanes];
+        for (std::int64_t l = 0; l < count; ++l) {
+          index[l] = first + l;
+          a[l] = source<In>(plan, arguments.gram, index[l]);
+          u[l] = arguments.factor + index[l] * n * n;
+          if (arguments.scale) a[l].scale = arguments.scale[index[l]];
+          for (std::int64_t i = 0; i < n; ++i) a[l].mean += at<double>(a[l], i, i) / static_cast<double>(n);
         }
-        arguments.damping[b] = a.damping;
-        arguments.info[b] = static_cast<std::int32_t>(outcome.minor);
-        if (outcome.minor == 0) return;
-        for (std::int64_t i = 0; i < n; ++i) {
-          std::fill_n(u + i * n, i, 0.0);
-          std::fill_n(u + i * n + i, n - i, std::numeric_limits<double>::quiet_NaN());
+        std::int64_t open = count;
+        for (const double level : kDampingLevels) {
+          for (std::int64_t l = 0; l < open; ++l) a[l].damping = level;
+          factor_some(plan, a, open, u, outcomes, space, inner, slots);
+          std::int64_t failed = 0;
+          for (std::int64_t l = 0; l < open; ++l) {
+            arguments.damping[index[l]] = level;
+            arguments.info[index[l]] = static_cast<std::int32_t>(outcomes[l].minor);
+            if (outcomes[l].minor == 0) continue;
+            if (level == kDampingLevels[kDampingLevelCount - 1] || outcomes[l].not_a_number) {
+              for (std::int64_t i = 0; i < n; ++i) {
+                std::fill_n(u[l] + i * n, i, 0.0);
+                std::fill_n(u[l] + i * n + i, n - i, std::numeric_limits<double>::quiet_NaN());
+              }
+              continue;
+            }
+            a[failed] = a[l], u[failed] = u[l], index[failed] = index[l];
+            ++failed;
+          }
+          open = failed;
+          if (open == 0) break;
         }
       });
 }
@@ -199,19 +238,21 @@ CholeskyPlan plan_cholesky(BatchSizes batch, std::int64_t n, Dtype dtype) {
   plan.n = n;
   plan.dtype = dtype;
   const std::int64_t count = plan.batch.count();
-  plan.share_matrix = n >= kShareAlways || (n >= kShareFew && count < kFew);
-  const double order = static_cast<double>(n), work = static_cast<double>(count) * order * order * order / 6;
+  plan.panels = n <= kPanelsFit;
+  plan.lanes = n <= kLanesFit ? lanes_of(dtype) : 1;
+  plan.share_matrix = n >= kShareAlways || (!plan.panels && count < kFew);
+  const double order = static_cast<double>(n), work = static_cast<double>(count) * order * order * (order / 6 + 5);
   if (plan.share_matrix) {
     plan.slots = std::min(kSlots, ceil_div(n, kTile));
   } else {
-    plan.slots = work < kWorthThreads ? std::min<std::int64_t>(count, 1) : std::min(kSlots, count);
+    const std::int64_t groups = ceil_div(count, plan.lanes);
+    const std::int64_t fit = plan.panels ? std::max<std::int64_t>(kSpaceBytes / slot_bytes(plan), 1) : kSlots;
+    plan.slots = work < kWorthThreads ? std::min<std::int64_t>(groups, 1) : std::min({kSlots, fit, groups});
   }
   return plan;
 }
 
-std::int64_t workspace_bytes(const CholeskyPlan& plan) {
-  return plan.slots * slot_elements(plan) * bytes_of(plan.dtype);
-}
+std::int64_t workspace_bytes(const CholeskyPlan& plan) { return plan.slots * slot_bytes(plan); }
 
 void run(const CholeskyPlan& plan, const CholeskyArguments& arguments, void* workspace,
          const ParallelFor& parallel_for) {

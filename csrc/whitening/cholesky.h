@@ -16,6 +16,8 @@ struct CholeskyPlan {
   BatchSizes batch;
   std::int64_t n;
   Dtype dtype;         // of the arithmetic and of the factor: float32 or float64
+  bool panels;         // a thread copies a matrix to its workspace, one alone or `lanes` side by side
+  std::int64_t lanes;  // 1, or how many matrices are factored side by side
   bool share_matrix;   // the threads work on one matrix at a time rather than each on its own
   std::int64_t slots;  // how many pieces may be in work at a time
 };
@@ -25,8 +27,9 @@ std::int64_t workspace_bytes(const CholeskyPlan& plan);
 
 // factor^T factor = A. The strides of `a` say where the *upper* triangle is: for a lower one pass them exchanged.
 // `factor` is contiguous, row-major and upper triangular, zeros below; read by columns it is the lower factor. info[b]
-// is 0, or the order of the first leading minor of A[b] that is not positive definite (NaN counts as not); the rows of
-// the factor before that one are then those of the leading minor's factor, and the others are undefined.
+// is 0, or the order m of the first leading minor of A[b] that is not positive definite (NaN counts as not): the first
+// m - 1 rows and columns of the factor are then those of the leading minor's, and the rest of its upper triangle is
+// A's. A matrix has the same factor, bit by bit, in any batch.
 struct CholeskyArguments {
   MatrixBatch a;
   void* factor = nullptr;

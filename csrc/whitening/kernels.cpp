@@ -2,60 +2,26 @@
 // points: an inline function shared with other files could otherwise reach a machine without these instructions.
 #include "whitening/kernels.h"
 
-#if FREQRANK_ISA_avx2 || FREQRANK_ISA_avx512
-#include <immintrin.h>
-#endif
-
 #include "common/half.h"
+#include "whitening/simd.h"
 
 namespace freqrank::whitening::FREQRANK_ISA {
 
 namespace {
 
 #if FREQRANK_ISA_avx512
-constexpr int kVectorBytes = 64, kRows = 8;
-#elif FREQRANK_ISA_avx2
-constexpr int kVectorBytes = 32, kRows = 4;
+constexpr int kRows = 8;
 #else
-constexpr int kVectorBytes = 16, kRows = 4;
+constexpr int kRows = 4;
 #endif
 constexpr int kVectors = 3;  // kRows * kVectors accumulators, kVectors columns and a row value fill the register file
 
-template <class T>
-struct Simd;
-template <>
-struct Simd<float> {
-  typedef float Vector __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct Simd<double> {
-  typedef double Vector __attribute__((vector_size(kVectorBytes)));
-};
-template <class T>
-using Vector = typename Simd<T>::Vector;
-template <class T>
-constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
 template <class T>
 constexpr int kColumns = kVectors * kWidth<T>;
 
 static_assert(kRowPadding % kRows == 0 && kColumnPadding % kColumns<float> == 0 &&
                   kColumnPadding % kColumns<double> == 0 && kTile % kRowPadding == 0 && kTile % kColumnPadding == 0,
               "tiles must be whole numbers of micro tiles");
-
-template <class T>
-Vector<T> load(const T* p) {
-  Vector<T> v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-
-template <class T>
-void store(T* p, Vector<T> v) {
-  __builtin_memcpy(p, &v, sizeof v);
-}
-
-inline double root(double x) { return __builtin_sqrt(x); }
-inline float root(float x) { return __builtin_sqrtf(x); }
 
 // --- packing ---------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -231,6 +232,130 @@ TYPED_TEST(CholeskyOf, FactorsAndSolves) {
   }
 }
 
+template <class T>
+struct Factors {
+  std::vector<T> u;
+  std::vector<std::int32_t> info;
+
+  bool operator==(const Factors& other) const {  // bit by bit, NaN included
+    return info == other.info && u.size() == other.u.size() &&
+           std::memcmp(u.data(), other.u.data(), u.size() * sizeof(T)) == 0;
+  }
+};
+
+template <class T>
+Factors<T> factors(const MatrixBatch& a, int64_t batch, int64_t n, const ParallelFor& parallel_for) {
+  Factors<T> result{std::vector<T>(static_cast<std::size_t>(batch * n * n), T(7)),
+                    std::vector<std::int32_t>(static_cast<std::size_t>(batch), -1)};
+  const auto plan = plan_cholesky({{batch}}, n, dtype_of<T>());
+  const Workspace workspace(workspace_bytes(plan));
+  run(plan, CholeskyArguments{a, result.u.data(), result.info.data()}, workspace.get(), parallel_for);
+  return result;
+}
+
+// One matrix after the other, each in a call of its own.
+template <class T>
+Factors<T> one_by_one(std::vector<T>& a, int64_t batch, int64_t n) {
+  Factors<T> all;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t stride = n * n;
+    const MatrixBatch one{a.data() + b * stride, dtype_of<T>(), n, 1, &stride};
+    const auto result = factors<T>(one, 1, n, serial());
+    all.u.insert(all.u.end(), result.u.begin(), result.u.end());
+    all.info.push_back(result.info[0]);
+  }
+  return all;
+}
+
+TYPED_TEST(CholeskyOf, TheSameBitsInAnyBatchLayoutAndNumberOfThreads) {
+  using T = TypeParam;
+  std::vector<int64_t> orders{83, 97, 127, 128, 129, 130, 131, 255, 256, 257};
+  for (int64_t n = 1; n <= 70; ++n) orders.push_back(n);
+  for (const int64_t n : orders) {
+    const int64_t batch = n <= 70 ? 21 : 3, stride = n * n;  // 21 fills no whole number of vectors, nor half of one
+    const auto plain = positive_definite<T>(batch, n);
+    auto upper = plain;
+    std::vector<T> lower(plain.size()), spaced(static_cast<std::size_t>(batch * stride * 6));
+    const T nan = std::numeric_limits<T>::quiet_NaN();
+    std::fill(spaced.begin(), spaced.end(), nan);
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          T& value = upper[b * stride + i * n + j];
+          if (j < i) value = nan;
+          lower[b * stride + j * n + i] = value;
+          spaced[((b * n + i) * n * 2 + j * 2) * 3] = value;
+        }
+      }
+    }
+    const auto expected = one_by_one(upper, batch, n);
+    ASSERT_EQ(expected.info, std::vector<std::int32_t>(static_cast<std::size_t>(batch), 0));
+    for (int64_t b = 0; b < batch; ++b) {
+      double error = 0, norm = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          if (j < i) {
+            ASSERT_EQ(expected.u[b * stride + i * n + j], T(0));
+          }
+          double sum = 0;
+          for (int64_t t = 0; t <= std::min(i, j); ++t) {
+            sum += static_cast<double>(expected.u[b * stride + t * n + i]) * expected.u[b * stride + t * n + j];
+          }
+          const double value = plain[b * stride + i * n + j];
+          error += (sum - value) * (sum - value), norm += value * value;
+        }
+      }
+      ASSERT_LE(std::sqrt(error), 5 * static_cast<double>(n) * std::numeric_limits<T>::epsilon() * std::sqrt(norm));
+    }
+    for (const int threads : {1, 2, 3}) {
+      const auto parallel_for = thread_pool(threads);
+      EXPECT_TRUE(factors<T>(view(upper, n, 1, &stride), batch, n, parallel_for) == expected) << n;
+      EXPECT_TRUE(factors<T>(view(lower, 1, n, &stride), batch, n, parallel_for) == expected) << n;
+    }
+    const int64_t far = stride * 6;
+    EXPECT_TRUE(factors<T>(view(spaced, n * 6, 6, &far), batch, n, serial()) == expected) << n;
+    const int64_t none = 0;  // the first matrix again and again
+    const auto repeated = factors<T>(view(upper, n, 1, &none), batch, n, serial());
+    for (int64_t b = 0; b < batch; ++b) {
+      ASSERT_TRUE(std::equal(expected.u.begin(), expected.u.begin() + stride, repeated.u.begin() + b * stride));
+    }
+  }
+}
+
+TYPED_TEST(CholeskyOf, AFailureInOneLaneStaysThere) {
+  using T = TypeParam;
+  for (const int64_t n : {1, 2, 7, 16, 33, 64, 65, 100, 300, 520}) {
+    const int64_t batch = n <= 65 ? 37 : 7, stride = n * n;
+    const auto good = positive_definite<T>(batch, n);
+    auto a = good;
+    std::vector<std::int32_t> info(static_cast<std::size_t>(batch), 0);
+    for (int64_t b = 0; b < batch; b += 2) {
+      const int64_t bad = (b * 5 + n - 1) % n;
+      const T values[] = {T(-1), T(0), std::numeric_limits<T>::quiet_NaN(), -std::numeric_limits<T>::infinity()};
+      a[b * stride + bad * n + bad] = values[b / 2 % 4];
+      info[static_cast<std::size_t>(b)] = static_cast<std::int32_t>(bad) + 1;
+    }
+    auto clean = good;
+    const auto alone = one_by_one(a, batch, n), before = one_by_one(clean, batch, n);
+    EXPECT_EQ(alone.info, info);
+    EXPECT_TRUE(factors<T>(view(a, n, 1, &stride), batch, n, serial()) == alone) << n;
+    EXPECT_TRUE(factors<T>(view(a, n, 1, &stride), batch, n, thread_pool(2)) == alone) << n;
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t known = info[static_cast<std::size_t>(b)] == 0 ? n : info[static_cast<std::size_t>(b)] - 1;
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          const int64_t at = b * stride + i * n + j;
+          if (j < known || j < i) {
+            ASSERT_EQ(alone.u[at], j < i ? T(0) : before.u[at]) << n << " " << b << " " << i << " " << j;
+          } else {  // what was not reached is A's own
+            ASSERT_EQ(std::memcmp(&alone.u[at], &a[at], sizeof(T)), 0);
+          }
+        }
+      }
+    }
+  }
+}
+
 TYPED_TEST(CholeskyOf, NamesTheFailingMinorAndSparesTheOthers) {
   using T = TypeParam;
   const int64_t n = 150, stride = n * n;
@@ -309,10 +434,74 @@ TEST(Whiten, ClimbsTheLadder) {
   }
 }
 
+template <class T>
+class WhitenFrom : public testing::Test {};
+TYPED_TEST_SUITE(WhitenFrom, SolverTypes);
+
+TYPED_TEST(WhitenFrom, ClimbsTheLadderOfEachLaneAlone) {
+  using T = TypeParam;
+  const int64_t n = 30, stride = n * n, batch = 27;
+  std::vector<T> grams(static_cast<std::size_t>(batch * stride));
+  for (int64_t b = 0; b < batch; ++b) {  // of rank 10 to 36, so that some need damping and some do not
+    const auto x = random_values<double>((10 + b) * n, static_cast<unsigned>(b));
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        double sum = 0;
+        for (int64_t t = 0; t < 10 + b; ++t) sum += x[t * n + i] * x[t * n + j];
+        grams[b * stride + i * n + j] = static_cast<T>(sum);
+      }
+    }
+  }
+  grams[4 * stride + 5 * n + 5] = std::numeric_limits<T>::quiet_NaN();
+  std::fill_n(grams.begin() + 5 * stride, stride, T(0));
+  const auto scale = [&] {
+    auto values = random_values<double>(batch, 99);
+    for (auto& value : values) value = 0.1 + value * value;
+    return values;
+  }();
+  struct Result {
+    std::vector<double> factor, damping;
+    std::vector<std::int32_t> info;
+  };
+  const auto whiten = [&](int64_t first, int64_t count) {
+    const auto size = static_cast<std::size_t>(count);
+    Result result{std::vector<double>(size * stride), std::vector<double>(size), std::vector<std::int32_t>(size)};
+    const auto plan = plan_cholesky({{count}}, n, Dtype::float64);
+    const Workspace workspace(workspace_bytes(plan));
+    WhitenArguments arguments;
+    arguments.gram = {grams.data() + first * stride, dtype_of<T>(), n, 1, &stride};
+    arguments.scale = scale.data() + first;
+    arguments.factor = result.factor.data();
+    arguments.damping = result.damping.data();
+    arguments.info = result.info.data();
+    run(plan, arguments, workspace.get(), thread_pool(2));
+    return result;
+  };
+  const Result all = whiten(0, batch);
+  int64_t damped = 0, plain = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    const Result one = whiten(b, 1);
+    EXPECT_EQ(one.info[0], all.info[b]);
+    EXPECT_EQ(one.damping[0], all.damping[b]);
+    EXPECT_EQ(std::memcmp(one.factor.data(), &all.factor[b * stride], static_cast<std::size_t>(stride) * 8), 0) << b;
+    if (all.info[b] == 0) ++(all.damping[b] > 0 ? damped : plain);
+  }
+  EXPECT_GT(damped, 0);
+  EXPECT_GT(plain, 4);
+  EXPECT_EQ(all.info[4], 6);
+  EXPECT_EQ(all.damping[4], 0);
+  EXPECT_TRUE(std::isnan(all.factor[4 * stride]));
+  EXPECT_EQ(all.info[5], 1);
+  EXPECT_EQ(all.damping[5], 1e-6);
+}
+
 TEST(Plan, WorkspaceDoesNotGrowWithTheProblem) {
   EXPECT_LT(workspace_bytes(plan_gram({{}}, int64_t{1} << 40, 20000, 20000, true)), int64_t{64} << 20);
   EXPECT_LT(workspace_bytes(plan_gram({{1 << 20}}, 100, 3, 3, true)), int64_t{4} << 20);
   EXPECT_LT(workspace_bytes(plan_cholesky({{}}, 20000, Dtype::float64)), int64_t{64} << 20);
+  for (const int64_t n : {1, 64, 65, 512, 513}) {
+    EXPECT_LT(workspace_bytes(plan_cholesky({{1 << 20}}, n, Dtype::float64)), int64_t{32} << 20);
+  }
   EXPECT_LT(workspace_bytes(plan_triangular({{}}, 20000, 1 << 20, Dtype::float64)), int64_t{64} << 20);
 }
 

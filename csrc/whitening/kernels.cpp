@@ -97,27 +97,36 @@ void pack_any(const Operand& operand, const double* weight, std::int64_t weight_
 
 // --- product ---------------------------------------------------------------------------------------------------------
 
-template <class T>
+// V vectors of columns, from packed rows of kVectors.
+template <int V, class T>
 void micro_tile(const T* x, const T* y, std::int64_t depth, T* tile, std::int64_t ld) {
-  Vector<T> sum[kRows][kVectors] = {};
+  Vector<T> sum[kRows][V] = {};
   for (std::int64_t t = 0; t < depth; ++t, x += kRows, y += kColumns<T>) {
-    Vector<T> column[kVectors];
+    Vector<T> column[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) column[v] = load(y + v * kWidth<T>);
+    for (int v = 0; v < V; ++v) column[v] = load(y + v * kWidth<T>);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += x[r] * column[v];
+      for (int v = 0; v < V; ++v) sum[r][v] += x[r] * column[v];
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < V; ++v) {
       T* to = tile + r * ld + v * kWidth<T>;
       store(to, load(to) + sum[r][v]);
     }
   }
+}
+
+template <int V, class T>
+void micro_tile_of(std::int64_t vectors, const T* x, const T* y, std::int64_t depth, T* tile, std::int64_t ld) {
+  if constexpr (V > 1) {
+    if (vectors < V) return micro_tile_of<V - 1>(vectors, x, y, depth, tile, ld);
+  }
+  micro_tile<V>(x, y, depth, tile, ld);
 }
 
 template <class T>
@@ -128,9 +137,12 @@ void product_of(const Product& p, T sign, T* tile, std::int64_t ld, T* packed) {
     pack_any<kRows>(p.x, p.weight, p.weight_stride, sign, begin, depth, p.rows, packed);
     pack_any<kColumns<T>>(p.y, nullptr, 0, T(1), begin, depth, p.columns, packed_y);
     for (std::int64_t j = 0; j < p.columns; j += kColumns<T>) {
+      const std::int64_t columns = p.columns - j < kColumns<T> ? p.columns - j : kColumns<T>;
       for (std::int64_t i = 0; i < p.rows; i += kRows) {
-        if (p.upper_only && i >= j + kColumns<T>) break;
-        micro_tile(packed + i * depth, packed_y + j * depth, depth, tile + i * ld + j, ld);
+        const std::int64_t below = p.upper_only && i > j ? (i - j) / kWidth<T> * kWidth<T> : 0;
+        if (below >= columns) break;
+        micro_tile_of<kVectors>(ceil_div(columns - below, kWidth<T>), packed + i * depth, packed_y + j * depth + below,
+                                depth, tile + i * ld + j + below, ld);
       }
     }
   }

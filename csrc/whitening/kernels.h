@@ -32,7 +32,7 @@ struct Product {
   const double* weight;  // one for each t, or null
   std::int64_t weight_stride;
   std::int64_t depth, rows, columns;
-  bool upper_only;  // x is y: micro tiles below the diagonal are not wanted
+  bool upper_only;  // x is y: what is below the diagonal is not wanted
 };
 
 // tile[i, j] += sign * sum over t of weight[t] x[t, i] y[t, j]. The tile is row-major with leading dimension `ld`,

@@ -49,9 +49,21 @@ def test_weights_are_widened_as_they_are_read():
     for outputs in (40, 10):
         weights = [random(24, outputs, seed=i).bfloat16() for i in range(2)]
         gram = freqrank.gram(random(60, 24, seed=5))
-        narrow, wide = (fz.factorize([w.to(dtype) for w in weights], gram, 6) for dtype in (torch.bfloat16, None))
+        narrow, wide = (
+            fz.factorize([w.to(dtype) for w in weights], gram, 6) for dtype in (torch.bfloat16, torch.float64)
+        )
         assert torch.equal(narrow.basis, wide.basis)
         assert narrow.basis.dtype == torch.float64
+
+
+def test_weights_may_require_gradients():
+    for outputs in (6, 3):
+        weight = torch.nn.Linear(4, outputs).weight.mT
+        gram = freqrank.gram(random(20, 4))
+        for metric in (gram, None):
+            want = fz.factorize([weight.detach()], metric, 2)
+            assert torch.equal(fz.factorize([weight], metric, 2).basis, want.basis)
+            torch.testing.assert_close(fz.squared_singular_values([weight], metric), want.spectrum)
 
 
 def test_damping_counts_in_the_energy():

@@ -113,7 +113,7 @@ Outcome factor_matrix(const CholeskyPlan& plan, const Source<In>& a, T* u, T* sp
   return {};
 }
 
-// What a factor that failed holds beyond its leading minor is A's own, as after LAPACK, whichever way it was made.
+// What a factor that failed holds beyond its leading minor is A's own, whichever way it was made.
 template <class T, class In>
 void keep_leading_minor(const Source<In>& a, std::int64_t n, std::int64_t minor, T* u) {
   for (std::int64_t i = 0; i < n; ++i) {

@@ -219,9 +219,12 @@ def decompose(
             min(d1, sum of d2); it proves that what it drops is at most 1e-8 more than need be, and where it cannot,
             eigh follows. Above a 32nd it is eigh at once.
 
+    No gradient passes through: weights that require one are taken as they stand.
+
     Raises:
         ValueError: an unknown solver, a rank out of range.
     """
+    weights = [weight.detach() for weight in weights]
     b = [1.0] * len(weights) if block_weights is None else list(block_weights)
     order = min(weights[0].shape[0], sum(weight.shape[1] for weight in weights))
     if solver not in SOLVERS:
@@ -259,6 +262,7 @@ def squared_singular_values(
     >>> squared_singular_values([torch.tensor([[1.0, 0.0], [0.0, 2.0]])], None)
     tensor([4., 1.], dtype=torch.float64)
     """
+    weights = [weight.detach() for weight in weights]
     b = [1.0] * len(weights) if block_weights is None else list(block_weights)
     return torch.linalg.eigvalsh(_problem(weights, gram, b).matrix).flip(0).clamp(min=0)
 

@@ -54,7 +54,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-def _check_qkv(q: object, k: object, v: object, layout: str) -> None:
+def _check_qkv(q: object, k: object, v: object, layout: str) -> tuple[Tensor, ...]:
+    """Checked, and as autocast has them."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
     assert isinstance(q, Tensor)
@@ -67,6 +68,7 @@ def _check_qkv(q: object, k: object, v: object, layout: str) -> None:
             raise ValueError(f"{name} must have {dims} dimensions [{layout}]; got shape {tuple(x.shape)}")
         check_device(name, x, "q", q)
     check_dtype("q", q)
+    q, k, v = _autocast(q, k, v)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}; got {x.dtype}")
@@ -84,6 +86,7 @@ def _check_qkv(q: object, k: object, v: object, layout: str) -> None:
             f"the heads of q must be a multiple of those of k, and neither 0; got {q.shape[-2]} and {k.shape[-2]} "
             f"from shapes {tuple(q.shape)} and {tuple(k.shape)}"
         )
+    return q, k, v
 
 
 def _check_dim(name: str, size: int, limit: int) -> None:
@@ -177,6 +180,17 @@ def _check_numbers(scale: float | None, eps: float) -> None:
         raise ValueError(f"eps must not be negative; got {eps!r}")
 
 
+def _refuse_gradients(scan: str, tensors: dict[str, Tensor | None]) -> None:
+    """Of a step; ``scan`` is the op for whole sequences."""
+    if torch.is_grad_enabled():
+        wanting = [name for name, x in tensors.items() if x is not None and x.requires_grad]
+        if wanting:
+            raise RuntimeError(
+                f"{scan}_step has no gradient, and {', '.join(wanting)} require one: call it under "
+                f"torch.no_grad() (or detach them), or use {scan} with initial_state to train"
+            )
+
+
 def _check_step(
     scan: str,
     q: Tensor,
@@ -200,14 +214,7 @@ def _check_step(
     state_heads = k.shape[1] if log_decay is None else log_decay.shape[-1]
     kv, z = _check_state("state", state, q, (q.shape[0], state_heads, key_dim, v.shape[2]), normalize)
     assert kv is not None
-    tensors = {"q": q, "k": k, "v": v, "state.kv": kv, "state.z": z, "log_decay": log_decay, **more}
-    if torch.is_grad_enabled():
-        wanting = [name for name, x in tensors.items() if x is not None and x.requires_grad]
-        if wanting:
-            raise RuntimeError(
-                f"{scan}_step has no gradient, and {', '.join(wanting)} require one: call it under "
-                f"torch.no_grad() (or detach them), or use {scan} with initial_state to train"
-            )
+    _refuse_gradients(scan, {"q": q, "k": k, "v": v, "state.kv": kv, "state.z": z, "log_decay": log_decay, **more})
     for name, x in (("state.kv", kv), ("state.z", z)):
         if x is not None and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
             raise ValueError(f"{name} is updated in place and must not be expanded; got strides {x.stride()}")
@@ -268,10 +275,9 @@ def linear_attention(
     >>> linear_attention(q, k, v, normalize=True, eps=0.0)[0].flatten().tolist()
     [1.0, 1.5, 2.0]
     """
-    _check_qkv(q, k, v, "B,T,H,D")
+    q, k, v = _check_qkv(q, k, v, "B,T,H,D")
     _check_dim("K, the last dimension of q,", q.shape[-1], MAX_DIM)
     _check_dim("V, the last dimension of v,", v.shape[-1], MAX_DIM)
-    q, k, v = _autocast(q, k, v)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return _scan(q, k, v, log_decay, scale, normalize, eps, mask, initial_state, output_final_state, cu_seqlens)
@@ -361,11 +367,10 @@ def linear_attention_step(
     >>> linear_attention_step(one, one, v, state, scale=0.5).item(), state.kv.flatten().tolist()
     (3.0, [3.0, 3.0])
     """
-    _check_qkv(q, k, v, "B,H,D")
+    q, k, v = _check_qkv(q, k, v, "B,H,D")
     _check_dim("K, the last dimension of q,", q.shape[-1], MAX_FEATURES)
     _check_dim("V, the last dimension of v,", v.shape[-1], MAX_FEATURES)
     _check_numbers(scale, eps)
-    q, k, v = _autocast(q, k, v)
     state_and_decay = _check_step("linear_attention", q, k, v, q.shape[2], state, log_decay, normalize, mask)
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -478,8 +483,9 @@ def feature_map_attention(
     threads. Features are made a few tokens at a time, in forward and backward alike, and are never written to memory:
     on the CPU always, in float32 (float64 for float64); on CUDA for float16 and bfloat16, whose dtype they then have,
     up to 128 channels, features and V, unless a gradient of log_decay is wanted or, in float16, features may be larger
-    than 1 ("exp", or weights), or 128 need more shared memory than the GPU has. Otherwise they are tensors there, in
-    the dtype of a 16-bit v where tensor cores can take them. The softmax features are those of the released DiJiang
+    than 1 ("exp", or weights), or 128 need more shared memory than the GPU has. There a projection counts to 2^-17, or
+    2^-22 in float16, where its elements must be below 65504. Otherwise features are tensors on CUDA, in the dtype of a
+    16-bit v where tensor cores can take them. The softmax features are those of the released DiJiang
     code (arXiv 2403.19928), "exp" those of its paper.
 
     >>> q = torch.randn(1, 5, 2, 4); v = torch.ones(1, 5, 2, 3)
@@ -487,12 +493,11 @@ def feature_map_attention(
     >>> torch.allclose(o, v)
     True
     """
-    _check_qkv(q, k, v, "B,T,H,D")
+    q, k, v = _check_qkv(q, k, v, "B,T,H,D")
     _check_dim("K, the last dimension of q,", q.shape[-1], MAX_DIM)
     _check_dim("V, the last dimension of v,", v.shape[-1], MAX_DIM)
     projection, weights, features = _check_map(q, k, projection, feature, weights)
     _check_numbers(None, eps)
-    q, k, v = _autocast(q, k, v)
     if q.device.type == "cuda" and not _makes_features(q, v, features, feature, weights, log_decay):
         _check_mask(mask, q, "B,T")
         phi_q, phi_k = _query_and_key_features(q, k, projection, weights, feature, mask)
@@ -568,12 +573,11 @@ def feature_map_attention_step(
     >>> feature_map_attention_step(q, q, v, state, torch.ones(3, 2)).item(), state.kv.flatten().tolist()
     (2.0, [2.0, 2.0])
     """
-    _check_qkv(q, k, v, "B,H,D")
+    q, k, v = _check_qkv(q, k, v, "B,H,D")
     _check_dim("K, the last dimension of q,", q.shape[-1], MAX_DIM)
     _check_dim("V, the last dimension of v,", v.shape[-1], MAX_FEATURES)
     projection, weights, features = _check_map(q, k, projection, feature, weights)
     _check_numbers(None, eps)
-    q, k, v = _autocast(q, k, v)
     kv, z, log_decay = _check_step(
         "feature_map_attention", q, k, v, features, state, log_decay, normalize, mask, projection=projection,
         weights=weights,
@@ -660,7 +664,7 @@ def dijiang_attention(
     >>> o.shape, state.kv.shape
     (torch.Size([2, 7, 2, 8]), torch.Size([2, 2, 8, 8]))
     """
-    _check_qkv(q, k, v, "B,T,H,D")
+    q, k, v = _check_qkv(q, k, v, "B,T,H,D")
     return feature_map_attention(
         q, k, v, _dijiang_projection(q, k, scales, transform, signs), feature=feature, weights=weights,
         log_decay=log_decay, normalize=normalize, eps=eps, mask=mask, initial_state=initial_state,
@@ -706,9 +710,11 @@ def dijiang_attention_step(
     >>> torch.allclose(last, dijiang_attention(q, q, v, torch.ones(8))[0][:, 6], atol=1e-6)
     True
     """
-    _check_qkv(q, k, v, "B,H,D")
+    q, k, v = _check_qkv(q, k, v, "B,H,D")
+    projection = _dijiang_projection(q, k, scales, transform, signs)
+    _refuse_gradients("dijiang_attention", {"scales": scales, "signs": signs})
     return feature_map_attention_step(
-        q, k, v, state, _dijiang_projection(q, k, scales, transform, signs), feature=feature, weights=weights,
+        q, k, v, state, projection, feature=feature, weights=weights,
         log_decay=log_decay, normalize=normalize, eps=eps, mask=mask,
     )  # fmt: skip
 

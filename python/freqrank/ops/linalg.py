@@ -294,6 +294,8 @@ def solve_triangular(
     A zero on the diagonal divides by zero, as in torch.linalg: the result holds Inf or NaN (on a GPU, rows after an Inf
     may be NaN). NaN in one right-hand side stays there. Differentiable any number of times with respect to A and B.
 
+    On a GPU at most 8 batch dimensions that do not follow each other in memory are allowed.
+
     Raises:
         TypeError: dtypes that are not float32 or float64, or differ.
         ValueError: shapes that do not match.
@@ -459,6 +461,8 @@ def whiten(gram: Tensor, *, scale: float | Tensor | None = None) -> Whitening:
 
     One native call, nothing is copied to the host. Not differentiable: raises RuntimeError if a gradient would be
     needed.
+
+    On a GPU at most 8 batch dimensions that do not follow each other in memory are allowed.
 
     Raises:
         TypeError: dtypes that are not listed.

@@ -2,8 +2,8 @@
 // Feature maps on tensor cores: phi(x) = feature(x projection) * weights, for the tokens of a tile in shared memory.
 //
 // The projection lies in memory as the fragments that a product needs, each number as its 16-bit rounding and what that
-// takes from it: two mma a fragment, which give 16 bits of it (22 for float16). A warp makes `own` features of all tokens of the tile;
-// for a softmax the warps tell each other the largest product and the sum of each token.
+// takes from it: two mma a fragment, which give 16 bits of it (22 for float16). A warp makes `own` features of all
+// tokens of the tile; for a softmax the warps tell each other the largest product and the sum of each token.
 
 #include <limits>
 

@@ -41,6 +41,7 @@ def test_without_the_cuda_library_the_error_says_how_to_build_it():
         (torch.ops.freqrank.linear_attention, (q, q, q, *5 * [None], 1.0, False, 0.0, False, False)),
         (torch.ops.freqrank.gram, (torch.ones(3, 4), None, None)),
         (torch.ops.freqrank.cholesky_ex, (torch.eye(3), False)),
+        (torch.ops.freqrank.cholesky_solve_ex, (torch.eye(3), torch.eye(3), False)),
         (torch.ops.freqrank.solve_triangular, (torch.eye(3), torch.eye(3), False, True, False)),
         (torch.ops.freqrank.whiten, (torch.eye(3), None)),
     ):
@@ -88,7 +89,9 @@ def test_derivatives_of_the_solvers_stay_on_the_gpu(first, second, dtype):
         [from_cholesky, _] = linalg._cholesky_backward(context, b, None)
         context = SimpleNamespace(saved_tensors=(a, b), options=(first, second, True), needs_input_grad=(True, True))
         [from_a, from_b, *_] = linalg._solve_backward(context, b)
-        for grad in (from_cholesky, from_a, from_b, freqrank.logdet(a)):
+        context = SimpleNamespace(saved_tensors=(b, a), upper=first, needs_input_grad=(True, True))
+        [solved_a, solved_b, _] = linalg._cholesky_solve_backward(context, b, a, None)
+        for grad in (from_cholesky, from_a, from_b, solved_a, solved_b, freqrank.logdet(a)):
             assert (grad.device.type, grad.dtype) == ("cuda", dtype)
             assert grad.shape == a.shape[: grad.dim()]
 

@@ -419,6 +419,164 @@ def test_cholesky_gradient_is_torchs():
         assert torch.equal(ours, ours.mT)
 
 
+# --- factor and solve -------------------------------------------------------------------------------------------------
+
+
+def check_solution(A, X, B):
+    """||B - A X|| <= c n eps ||A|| ||X||, what a backward stable solver leaves."""
+    n = A.shape[-1]
+    residual = (A.double() @ X.double() - B.double()).flatten(-2).norm(dim=-1)
+    size = A.double().flatten(-2).norm(dim=-1) * X.double().flatten(-2).norm(dim=-1)
+    assert (residual <= 2 * max(n, 1) * torch.finfo(A.dtype).eps * size).all()
+
+
+@pytest.mark.parametrize("dtype", SOLVER_FLOATS)
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("n", [0, *range(1, 20), 31, 32, 33, 47, 64, 65, 100, 128, 129, 257, 512, 513, 600])
+def test_cholesky_solve(n, upper, dtype):
+    for count, k in ((1, 1), (3, 5), (17, 2), (23, 18), (2, 49), (18, 0)):
+        if n > 129 and count > 3:
+            continue
+        A, B = positive_definite(count, n, dtype=dtype), torch.randn(count, n, k).to(dtype)
+        X, L, info = freqrank.cholesky_solve_ex(with_rubbish(A, upper), B, upper=upper)
+        assert (X.dtype, X.shape) == (dtype, B.shape)
+        assert not info.any()
+        assert torch.equal(L, freqrank.cholesky_ex(A, upper=upper).L)
+        check_solution(A, X, B)
+
+
+@pytest.mark.parametrize("dtype", SOLVER_FLOATS)
+def test_cholesky_solve_side_by_side(dtype):
+    """Whether a matrix is solved in a lane or alone, and with which others: the same bits."""
+    for n, k in [*((n, 1 + 5 * n % 21) for n in range(1, 70)), (9, 513), (70, 520)]:
+        A, B = positive_definite(7, 3, n, dtype=dtype), torch.randn(7, 3, n, k).to(dtype)
+        X = freqrank.cholesky_solve_ex(A, B).X
+        check_solution(A, X, B)
+        for b in (0, 6):
+            assert torch.equal(freqrank.cholesky_solve_ex(A[b, 1], B[b, 1]).X, X[b, 1])
+        turned = B.mT.contiguous().mT
+        assert torch.equal(freqrank.cholesky_solve_ex(A, turned).X, X)
+        assert torch.equal(freqrank.cholesky_solve_ex(A.transpose(0, 1), B.transpose(0, 1)).X, X.transpose(0, 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.lists(st.integers(0, 5), max_size=2),
+    n=st.integers(0, 70),
+    k=st.integers(0, 40),
+    dtype=st.sampled_from(SOLVER_FLOATS),
+    upper=st.booleans(),
+    layout=st.sampled_from(["plain", "transposed", "sliced", "reversed", "expanded", "one A"]),
+    seed=st.integers(0, 1000),
+)
+def test_cholesky_solve_any_batch_and_stride(batch, n, k, dtype, upper, layout, seed):
+    torch.manual_seed(seed)
+    one = [] if layout in ("expanded", "one A") else batch
+    A = with_rubbish(positive_definite(*one, n, dtype=dtype), upper)
+    B = torch.randn(*(one if layout == "expanded" else batch), n, k).to(dtype)
+    if layout == "transposed":
+        A, B = A.mT.contiguous().mT, B.mT.contiguous().mT
+    elif layout == "sliced":
+        room = torch.full((*batch, 2 * n, 3 * k), float("nan"), dtype=dtype)
+        room[..., ::2, ::3] = B
+        B = room[..., ::2, ::3]
+    elif layout == "reversed":
+        B = torch.as_strided(B, B.shape, B.stride()).flip(-1).mT.contiguous().mT.flip(-1)
+    elif layout == "expanded":
+        A, B = A.expand(*batch, n, n), B.expand(*batch, n, k)
+    X, L, info = freqrank.cholesky_solve_ex(A, B, upper=upper)
+    full = A.double().triu() if upper else A.double().tril()
+    full = full + full.mT - torch.diag_embed(full.diagonal(dim1=-2, dim2=-1))
+    assert X.shape == B.shape
+    assert L.shape == (*batch, n, n)
+    assert info.shape == tuple(batch)
+    expected = torch.linalg.solve(full, B.double())
+    torch.testing.assert_close(X.double(), expected, atol=1e-10 if dtype == torch.float64 else 2e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", SOLVER_FLOATS)
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("n", [1, 6, 33, 64, 80, 530])
+def test_cholesky_solve_a_failure_stays_in_its_lane(n, upper, dtype):
+    count = 45 if n <= 80 else 3
+    A, B = positive_definite(count, n, dtype=dtype), torch.randn(count, n, 3).to(dtype)
+    clean = freqrank.cholesky_solve_ex(A, B, upper=upper)
+    bad = {b: 7 * b % n for b in range(0, count, 2)}
+    for value, (b, at) in zip([-1.0, 0.0, float("nan"), -float("inf")] * 6, bad.items(), strict=False):
+        A[b, at, at] = value
+        B[b, :, 0] = 0  # not even there is 0 an answer
+    B[1, n // 2, 2] = float("nan")
+    X, L, info = freqrank.cholesky_solve_ex(A, B, upper=upper)
+    assert info.tolist() == [bad[b] + 1 if b in bad else 0 for b in range(count)]
+    assert torch.equal(L[1::2], clean.L[1::2])
+    assert torch.equal(X[1::2, :, :2], clean.X[1::2, :, :2])
+    assert torch.equal(X[3::2], clean.X[3::2])
+    assert X[1, :, 2].isnan().all()
+    assert X[::2].isnan().all()
+    triangle = torch.ones(n, n).triu() if upper else torch.ones(n, n).tril()
+    assert torch.equal(L[::2].isnan(), triangle.bool().expand(len(bad), n, n))
+    assert not (L[::2].nan_to_num()).any()
+
+
+def test_cholesky_solve_repeats_bitwise_on_any_number_of_threads():
+    for count, n, k in ((40, 30, 7), (41, 64, 1), (40, 100, 20), (3, 300, 5), (2, 600, 3), (1, 1030, 2), (3, 40, 600)):
+        A, B = positive_definite(count, n, dtype=torch.float32), torch.randn(count, n, k)
+        results = []
+        for number in (1, 2, 3):
+            with threads(number):
+                results.append(freqrank.cholesky_solve_ex(A, B).X)
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("shape", [(1,), (4,), (2, 3), (0, 3), (2, 0)])
+def test_cholesky_solve_gradients(shape, upper):
+    A, B = positive_definite(*shape).requires_grad_(), torch.randn(*shape, 2, dtype=torch.float64, requires_grad=True)
+
+    def run(A, B):
+        X, L, _ = freqrank.cholesky_solve_ex((A + A.mT) / 2, B, upper=upper)
+        return X, L
+
+    assert gradcheck(run, (A, B))
+    assert gradgradcheck(run, (A, B))
+
+
+def test_cholesky_solve_gradient_is_torchs():
+    """Of a Gaussian's log-likelihood, in which both the solution and the factor stand."""
+    A = positive_definite(2, 6).requires_grad_()
+    B = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+
+    def likelihood(X, L):
+        return (B * X).sum() + freqrank.logdet(L).sum()
+
+    X, L, _ = freqrank.cholesky_solve_ex(A, B)
+    factor = torch.linalg.cholesky(A)
+    ours = torch.autograd.grad(likelihood(X, L), (A, B))
+    theirs = torch.autograd.grad(likelihood(torch.cholesky_solve(B, factor), factor), (A, B))
+    torch.testing.assert_close(ours, theirs)
+    assert torch.equal(ours[0], ours[0].mT)
+    for wanted in (A, B):  # one of them alone
+        X, L, _ = freqrank.cholesky_solve_ex(A if wanted is A else A.detach(), B if wanted is B else B.detach())
+        assert torch.autograd.grad(X.sum(), wanted)[0].isfinite().all()
+
+
+def test_cholesky_solve_errors():
+    A, B = torch.eye(3), torch.ones(3, 2)
+    with pytest.raises(TypeError, match=r"B must have dtype float32; got torch\.float64"):
+        freqrank.cholesky_solve_ex(A, B.double())
+    with pytest.raises(TypeError, match=r"A must have dtype float32, float64; got torch\.bfloat16"):
+        freqrank.cholesky_solve_ex(A.bfloat16(), B.bfloat16())
+    with pytest.raises(ValueError, match=r"B must have shape \[\.\.\., 3, k\] for A \(3, 3\); got \(2, 3\)"):
+        freqrank.cholesky_solve_ex(A, B.mT)
+    with pytest.raises(ValueError, match="B must have at least 2 dimensions"):
+        freqrank.cholesky_solve_ex(A, torch.ones(3))
+    with pytest.raises(ValueError, match=r"must match or broadcast; got A \(2, 3, 3\), B \(4, 3, 2\)"):
+        freqrank.cholesky_solve_ex(A.expand(2, 3, 3), B.expand(4, 3, 2))
+    with pytest.raises(torch.linalg.LinAlgError, match=r"cholesky_solve_ex: \(Batch element 1\).*order 1"):
+        freqrank.cholesky_solve_ex(torch.stack([A, -A]), B, check_errors=True)
+
+
 # --- triangular systems -----------------------------------------------------------------------------------------------
 
 
@@ -748,6 +906,8 @@ def samples():
     for upper in (False, True):
         yield ops.cholesky_ex.default, (grad(A), upper)
         yield ops.cholesky_ex.default, (A[0].float(), upper)
+        yield ops.cholesky_solve_ex.default, (grad(A), grad(B), upper)
+        yield ops.cholesky_solve_ex.default, (A[0].float(), B[0].float(), upper)
         yield ops.solve_triangular.default, (grad(triangle), grad(B), upper, True, False)
         yield ops.solve_triangular.default, (grad(triangle), grad(B.mT), upper, False, True)
     yield ops.whiten.default, (A, None)
@@ -760,11 +920,12 @@ def test_opcheck(index):
     torch.library.opcheck(op, arguments)
 
 
-@pytest.mark.parametrize("name", ["gram", "cholesky_ex", "solve_triangular"])
+@pytest.mark.parametrize("name", ["gram", "cholesky_ex", "cholesky_solve_ex", "solve_triangular"])
 def test_function_transforms_and_forward_mode(name):
     run = {
         "gram": lambda a: freqrank.gram(a).square().sum(),
         "cholesky_ex": lambda a: freqrank.cholesky_ex(a).L.square().sum(dim=(-1, -2)).log().sum(),
+        "cholesky_solve_ex": lambda a: freqrank.cholesky_solve_ex(a, a.mT).X.square().sum(),
         "solve_triangular": lambda a: freqrank.solve_triangular(a.tril(), a, upper=False).square().sum(),
     }[name]
     a = positive_definite(4)
@@ -789,6 +950,8 @@ def test_meta_tensors():
         L = freqrank.cholesky_ex(G, upper=upper).L
         real = freqrank.cholesky_ex(torch.eye(5).double().expand(2, 5, 5), upper=upper).L
         assert L.stride() == real.stride()
+        X, L, info = freqrank.cholesky_solve_ex(G, G[..., :3], upper=upper)
+        assert (X.shape, L.stride(), info.shape) == ((2, 5, 3), real.stride(), (2,))
     assert freqrank.solve_triangular(L, G, upper=True).shape == (2, 5, 5)
     assert freqrank.whiten(G, scale=2.0).info.shape == (2,)
 
@@ -800,7 +963,7 @@ def test_autocast_does_not_narrow():
     def everything():
         L = freqrank.cholesky_ex(A).L
         X = freqrank.solve_triangular(L, x.mT, upper=False)
-        loss = X.square().sum() + freqrank.logdet(L)
+        loss = X.square().sum() + freqrank.logdet(L) + freqrank.cholesky_solve_ex(A, x.mT).X.sum()
         return freqrank.gram(x), L, X, *torch.autograd.grad(loss, A), freqrank.whiten(A.detach()).factor
 
     plain = everything()
@@ -818,6 +981,7 @@ def everything(x, weight):
     L, info = freqrank.cholesky_ex(A)
     X = freqrank.solve_triangular(L, x.mT.double(), upper=False)
     white = freqrank.whiten(A.detach(), scale=0.5)
+    X = X + freqrank.cholesky_solve_ex(A, x.mT.double()).X
     return X.square().sum() + freqrank.logdet(L), acc, info, white.factor, freqrank.whiten_eigh(A.detach()).damping
 
 

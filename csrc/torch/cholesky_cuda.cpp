@@ -30,6 +30,19 @@ std::tuple<Tensor, Tensor> cholesky_ex_cuda(const Tensor& a, bool upper) {
   return call.result(upper);
 }
 
+std::tuple<Tensor, Tensor, Tensor> cholesky_solve_ex_cuda(const Tensor& a, const Tensor& b, bool upper) {
+  check_device(a, a, "cholesky_solve_ex: A must be on a GPU");
+  check_device(a, b, "cholesky_solve_ex: B must be on the GPU of A");
+  const std::int32_t device = a.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  CholeskySolveCall call(a, b, upper);
+  const auto plan =
+      wh::plan_device_cholesky({call.factor.batch}, a.size(-1), dtype_of(a), false, gpu_limits(device), b.size(-1));
+  const Tensor workspace = workspace_of(a, wh::workspace_bytes(plan));
+  wh::run(plan, call.factor.arguments, workspace.mutable_data_ptr(), current_stream(device));
+  return call.result(upper);
+}
+
 Tensor solve_triangular_cuda(const Tensor& a, const Tensor& b, bool upper, bool left, bool unitriangular) {
   check_device(a, a, "solve_triangular: A must be on a GPU");
   check_device(a, b, "solve_triangular: B must be on the GPU of A");
@@ -59,6 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> whiten_cuda(const Tensor& gram, const std::op
 
 STABLE_TORCH_LIBRARY_IMPL(freqrank, CUDA, m) {
   m.impl("cholesky_ex", TORCH_BOX(&freqrank::torch_adapter::cholesky_ex_cuda));
+  m.impl("cholesky_solve_ex", TORCH_BOX(&freqrank::torch_adapter::cholesky_solve_ex_cuda));
   m.impl("solve_triangular", TORCH_BOX(&freqrank::torch_adapter::solve_triangular_cuda));
   m.impl("whiten", TORCH_BOX(&freqrank::torch_adapter::whiten_cuda));
 }

@@ -57,6 +57,7 @@ STABLE_TORCH_LIBRARY(freqrank, m) {
   m.def("gram(Tensor x, Tensor? y, Tensor? weight) -> Tensor");
   m.def("gram_(Tensor(a!) acc, Tensor x, Tensor? y, Tensor? weight) -> ()");
   m.def("cholesky_ex(Tensor A, bool upper) -> (Tensor L, Tensor info)");
+  m.def("cholesky_solve_ex(Tensor A, Tensor B, bool upper) -> (Tensor X, Tensor L, Tensor info)");
   m.def("solve_triangular(Tensor A, Tensor B, bool upper, bool left, bool unitriangular) -> Tensor");
   m.def("whiten(Tensor gram, Tensor? scale) -> (Tensor factor, Tensor damping, Tensor info)");
 }

@@ -43,6 +43,14 @@ std::tuple<Tensor, Tensor> cholesky_ex(const Tensor& a, bool upper) {
   return call.result(upper);
 }
 
+std::tuple<Tensor, Tensor, Tensor> cholesky_solve_ex(const Tensor& a, const Tensor& b, bool upper) {
+  CholeskySolveCall call(a, b, upper);
+  const auto plan = wh::plan_cholesky({call.factor.batch}, a.size(-1), dtype_of(a), b.size(-1));
+  const Tensor workspace = workspace_for(a, workspace_bytes(plan));
+  run(plan, call.factor.arguments, aligned(workspace), torch_parallel_for());
+  return call.result(upper);
+}
+
 Tensor solve_triangular(const Tensor& a, const Tensor& b, bool upper, bool left, bool unitriangular) {
   const TriangularCall call(a, b, upper, left, unitriangular);
   const auto plan = wh::plan_triangular({call.batch}, call.n, call.columns, dtype_of(a));
@@ -65,6 +73,7 @@ STABLE_TORCH_LIBRARY_IMPL(freqrank, CPU, m) {
   m.impl("gram", TORCH_BOX(&gram));
   m.impl("gram_", TORCH_BOX(&gram_));
   m.impl("cholesky_ex", TORCH_BOX(&cholesky_ex));
+  m.impl("cholesky_solve_ex", TORCH_BOX(&cholesky_solve_ex));
   m.impl("solve_triangular", TORCH_BOX(&solve_triangular));
   m.impl("whiten", TORCH_BOX(&whiten));
 }

@@ -127,6 +127,28 @@ struct CholeskyCall {
   }
 };
 
+// A factorisation, and what is solved with it.
+struct CholeskySolveCall {
+  CholeskyCall factor;
+  std::vector<std::int64_t> b_strides, x_strides;
+  Tensor x;
+
+  CholeskySolveCall(const Tensor& a, const Tensor& b, bool upper) : factor(a, upper) {
+    check_batch(b, 2, factor.batch);
+    STD_TORCH_CHECK(b.scalar_type() == a.scalar_type(), "freqrank::cholesky_solve_ex: B must have the dtype of A");
+    STD_TORCH_CHECK(b.size(-2) == a.size(-1), "freqrank::cholesky_solve_ex: sizes do not match");
+    x = torch::stable::new_empty(b, sizes_of(b, 0));
+    b_strides = strides_of(b), x_strides = strides_of(x);
+    factor.arguments.b = view_of(b, b_strides);
+    factor.arguments.x = view_of(x, x_strides);
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> result(bool upper) {
+    const auto [L, info] = factor.result(upper);
+    return {x, L, info};
+  }
+};
+
 struct WhitenCall {
   std::vector<std::int64_t> batch, strides;
   std::optional<Tensor> scales;  // one for each matrix: small, so any strides are made plain

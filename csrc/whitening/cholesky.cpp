@@ -18,7 +18,8 @@ constexpr std::int64_t kFew = 8;             // and all that are too large for p
 constexpr std::int64_t kPanelsFit = 512;     // up to this order a matrix is factored in panels in the second cache
 constexpr std::int64_t kLanesFit = 64;       // and up to this one so are as many of them as a vector has lanes
 constexpr std::int64_t kSpaceBytes = 16 << 20;
-constexpr double kWorthThreads = 4e5;  // multiplications, reading and writing an element counted as 5
+constexpr std::int64_t kMostSolved = 512;  // right-hand sides of a matrix that one thread solves beside its factor
+constexpr double kWorthThreads = 4e5;      // multiplications, reading and writing an element counted as 5
 constexpr std::int64_t kMostLanes = lanes_of(Dtype::float32);
 
 std::int64_t block_rows(const CholeskyPlan& plan) { return round_up(std::min(plan.n, kBlock), kRowPadding); }
@@ -32,7 +33,11 @@ std::int64_t slot_elements(const CholeskyPlan& plan) {
 }
 std::int64_t slot_bytes(const CholeskyPlan& plan) {
   if (!plan.panels) return slot_elements(plan) * bytes_of(plan.dtype);
-  return std::max(columns_bytes(plan.n, plan.dtype), plan.lanes > 1 ? lanes_bytes(plan.n) : 0);
+  const std::int64_t columns = columns_bytes(plan.n, plan.dtype);
+  const std::int64_t lanes = plan.lanes > 1 ? lanes_bytes(plan.n) : 0;
+  if (!plan.solve_panels) return std::max(columns, lanes);
+  return std::max(columns + sides_bytes(plan.n, plan.dtype, false),
+                  lanes > 0 ? lanes + sides_bytes(plan.n, plan.dtype, true) : 0);
 }
 
 template <class T, class In>
@@ -126,11 +131,12 @@ void keep_leading_minor(const Source<In>& a, std::int64_t n, std::int64_t minor,
 // Factors up to plan.lanes matrices, of the same strides.
 template <class T, class In>
 void factor_some(const CholeskyPlan& plan, const Source<In>* a, std::int64_t count, T* const* u, Outcome* outcomes,
-                 T* space, const ParallelFor& parallel_for, std::int64_t slots) {
+                 RightSides<T> sides, T* space, const ParallelFor& parallel_for, std::int64_t slots) {
   if (count >= std::max<std::int64_t>(plan.lanes / 2, 2)) {
-    FREQRANK_DISPATCH(factor_lanes, a, count, plan.n, u, outcomes, space);
+    FREQRANK_DISPATCH(factor_lanes, a, count, plan.n, u, outcomes, sides, space);
   } else if (plan.panels) {  // as fast for so few, and the same bits
-    for (std::int64_t l = 0; l < count; ++l) outcomes[l] = FREQRANK_DISPATCH(factor_columns, a[l], plan.n, u[l], space);
+    for (std::int64_t l = 0; l < count; ++l, ++sides.b, ++sides.x)
+      outcomes[l] = FREQRANK_DISPATCH(factor_columns, a[l], plan.n, u[l], sides, space);
   } else {
     *outcomes = factor_matrix(plan, *a, *u, space, parallel_for, slots);
   }
@@ -166,25 +172,57 @@ Source<In> source(const CholeskyPlan& plan, const MatrixBatch& a, std::int64_t b
   return {static_cast<const In*>(a.data) + plan.batch.offset(b, a.batch_strides), a.row_stride, a.column_stride};
 }
 
+// NaN in a factor's upper triangle: whoever goes on with it will notice.
+template <class T>
+void spoil(std::int64_t n, T* u) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    std::fill_n(u + i * n, i, T(0));
+    std::fill_n(u + i * n + i, n - i, std::numeric_limits<T>::quiet_NaN());
+  }
+}
+
 template <class T>
 void run_cholesky(const CholeskyPlan& plan, const CholeskyArguments& arguments, void* workspace,
                   const ParallelFor& parallel_for) {
   const std::int64_t n = plan.n;
+  const MatrixBatch &b = arguments.b, &x = arguments.x;
   each_group<T>(plan, workspace, parallel_for,
                 [&](std::int64_t first, std::int64_t count, T* space, const ParallelFor& inner, std::int64_t slots) {
                   Source<T> a[kMostLanes];
                   T* u[kMostLanes] = {};
                   Outcome outcomes[kMostLanes];
+                  const T* from[kMostLanes] = {};
+                  T* to[kMostLanes] = {};
+                  RightSides<T> sides{from, to};
                   for (std::int64_t l = 0; l < count; ++l) {
                     a[l] = source<T>(plan, arguments.a, first + l);
                     u[l] = static_cast<T*>(arguments.factor) + (first + l) * n * n;
                   }
-                  factor_some(plan, a, count, u, outcomes, space, inner, slots);
+                  if (plan.solve_panels) {
+                    sides = {from, to, plan.right_sides, b.row_stride, b.column_stride, x.row_stride, x.column_stride};
+                    for (std::int64_t l = 0; l < count; ++l) {
+                      from[l] = static_cast<const T*>(b.data) + plan.batch.offset(first + l, b.batch_strides);
+                      to[l] = static_cast<T*>(x.data) + plan.batch.offset(first + l, x.batch_strides);
+                    }
+                  }
+                  factor_some(plan, a, count, u, outcomes, sides, space, inner, slots);
                   for (std::int64_t l = 0; l < count; ++l) {
                     arguments.info[first + l] = static_cast<std::int32_t>(outcomes[l].minor);
-                    if (outcomes[l].minor > 0) keep_leading_minor(a[l], n, outcomes[l].minor, u[l]);
+                    if (outcomes[l].minor == 0) continue;
+                    if (plan.right_sides == 0) {
+                      keep_leading_minor(a[l], n, outcomes[l].minor, u[l]);
+                      continue;
+                    }
+                    spoil(n, u[l]);
+                    for (std::int64_t i = 0; i < (plan.solve_panels ? n : 0); ++i) {
+                      for (std::int64_t j = 0; j < plan.right_sides; ++j)
+                        to[l][i * x.row_stride + j * x.column_stride] = std::numeric_limits<T>::quiet_NaN();
+                    }
                   }
                 });
+  if (plan.right_sides == 0 || plan.solve_panels) return;
+  const FactorSolves solves(plan.batch, n, arguments);
+  for (const auto& solve : solves.each) run(plan.solve, solve, workspace, parallel_for);
 }
 
 template <class In>
@@ -208,17 +246,14 @@ void run_whiten(const CholeskyPlan& plan, const WhitenArguments& arguments, void
         std::int64_t open = count;
         for (const double level : kDampingLevels) {
           for (std::int64_t l = 0; l < open; ++l) a[l].damping = level;
-          factor_some(plan, a, open, u, outcomes, space, inner, slots);
+          factor_some(plan, a, open, u, outcomes, RightSides<double>{}, space, inner, slots);
           std::int64_t failed = 0;
           for (std::int64_t l = 0; l < open; ++l) {
             arguments.damping[index[l]] = level;
             arguments.info[index[l]] = static_cast<std::int32_t>(outcomes[l].minor);
             if (outcomes[l].minor == 0) continue;
             if (level == kDampingLevels[kDampingLevelCount - 1] || outcomes[l].not_a_number) {
-              for (std::int64_t i = 0; i < n; ++i) {
-                std::fill_n(u[l] + i * n, i, 0.0);
-                std::fill_n(u[l] + i * n + i, n - i, std::numeric_limits<double>::quiet_NaN());
-              }
+              spoil(n, u[l]);
               continue;
             }
             a[failed] = a[l], u[failed] = u[l], index[failed] = index[l];
@@ -232,7 +267,7 @@ void run_whiten(const CholeskyPlan& plan, const WhitenArguments& arguments, void
 
 }  // namespace
 
-CholeskyPlan plan_cholesky(BatchSizes batch, std::int64_t n, Dtype dtype) {
+CholeskyPlan plan_cholesky(BatchSizes batch, std::int64_t n, Dtype dtype, std::int64_t right_sides) {
   CholeskyPlan plan;
   plan.batch = std::move(batch);
   plan.n = n;
@@ -241,7 +276,11 @@ CholeskyPlan plan_cholesky(BatchSizes batch, std::int64_t n, Dtype dtype) {
   plan.panels = n <= kPanelsFit;
   plan.lanes = n <= kLanesFit ? lanes_of(dtype) : 1;
   plan.share_matrix = n >= kShareAlways || (!plan.panels && count < kFew);
-  const double order = static_cast<double>(n), work = static_cast<double>(count) * order * order * (order / 6 + 5);
+  plan.right_sides = right_sides;
+  plan.solve_panels = right_sides > 0 && plan.panels && right_sides <= kMostSolved;
+  if (right_sides > 0 && !plan.solve_panels) plan.solve = plan_triangular(plan.batch, n, right_sides, dtype);
+  const double order = static_cast<double>(n), solved = plan.solve_panels ? static_cast<double>(right_sides) : 0;
+  const double work = static_cast<double>(count) * order * (order * (order / 6 + 5) + solved * (order + 5));
   if (plan.share_matrix) {
     plan.slots = std::min(kSlots, ceil_div(n, kTile));
   } else {
@@ -252,7 +291,10 @@ CholeskyPlan plan_cholesky(BatchSizes batch, std::int64_t n, Dtype dtype) {
   return plan;
 }
 
-std::int64_t workspace_bytes(const CholeskyPlan& plan) { return plan.slots * slot_bytes(plan); }
+std::int64_t workspace_bytes(const CholeskyPlan& plan) {
+  const bool solves = plan.right_sides > 0 && !plan.solve_panels;
+  return std::max(plan.slots * slot_bytes(plan), solves ? workspace_bytes(plan.solve) : 0);
+}
 
 void run(const CholeskyPlan& plan, const CholeskyArguments& arguments, void* workspace,
          const ParallelFor& parallel_for) {

@@ -16,10 +16,16 @@ namespace {
 constexpr int kRows[] = {128, 64};
 // The first matrices that need more than a warp gain nothing from eight of them.
 constexpr int kFewThreads = 128, kManyThreads = 256, kFewColumns = 64;
+// Right-hand sides that are solved in the launch that factors, and of those how many a block has at a time. More are
+// worth blocks of their own.
+constexpr std::int64_t kMostSolved = 512;
+constexpr int kWidth = 64;
 constexpr std::int64_t kMostRows = std::int64_t{1} << 30;
+// No GPU has room for more in a block, and what the bytes are is only known of an int.
+constexpr std::int64_t kMostBlockRows = 1024;
 
-int shared_bytes_of_block(Dtype dtype, int n) {
-  return dtype == Dtype::float64 ? device::block_bytes<double>(n) : device::block_bytes<float>(n);
+int shared_bytes_of_block(Dtype dtype, int n, int width = 0) {
+  return dtype == Dtype::float64 ? device::block_bytes<double>(n, width) : device::block_bytes<float>(n, width);
 }
 int shared_bytes_of_solve(Dtype dtype, int rows) {
   return dtype == Dtype::float64 ? device::solve_bytes<double>(rows) : device::solve_bytes<float>(rows);
@@ -42,31 +48,47 @@ std::pair<int, int> step_of(std::int64_t n, Dtype dtype, const GpuLimits& limits
                               " bytes a block");
 }
 
+// With what two triangular solves add to the launches.
+DeviceCholeskyPlan with_solve(DeviceCholeskyPlan plan) {
+  plan.launches += 2 * plan.solve.launches;
+  plan.shared_bytes = std::max(plan.shared_bytes, plan.solve.shared_bytes);
+  return plan;
+}
+
 const char* name(Dtype dtype) { return dtype == Dtype::float64 ? "float64" : "float32"; }
 
 }  // namespace
 
 DeviceCholeskyPlan plan_device_cholesky(BatchSizes batch, std::int64_t n, Dtype dtype, bool ladder,
-                                        const GpuLimits& limits) {
+                                        const GpuLimits& limits, std::int64_t right_sides) {
   DeviceCholeskyPlan plan;
   plan.batch = std::move(batch);
   plan.n = n;
   plan.dtype = dtype;
   plan.ladder = ladder;
+  plan.right_sides = right_sides;
   plan.launches = 1;
+  const int width = static_cast<int>(std::min<std::int64_t>(kWidth, round_up(right_sides, 4)));
+  const bool fits = n <= 32 || (n <= kMostBlockRows &&
+                                shared_bytes_of_block(dtype, static_cast<int>(n), width) <= limits.shared_bytes);
+  if (right_sides > 0 && n > 0) {
+    if (fits && right_sides <= kMostSolved) {
+      plan.width = width;
+    } else {
+      plan.solve = plan_device_triangular(plan.batch, n, right_sides, dtype, limits);
+    }
+  }
   if (n <= 32) {
     plan.kernel = CholeskyKernel::warp;
     plan.columns = n <= 8 ? 8 : n <= 16 ? 16 : 32;
-    plan.shared_bytes = device::warp_bytes(plan.columns, static_cast<int>(bytes_of(dtype)));
-    return plan;
+    plan.shared_bytes = device::warp_bytes(plan.columns, static_cast<int>(bytes_of(dtype)), plan.width > 0);
+    return with_solve(plan);
   }
-  // no GPU has room for more, and what the bytes are is only known of an int
-  constexpr std::int64_t most = 1024;
-  if (n <= most && shared_bytes_of_block(dtype, static_cast<int>(n)) <= limits.shared_bytes) {
+  if (n <= kMostBlockRows && shared_bytes_of_block(dtype, static_cast<int>(n)) <= limits.shared_bytes) {
     plan.kernel = CholeskyKernel::block;
     plan.threads = n <= kFewColumns ? kFewThreads : kManyThreads;
-    plan.shared_bytes = shared_bytes_of_block(dtype, static_cast<int>(n));
-    return plan;
+    plan.shared_bytes = shared_bytes_of_block(dtype, static_cast<int>(n), plan.width);
+    return with_solve(plan);
   }
   plan.kernel = CholeskyKernel::panels;
   std::tie(plan.rows, plan.shared_bytes) = step_of(n, dtype, limits);
@@ -75,7 +97,7 @@ DeviceCholeskyPlan plan_device_cholesky(BatchSizes batch, std::int64_t n, Dtype 
   const auto count = static_cast<std::size_t>(plan.batch.count());
   plan.words_at = ladder ? count * sizeof(double) : 0;
   plan.bytes = plan.words_at + static_cast<std::size_t>(2 * levels) * count * sizeof(std::int32_t);
-  return plan;
+  return with_solve(plan);
 }
 
 std::size_t workspace_bytes(const DeviceCholeskyPlan& plan) { return plan.bytes; }
@@ -83,12 +105,16 @@ std::size_t workspace_bytes(const DeviceCholeskyPlan& plan) { return plan.bytes;
 std::string describe(const DeviceCholeskyPlan& plan) {
   std::ostringstream text;
   text << plan.batch.count() << " matrices of " << plan.n << " rows, " << name(plan.dtype)
-       << (plan.ladder ? ", with the ladder" : "") << ": ";
+       << (plan.ladder ? ", with the ladder" : "");
+  if (plan.right_sides > 0) text << ", " << plan.right_sides << " right-hand sides each";
+  text << ": ";
   switch (plan.kernel) {
     case CholeskyKernel::warp: text << 32 / plan.columns << " in the registers of a warp"; break;
     case CholeskyKernel::block: text << "one in the shared memory of a block of " << plan.threads << " threads"; break;
     case CholeskyKernel::panels: text << plan.rows << " rows a step"; break;
   }
+  if (plan.width > 0) text << ", the right-hand sides in the same launch";
+  if (plan.solve.launches > 0) text << ", the right-hand sides by triangular solves";
   text << "; launches: " << plan.launches << ", bytes of shared memory: " << plan.shared_bytes;
   return text.str();
 }

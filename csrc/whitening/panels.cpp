@@ -401,24 +401,232 @@ void write_columns(const T* panels, std::int64_t n, T* factor) {
   }
 }
 
+// --- right-hand sides ------------------------------------------------------------------------------------------------
+
+// Panels of right-hand sides have the rows of the factor's, all of them, and lie behind the inverses of its diagonal.
+template <class L>
+struct Sides {
+  using T = typename L::Number;
+  static constexpr int panels = (kWidth<T> + kPanelColumns<L> - 1) / kPanelColumns<L>;  // at a time
+  static constexpr std::int64_t columns = (L::step > 1 ? panels : 1) * kPanelColumns<L>;
+  std::int64_t rows;
+  T *inverse, *at;
+
+  Sides(std::int64_t n, T* space) : rows(round_up(n, L::rows)), inverse(space), at(space + rows * L::step) {}
+  T* panel(std::int64_t column) const { return at + column / kPanelColumns<L> * rows * kRowLength<L>; }
+  T* place(std::int64_t i, std::int64_t column) const {
+    return panel(column) + i * kRowLength<L> + column % kPanelColumns<L> * L::step;
+  }
+};
+
+template <class L, class T>
+void invert_diagonal(const T* panels, std::int64_t n, const Sides<L>& sides) {
+  for (std::int64_t i = 0; i < sides.rows; ++i) {
+    const typename L::Element one = typename L::Element{} + 1;
+    const auto inverse = i < n ? one / element<L>(panels + place<L>(i, i)) : one;
+    __builtin_memcpy(sides.inverse + i * L::step, &inverse, sizeof inverse);
+  }
+}
+
+// Beyond the last column, where panels hold anything, the identity.
+template <class L, class T>
+FREQRANK_INLINE Triangle<L> load_triangle(const T* panels, std::int64_t n, std::int64_t i, const T* inverse) {
+  Triangle<L> t;
+  const T* const from = panels + place<L>(i, i);
+  for (int r = 0; r < L::rows; ++r) {
+    for (int c = r + 1; c < L::rows; ++c) {
+      t.u[r][c] = i + c < n ? element<L>(from + r * kRowLength<L> + c * L::step) : typename L::Element{};
+    }
+    t.inverse[r] = element<L>(inverse + (i + r) * L::step);
+  }
+  return t;
+}
+
+// Rows i, i + 1, ... of U^T Y = B, those before being Y's. x: the columns i, i + 1, ... of U from row 0 on.
+template <class L, int C, class T>
+void solve_down(const T* x, T* y, std::int64_t i, const Triangle<L>& t) {
+  Vector<T> sum[L::rows][C];
+  T* const to = y + i * kRowLength<L>;
+  load_tile<L, C>(to, sum);
+  subtract_product<L, C>(x, y, i, sum);
+  solve_triangle<L, C>(t, sum);
+  store_tile<L, C>(sum, to);
+}
+
+// Rows i, i + 1, ... of U X = Y, those after being X's.
+template <class L, int C, class T>
+void solve_up(const T* panels, std::int64_t n, T* y, std::int64_t i, const Triangle<L>& t) {
+  constexpr int columns = kPanelColumns<L>;
+  Vector<T> sum[L::rows][C];
+  T* const to = y + i * kRowLength<L>;
+  load_tile<L, C>(to, sum);
+  for (std::int64_t end = n; end > i + L::rows;) {  // from the last on: the same chain for blocks of any size
+    const std::int64_t begin = (end - 1) / columns * columns, first = begin > i + L::rows ? begin : i + L::rows;
+    const T* u = panels + place<L>(i, end - 1);
+    for (std::int64_t j = end - 1; j >= first; --j, u -= L::step) {
+      Vector<T> row[C];
+      FREQRANK_UNROLL
+      for (int c = 0; c < C; ++c) row[c] = load(y + j * kRowLength<L> + c * kWidth<T>);
+      FREQRANK_UNROLL
+      for (int r = 0; r < L::rows; ++r) {
+        const auto left = element<L>(u + r * kRowLength<L>);
+        FREQRANK_UNROLL
+        for (int c = 0; c < C; ++c) sum[r][c] -= left * row[c];
+      }
+    }
+    end = first;
+  }
+  FREQRANK_UNROLL
+  for (int r = L::rows - 1; r >= 0; --r) {
+    FREQRANK_UNROLL
+    for (int s = L::rows - 1; s > r; --s) {
+      FREQRANK_UNROLL
+      for (int c = 0; c < C; ++c) sum[r][c] -= t.u[r][s] * sum[s][c];
+    }
+    FREQRANK_UNROLL
+    for (int c = 0; c < C; ++c) sum[r][c] *= t.inverse[r];
+  }
+  store_tile<L, C>(sum, to);
+}
+
+// The C vectors that a panel's columns take.
+template <class L, int C, class T>
+void solve_panel(std::int64_t vectors, const T* panels, std::int64_t n, T* y, const T* inverse) {
+  if constexpr (C > 1) {
+    if (vectors < C) return solve_panel<L, C - 1>(vectors, panels, n, y, inverse);
+  }
+  for (std::int64_t i = 0; i < n; i += L::rows) {
+    solve_down<L, C>(panels + place<L>(0, i), y, i, load_triangle<L>(panels, n, i, inverse));
+  }
+  for (std::int64_t i = round_up(n, L::rows) - L::rows; i >= 0; i -= L::rows) {
+    solve_up<L, C>(panels, n, y, i, load_triangle<L>(panels, n, i, inverse));
+  }
+}
+
+// Read and write some columns, from `first` on.
+template <class T>
+void read_sides(const RightSides<T>& from, std::int64_t count, std::int64_t n, std::int64_t first, std::int64_t columns,
+                const Sides<Lanes<T>>& to) {
+  constexpr int W = kWidth<T>;
+  const T* sequences[W];
+  if (from.b_row == 1 || columns == 1) {
+    for (std::int64_t j = 0; j < columns; ++j) {
+      for (int l = 0; l < W; ++l) sequences[l] = from.b[l < count ? l : 0] + (first + j) * from.b_column;
+      gather<T>(sequences, from.b_row, n, 0, n, [&](std::int64_t i, Vector<T> x) { store(to.place(i, j), x); });
+    }
+    return;
+  }
+  for (std::int64_t i = 0; i < n; ++i) {
+    for (int l = 0; l < W; ++l) sequences[l] = from.b[l < count ? l : 0] + i * from.b_row;
+    gather<T>(sequences, from.b_column, from.columns, first, first + columns,
+              [&](std::int64_t j, Vector<T> x) { store(to.place(i, j - first), x); });
+  }
+}
+
+// The reverse of gather() for the first `count` sequences: get(f) are the numbers at f.
+template <class T, class Get>
+void scatter(T* const* sequences, std::int64_t count, std::int64_t stride, std::int64_t begin, std::int64_t end,
+             const Get& get) {
+  constexpr int W = kWidth<T>;
+  std::int64_t f = begin;
+  for (; stride == 1 && f + W <= end; f += W) {
+    Vector<T> square[W];
+    FREQRANK_UNROLL
+    for (int k = 0; k < W; ++k) square[k] = get(f + k);
+    transpose(square);
+    T each[W][W];
+    FREQRANK_UNROLL
+    for (int l = 0; l < W; ++l) store<T>(each[l], square[l]);
+    for (std::int64_t l = 0; l < count; ++l) store(sequences[l] + f, load<T>(each[l]));
+  }
+  for (; f < end; ++f) {
+    T each[W];
+    store<T>(each, get(f));
+    for (std::int64_t l = 0; l < count; ++l) sequences[l][f * stride] = each[l];
+  }
+}
+
+template <class T>
+void write_sides(const Sides<Lanes<T>>& from, std::int64_t count, std::int64_t n, std::int64_t first,
+                 std::int64_t columns, const RightSides<T>& to) {
+  T* sequences[kWidth<T>];
+  if (to.x_row == 1 || columns == 1) {
+    for (std::int64_t j = 0; j < columns; ++j) {
+      for (std::int64_t l = 0; l < count; ++l) sequences[l] = to.x[l] + (first + j) * to.x_column;
+      scatter<T>(sequences, count, to.x_row, 0, n, [&](std::int64_t i) { return load<T>(from.place(i, j)); });
+    }
+    return;
+  }
+  for (std::int64_t i = 0; i < n; ++i) {
+    for (std::int64_t l = 0; l < count; ++l) sequences[l] = to.x[l] + i * to.x_row + first * to.x_column;
+    scatter<T>(sequences, count, to.x_column, 0, columns, [&](std::int64_t j) { return load<T>(from.place(i, j)); });
+  }
+}
+
+template <class T>
+void read_sides(const RightSides<T>& from, std::int64_t, std::int64_t n, std::int64_t first, std::int64_t columns,
+                const Sides<Columns<T>>& to) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    const T* const row = *from.b + i * from.b_row + first * from.b_column;
+    T* const into = to.place(i, 0);
+    for (std::int64_t j = 0; j < columns; ++j) into[j] = row[j * from.b_column];
+    for (std::int64_t j = columns; j < round_up(columns, kWidth<T>); ++j) into[j] = 0;
+  }
+}
+
+template <class T>
+void write_sides(const Sides<Columns<T>>& from, std::int64_t, std::int64_t n, std::int64_t first, std::int64_t columns,
+                 const RightSides<T>& to) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    T* const row = *to.x + i * to.x_row + first * to.x_column;
+    const T* const out = from.place(i, 0);
+    for (std::int64_t j = 0; j < columns; ++j) row[j * to.x_column] = out[j];
+  }
+}
+
+template <class L, class T>
+void solve_sides(const T* panels, std::int64_t count, std::int64_t n, const RightSides<T>& right, T* space) {
+  constexpr int width = kPanelColumns<L>;
+  if (right.columns == 0) return;
+  const Sides<L> sides(n, space);
+  invert_diagonal<L>(panels, n, sides);
+  for (std::int64_t first = 0; first < right.columns; first += sides.columns) {
+    const std::int64_t columns = right.columns - first < sides.columns ? right.columns - first : sides.columns;
+    for (std::int64_t j = 0; j < columns; j += width) {  // below the last row there are zeros
+      __builtin_memset(sides.place(n, j), 0, static_cast<std::size_t>(sides.rows - n) * kRowLength<L> * sizeof(T));
+    }
+    read_sides(right, count, n, first, columns, sides);
+    for (std::int64_t j = 0; j < columns; j += width) {
+      const std::int64_t numbers = (columns - j < width ? columns - j : width) * L::step;
+      solve_panel<L, L::vectors>(ceil_div(numbers, kWidth<T>), panels, n, sides.panel(j), sides.inverse);
+    }
+    write_sides(sides, count, n, first, columns, right);
+  }
+}
+
 template <class T, class In>
 void factor_lanes_of(const Source<In>* a, std::int64_t count, std::int64_t n, T* const* factors, Outcome* outcomes,
-                     T* panels) {
+                     const RightSides<T>& sides, T* panels) {
   constexpr int W = kWidth<T>;
   for (std::int64_t l = 0; l < count; l += W) {
     const std::int64_t some = count - l < W ? count - l : W;
     read_lanes(a + l, some, n, panels);
     const auto progress = factor_panels<Lanes<T>>(panels, n);
     write_lanes(panels, some, n, factors + l);
+    RightSides<T> mine = sides;
+    if (mine.columns > 0) mine.b += l, mine.x += l;
+    solve_sides<Lanes<T>>(panels, some, n, mine, panels + lanes_bytes(n) / static_cast<std::int64_t>(sizeof(T)));
     for (int k = 0; k < some; ++k) outcomes[l + k] = progress.outcome(k, n);
   }
 }
 
 template <class T, class In>
-Outcome factor_columns_of(const Source<In>& a, std::int64_t n, T* factor, T* panels) {
+Outcome factor_columns_of(const Source<In>& a, std::int64_t n, T* factor, const RightSides<T>& sides, T* panels) {
+  constexpr Dtype dtype = sizeof(T) == 4 ? Dtype::float32 : Dtype::float64;
   read_columns(a, n, panels);
   const auto progress = factor_panels<Columns<T>>(panels, n);
   write_columns(panels, n, factor);
+  solve_sides<Columns<T>>(panels, 1, n, sides, panels + columns_bytes(n, dtype) / bytes_of(dtype));
   return progress.outcome(0, n);
 }
 
@@ -426,11 +634,11 @@ Outcome factor_columns_of(const Source<In>& a, std::int64_t n, T* factor, T* pan
 
 #define FREQRANK_DEFINE(In, T)                                                                                     \
   void factor_lanes(const Source<In>* a, std::int64_t count, std::int64_t n, T* const* factors, Outcome* outcomes, \
-                    T* panels) {                                                                                   \
-    factor_lanes_of(a, count, n, factors, outcomes, panels);                                                       \
+                    const RightSides<T>& sides, T* panels) {                                                       \
+    factor_lanes_of(a, count, n, factors, outcomes, sides, panels);                                                \
   }                                                                                                                \
-  Outcome factor_columns(const Source<In>& a, std::int64_t n, T* factor, T* panels) {                              \
-    return factor_columns_of(a, n, factor, panels);                                                                \
+  Outcome factor_columns(const Source<In>& a, std::int64_t n, T* factor, const RightSides<T>& sides, T* panels) {  \
+    return factor_columns_of(a, n, factor, sides, panels);                                                         \
   }
 FREQRANK_DEFINE(float, float)
 FREQRANK_DEFINE(double, double)

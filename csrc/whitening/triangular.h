@@ -17,7 +17,7 @@ struct TriangularPlan {
 };
 
 struct TriangularArguments {
-  MatrixBatch a, b, x;  // b and x are n x columns if `left`, else columns x n; x may not overlap the others
+  MatrixBatch a, b, x;  // b and x are n x columns if `left`, else columns x n; x is b or overlaps none of the others
   bool upper = false, left = true, unit_triangular = false;
 };
 

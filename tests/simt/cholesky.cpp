@@ -2,6 +2,7 @@
 // executor.
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -55,6 +56,7 @@ py::dict described(const wh::DeviceCholeskyPlan& plan) {
   d["text"] = wh::describe(plan);
   d["kernel"] = name(plan.kernel);
   d["rows"] = plan.rows;
+  d["width"] = plan.width;
   d["launches"] = plan.launches;
   d["shared_bytes"] = plan.shared_bytes;
   d["bytes"] = plan.bytes;
@@ -77,15 +79,18 @@ struct Workspace {
 };
 
 py::dict cholesky(simt::Executor& executor, const py::array& a, bool upper, py::array& factor,
-                  py::array_t<std::int32_t>& info, int shared_bytes) {
+                  py::array_t<std::int32_t>& info, int shared_bytes, const std::optional<py::array>& b,
+                  const std::optional<py::array>& x) {
   Matrices from(a);
   if (!upper) std::swap(from.view.row_stride, from.view.column_stride);
-  const auto plan =
-      wh::plan_device_cholesky(batch_of(a), a.shape(a.ndim() - 1), dtype_of(a), false, limits_of(shared_bytes));
+  wh::CholeskyArguments args{from.view, factor.mutable_data(), info.mutable_data(), {}, {}};
+  std::optional<Matrices> right, to;
+  if (b) args.b = right.emplace(*b).view, args.x = to.emplace(*x).view;
+  const auto plan = wh::plan_device_cholesky(batch_of(a), a.shape(a.ndim() - 1), dtype_of(a), false,
+                                             limits_of(shared_bytes), b ? b->shape(b->ndim() - 1) : 0);
   Workspace workspace(wh::workspace_bytes(plan));
   simt::Queue queue(executor);
-  wh::device::run_device_cholesky(plan, {from.view, factor.mutable_data(), info.mutable_data()},
-                                  workspace.memory.data(), queue);
+  wh::device::run_device_cholesky(plan, args, workspace.memory.data(), queue);
   return described(plan);
 }
 
@@ -119,20 +124,21 @@ py::dict solve_triangular(simt::Executor& executor, const py::array& a, const py
 void bind_cholesky(py::module_& m) {
   const char* const limits = "shared_bytes: those that a block may use, or 0 for an H100's";
   m.def("cholesky", &cholesky, py::arg("executor"), py::arg("a"), py::arg("upper"), py::arg("factor"), py::arg("info"),
-        py::arg("shared_bytes") = 0, limits);
+        py::arg("shared_bytes") = 0, py::arg("b") = py::none(), py::arg("x") = py::none(), limits);
   m.def("whiten", &whiten, py::arg("executor"), py::arg("gram"), py::arg("scale"), py::arg("factor"),
         py::arg("damping"), py::arg("info"), py::arg("shared_bytes") = 0, limits);
   m.def("solve_triangular", &solve_triangular, py::arg("executor"), py::arg("a"), py::arg("b"), py::arg("x"),
         py::arg("upper"), py::arg("left"), py::arg("unit_triangular"), py::arg("shared_bytes") = 0, limits);
   m.def(
       "cholesky_plan",
-      [](std::vector<std::int64_t> batch, std::int64_t n, bool double_precision, bool ladder, int shared_bytes) {
+      [](std::vector<std::int64_t> batch, std::int64_t n, bool double_precision, bool ladder, int shared_bytes,
+         std::int64_t right_sides) {
         return described(wh::plan_device_cholesky({std::move(batch)}, n,
                                                   double_precision ? wh::Dtype::float64 : wh::Dtype::float32, ladder,
-                                                  limits_of(shared_bytes)));
+                                                  limits_of(shared_bytes), right_sides));
       },
       py::arg("batch"), py::arg("n"), py::arg("double_precision"), py::arg("ladder") = false,
-      py::arg("shared_bytes") = 0, limits);
+      py::arg("shared_bytes") = 0, py::arg("right_sides") = 0, limits);
   m.def(
       "triangular_plan",
       [](std::vector<std::int64_t> batch, std::int64_t n, std::int64_t columns, bool double_precision,

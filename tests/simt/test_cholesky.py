@@ -39,6 +39,20 @@ def cholesky(a, *, upper=True, seed=0, shared_bytes=0, executor=None):
     return (factor if upper else np.swapaxes(factor, -1, -2)), info, plan
 
 
+def cholesky_solve(a, b, *, upper=True, seed=0, shared_bytes=0, executor=None, x=None):
+    """(X, factor [.., n, n] as torch returns it, info, plan)."""
+    executor = executor or Executor(seed)
+    factor, info = np.full(a.shape, np.nan, a.dtype), np.full(a.shape[:-2], -1, np.int32)
+    for result in (factor, info):
+        executor.expect_written(result)
+    if x is None:
+        x = np.full(b.shape, np.nan, b.dtype)
+        executor.expect_written(x)
+    plan = freqrank_simt.cholesky(executor, a, upper, factor, info, shared_bytes, b, x)
+    executor.check_written()
+    return x, (factor if upper else np.swapaxes(factor, -1, -2)), info, plan
+
+
 def whiten(gram, scale=None, *, seed=0, shared_bytes=0, executor=None):
     executor = executor or Executor(seed)
     batch = gram.shape[:-2]
@@ -462,6 +476,127 @@ def test_solve_keeps_what_is_not_finite_in_its_column():
         assert np.isnan(got[n // 3 :, 2]).all()
         assert not np.isfinite(got[0, 4])
         np.testing.assert_array_equal(got[: n // 3, 2], want[: n // 3, 2])
+
+
+# --- factor and solve in one launch ---
+
+
+def check_symmetric_solution(a, x, b):
+    wide, y = a.astype(np.float64), x.astype(np.float64)
+    size = np.linalg.norm(wide, axis=(-2, -1)) * np.linalg.norm(y, axis=(-2, -1)) if y.size else np.zeros(1)
+    residual = np.linalg.norm(wide @ y - b, axis=(-2, -1))
+    assert (residual <= 4 * a.shape[-1] * epsilon(a.dtype) * size).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [*range(1, 34), 47, 48, 49, 64, 65, 97, 112, 113, 128])
+def test_factor_and_solve(n, dtype):
+    rng = np.random.default_rng(n)
+    for columns in (1, 3 + n % 67):
+        a = positive_definite(rng, 3, n, n, dtype=dtype)
+        b = rng.standard_normal((3, n, columns)).astype(dtype)
+        x, u, info, plan = cholesky_solve(a, b)
+        assert plan["launches"] == 1
+        assert plan["width"] > 0
+        assert (info == 0).all()
+        check_symmetric_solution(a, x, b)
+        np.testing.assert_array_equal(u, cholesky(a)[0])  # the same factor as without
+
+
+def test_what_is_solved_in_one_launch():
+    def plan(n, columns, double_precision, **more):
+        return freqrank_simt.cholesky_plan([5], n, double_precision, right_sides=columns, **more)
+
+    assert plan(224, 4, False)["width"] == 4
+    assert plan(224, 1, False)["launches"] == 1
+    assert plan(192, 512, False)["width"] == 64
+    assert plan(193, 512, False)["launches"] == 1 + 2 * 3
+    assert plan(128, 64, True)["width"] == 64
+    assert plan(30, 513, False)["launches"] == 1 + 2
+    assert plan(300, 4, False)["launches"] == 2 * 3 + 1 + 2 * 5
+    assert plan(40, 0, False)["width"] == 0
+    assert plan(40, 3, False)["text"].startswith(
+        "5 matrices of 40 rows, float32, 3 right-hand sides each: one in the shared memory of a block of 128 threads, "
+        "the right-hand sides in the same launch; launches: 1"
+    )
+    assert "by triangular solves" in plan(300, 4, False)["text"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factor_and_solve_in_several_launches(dtype):
+    rng = np.random.default_rng(9)
+    for n, columns, shared in [(150, 3, SMALL), (131, 70, SMALL), (20, 513, 0)]:
+        a = positive_definite(rng, 2, n, n, dtype=dtype)
+        b = rng.standard_normal((2, n, columns)).astype(dtype)
+        x, u, info, plan = cholesky_solve(a, b, shared_bytes=shared)
+        assert plan["width"] == 0
+        assert plan["launches"] > 2
+        assert (info == 0).all()
+        check_symmetric_solution(a, x, b)
+        np.testing.assert_array_equal(u, cholesky(a, shared_bytes=shared)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factor_and_solve_strides_and_seeds(dtype):
+    rng = np.random.default_rng(10)
+    for n, columns, shared in [(6, 5, 0), (15, 3, 0), (31, 40, 0), (50, 70, 0), (140, 9, SMALL)]:
+        a = positive_definite(rng, 2, 3, n, n, dtype=dtype)
+        b = rng.standard_normal((2, 3, n, columns)).astype(dtype)
+        want, u, _, _ = cholesky_solve(a, b, shared_bytes=shared)
+        half = np.tril(a) + np.where(np.tri(n, dtype=bool), 0, np.nan).astype(dtype)
+        spread = np.empty((3, 2, 2 * n, 3 * columns), dtype)
+        places = {
+            "columns": np.empty((2, 3, columns, n), dtype).swapaxes(-1, -2),
+            "spread": spread.swapaxes(0, 1)[..., ::2, ::3],
+            "backwards": np.empty_like(b)[:, ::-1, ::-1, ::-1],
+        }
+        for seed, place in enumerate(places.values()):
+            place[...] = b
+            out = None if seed == 0 else np.full_like(place, np.nan)
+            got, lower, info, _ = cholesky_solve(half, place, upper=False, seed=seed, shared_bytes=shared, x=out)
+            assert (info == 0).all()
+            np.testing.assert_array_equal(got, want)
+            np.testing.assert_array_equal(np.swapaxes(lower, -1, -2), u)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_matrix_that_fails_has_no_solution(dtype):
+    rng = np.random.default_rng(11)
+    for n, shared in cases():
+        a = positive_definite(rng, 5, n, n, dtype=dtype)
+        b = rng.standard_normal((5, n, 3)).astype(dtype)
+        b[2, :, 1] = 0
+        good, _, _, _ = cholesky_solve(a, b, shared_bytes=shared)
+        a[0, n - 1, n - 1], a[2, 0, 0], a[4, n // 2, n // 2] = -1, 0, np.nan
+        b[3, n - 1, 1] = np.inf
+        x, u, info, _ = cholesky_solve(a, b, shared_bytes=shared)
+        assert info.tolist() == [n, 0, 1, 0, n // 2 + 1]
+        assert np.isnan(x[[0, 2, 4]]).all()
+        assert np.isnan(u[[0, 2, 4]][:, ~np.tri(n, k=-1, dtype=bool)]).all()
+        np.testing.assert_array_equal(x[1], good[1])
+        np.testing.assert_array_equal(x[3][:, [0, 2]], good[3][:, [0, 2]])
+        assert not np.isfinite(x[3, :, 1]).any()
+
+
+def test_factor_and_solve_of_nothing():
+    for batch, n, columns in [(0, 4, 3), (2, 0, 3), (2, 4, 0), (0, 300, 3)]:
+        x, u, info, _ = cholesky_solve(np.broadcast_to(np.eye(n), (batch, n, n)), np.zeros((batch, n, columns)))
+        assert x.shape == (batch, n, columns)
+        assert (info == 0).all()
+        assert (u == np.eye(n)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "kernel"), [(7, "warp"), (32, "warp"), (128, "block")])
+def test_factor_and_solve_moves_each_number_once(dtype, n, kernel):
+    executor, count, columns, size = Executor(), 6, 20, np.dtype(dtype).itemsize
+    rng = np.random.default_rng(n)
+    a = positive_definite(rng, count, n, n, dtype=dtype)
+    cholesky_solve(a, rng.standard_normal((count, n, columns)).astype(dtype), executor=executor)
+    counters = executor.counters[f"cholesky_{kernel}" + ("_double" if size == 8 else "")]
+    read = count * (n * (n + 1) // 2 + n * columns) * size
+    assert counters["global_read_bytes"] == counters["global_read_unique_bytes"] == read
+    assert counters["global_written_bytes"] == count * (n * n * size + n * columns * size + 4)
 
 
 def test_solve_of_nothing():

@@ -1,8 +1,7 @@
 #pragma once
-// Cholesky factors of matrices that fit into a block's shared memory, one at a time.
+// Cholesky factors of matrices that fit into a block's shared memory, one at a time, and what is solved with them.
 
-#include "whitening/device/cholesky_params.h"
-#include "whitening/device/cholesky_tile.h"
+#include "whitening/device/cholesky_solve.h"
 
 namespace freqrank::whitening::device {
 
@@ -14,6 +13,7 @@ struct CholeskyBlockKernel {
   struct Params {
     CholeskySource source;
     CholeskyResult<T> result;
+    RightHandSides<T> sides;
   };
 
   SIMT_DEVICE static void run(const Params& p) {
@@ -48,7 +48,7 @@ struct CholeskyBlockKernel {
         if (minor <= 0 || level + 1 == source.levels) break;
         simt::barrier();
       }
-      const bool spoilt = minor != 0 && p.result.damping;
+      const bool spoilt = minor != 0 && p.result.spoil;
       move_elements<T>(
           n, n, false,
           [&](int i, int j) { return i > j    ? T(0)
@@ -60,15 +60,21 @@ struct CholeskyBlockKernel {
         if (p.result.damping) p.result.damping.store(matrix, source.damping[level]);
       }
       simt::barrier();
+      if (p.sides.columns > 0) {
+        if (spoilt) {  // every row of X is multiplied by its inverse
+          for (int i = simt::thread(); i < u.padded; i += simt::threads()) u.inverse.store(i, not_a_number<T>());
+        }
+        solve_in_block(u, block_bytes<T>(n), p.sides, matrix);
+      }
     }
   }
 };
 
 template <class T, class Queue>
-void enqueue_cholesky_block(const CholeskySource& source, const CholeskyResult<T>& result, Index blocks, int threads,
-                            Queue& queue) {
+void enqueue_cholesky_block(const CholeskySource& source, const CholeskyResult<T>& result,
+                            const RightHandSides<T>& sides, Index blocks, int threads, Queue& queue) {
   using Kernel = CholeskyBlockKernel<T>;
-  queue.template launch<Kernel>({blocks, threads, block_bytes<T>(source.n)}, {source, result});
+  queue.template launch<Kernel>({blocks, threads, block_bytes<T>(source.n, sides.width)}, {source, result, sides});
 }
 
 }  // namespace freqrank::whitening::device

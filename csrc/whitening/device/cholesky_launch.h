@@ -15,10 +15,11 @@ namespace freqrank::whitening::device {
 
 // Defined in their headers and compiled in files of their own (whitening/launch/).
 template <class T, int N, class Queue>
-void enqueue_cholesky_warp(const CholeskySource& source, const CholeskyResult<T>& result, Index blocks, Queue& queue);
+void enqueue_cholesky_warp(const CholeskySource& source, const CholeskyResult<T>& result,
+                           const RightHandSides<T>& sides, Index blocks, Queue& queue);
 template <class T, class Queue>
-void enqueue_cholesky_block(const CholeskySource& source, const CholeskyResult<T>& result, Index blocks, int threads,
-                            Queue& queue);
+void enqueue_cholesky_block(const CholeskySource& source, const CholeskyResult<T>& result,
+                            const RightHandSides<T>& sides, Index blocks, int threads, Queue& queue);
 template <class Queue>
 void enqueue_cholesky_means(const CholeskySource& source, simt::global<double> means, Queue& queue);
 template <class T, class Queue>
@@ -96,41 +97,21 @@ void run_panels(const DeviceCholeskyPlan& plan, const CholeskySource& source, co
 }
 
 template <class T, class Queue>
-void run_source(const DeviceCholeskyPlan& plan, const CholeskySource& source, void* factor, std::int32_t* info,
-                double* damping, void* workspace, Queue& queue) {
-  const Index count = source.count, n = source.n;
-  CholeskyResult<T> result{};
-  result.factor = queue.view(static_cast<T*>(factor), 0, count * n * n);
-  result.info = queue.view(info, 0, count);
-  if (damping) result.damping = queue.view(damping, 0, count);
+void run_source(const DeviceCholeskyPlan& plan, const CholeskySource& source, const CholeskyResult<T>& result,
+                const RightHandSides<T>& sides, void* workspace, Queue& queue) {
+  const Index count = source.count;
   const auto blocks_of = [&](Index matrices) { return std::min(kMostBlocks, (count + matrices - 1) / matrices); };
   if (plan.kernel == CholeskyKernel::panels) {
     if (count > 0) run_panels(plan, source, result, workspace, queue);
   } else if (plan.kernel == CholeskyKernel::block) {
-    enqueue_cholesky_block<T>(source, result, blocks_of(1), plan.threads, queue);
+    enqueue_cholesky_block(source, result, sides, blocks_of(1), plan.threads, queue);
   } else if (plan.columns == 8) {
-    enqueue_cholesky_warp<T, 8>(source, result, blocks_of(warp_kernel_threads / 8), queue);
+    enqueue_cholesky_warp<T, 8>(source, result, sides, blocks_of(warp_kernel_threads / 8), queue);
   } else if (plan.columns == 16) {
-    enqueue_cholesky_warp<T, 16>(source, result, blocks_of(warp_kernel_threads / 16), queue);
+    enqueue_cholesky_warp<T, 16>(source, result, sides, blocks_of(warp_kernel_threads / 16), queue);
   } else {
-    enqueue_cholesky_warp<T, 32>(source, result, blocks_of(warp_kernel_threads / 32), queue);
+    enqueue_cholesky_warp<T, 32>(source, result, sides, blocks_of(warp_kernel_threads / 32), queue);
   }
-}
-
-template <class Queue>
-void run_device_cholesky(const DeviceCholeskyPlan& plan, const CholeskyArguments& args, void* workspace, Queue& queue) {
-  const CholeskySource source = source_of(args.a, plan.batch, plan.n, nullptr, false, queue);
-  if (plan.dtype == Dtype::float32) {
-    run_source<float>(plan, source, args.factor, args.info, nullptr, workspace, queue);
-  } else {
-    run_source<double>(plan, source, args.factor, args.info, nullptr, workspace, queue);
-  }
-}
-
-template <class Queue>
-void run_device_whiten(const DeviceCholeskyPlan& plan, const WhitenArguments& args, void* workspace, Queue& queue) {
-  const CholeskySource source = source_of(args.gram, plan.batch, plan.n, args.scale, true, queue);
-  run_source<double>(plan, source, args.factor, args.info, args.damping, workspace, queue);
 }
 
 template <class T, class Queue>
@@ -170,6 +151,43 @@ void run_triangular(const DeviceTriangularPlan& plan, const TriangularArguments&
     update.row = below, update.row_end = n, update.column_end = columns;
     enqueue_triangular_update(update, queue);
   }
+}
+
+template <class T, class Queue>
+void run_cholesky(const DeviceCholeskyPlan& plan, const CholeskyArguments& args, void* workspace, Queue& queue) {
+  const CholeskySource source = source_of(args.a, plan.batch, plan.n, nullptr, false, queue);
+  const Index count = source.count, n = plan.n;
+  CholeskyResult<T> result{};
+  result.factor = queue.view(static_cast<T*>(args.factor), 0, count * n * n);
+  result.info = queue.view(args.info, 0, count);
+  result.spoil = plan.right_sides > 0;
+  RightHandSides<T> sides{};
+  if (plan.width > 0) sides = right_sides_of<T>(args.b, args.x, plan.batch, n, plan.right_sides, plan.width, queue);
+  run_source(plan, source, result, sides, workspace, queue);
+  if (plan.solve.launches == 0) return;
+  const FactorSolves solves(plan.batch, n, args);
+  for (const auto& solve : solves.each) run_triangular<T>(plan.solve, solve, queue);
+}
+
+template <class Queue>
+void run_device_cholesky(const DeviceCholeskyPlan& plan, const CholeskyArguments& args, void* workspace, Queue& queue) {
+  if (plan.dtype == Dtype::float32) {
+    run_cholesky<float>(plan, args, workspace, queue);
+  } else {
+    run_cholesky<double>(plan, args, workspace, queue);
+  }
+}
+
+template <class Queue>
+void run_device_whiten(const DeviceCholeskyPlan& plan, const WhitenArguments& args, void* workspace, Queue& queue) {
+  const CholeskySource source = source_of(args.gram, plan.batch, plan.n, args.scale, true, queue);
+  const Index count = source.count, n = plan.n;
+  CholeskyResult<double> result{};
+  result.factor = queue.view(args.factor, 0, count * n * n);
+  result.info = queue.view(args.info, 0, count);
+  result.damping = queue.view(args.damping, 0, count);
+  result.spoil = true;
+  run_source<double>(plan, source, result, {}, workspace, queue);
 }
 
 template <class Queue>

@@ -30,13 +30,18 @@ FREQRANK_LAYOUT int triangle_bytes(int n) {
 // Matrices of at most `columns` columns, of which a warp has 32 at a time.
 constexpr int warp_kernel_threads = 128;
 FREQRANK_LAYOUT int warp_pitch(int columns) { return columns + 1; }
-FREQRANK_LAYOUT int warp_bytes(int columns, int element) { return warp_kernel_threads * warp_pitch(columns) * element; }
+// `solve`: with as much for the right-hand sides.
+FREQRANK_LAYOUT int warp_bytes(int columns, int element, bool solve = false) {
+  return (solve ? 2 : 1) * warp_kernel_threads * warp_pitch(columns) * element;
+}
 
-// A whole matrix, beside it what its block's warps sum up and the order of the minor that failed.
+// A whole matrix, beside it what its block's warps sum up and the order of the minor that failed, and `width` columns
+// of the right-hand sides.
 constexpr int block_warps = 8;
 template <class T>
-FREQRANK_LAYOUT int block_bytes(int n) {
-  return triangle_bytes<T>(n) + 8 * block_warps + 16;
+FREQRANK_LAYOUT int block_bytes(int n, int width = 0) {
+  const int sides = width > 0 ? triangle_padded(n) * tile_pitch<T>(width) * static_cast<int>(sizeof(T)) : 0;
+  return triangle_bytes<T>(n) + 8 * block_warps + 16 + sides;
 }
 
 // A triangle that is factored in place.

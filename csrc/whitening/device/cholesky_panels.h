@@ -110,7 +110,7 @@ struct CholeskyCornerKernel {
   }
 };
 
-// What became of each matrix; with a ladder NaN in place of what failed at every level.
+// What became of each matrix; NaN in place of what failed at every level, where that is wanted.
 template <class T>
 struct CholeskyFinishKernel {
   static constexpr const char* name = sizeof(T) == 8 ? "cholesky_finish_double" : "cholesky_finish";
@@ -133,7 +133,7 @@ struct CholeskyFinishKernel {
       p.result.info.store(matrix, minor < 0 ? -minor : minor);
       if (p.result.damping) p.result.damping.store(matrix, p.source.damping[level]);
     }
-    if (minor == 0 || !p.result.damping) return;
+    if (minor == 0 || !p.result.spoil) return;
     const auto out = p.result.factor + (matrix * n + first) * n;
     move_elements<T>(
         n - first < rows ? n - first : rows, n, false, [](int, int) { return not_a_number<T>(); },

@@ -30,7 +30,17 @@ template <class T>
 struct CholeskyResult {
   simt::global<T> factor;  // [count, n, n]
   simt::global<int> info;
-  simt::global<double> damping;  // null without a ladder, in which case failed factors are left as they are
+  simt::global<double> damping;  // null without a ladder
+  bool spoil;                    // factors that failed become NaN; else they are left as they are
+};
+
+// X of A X = B, for each matrix. No columns: nothing is solved.
+template <class T>
+struct RightHandSides {
+  Matrices<const T> b;
+  Matrices<T> x;
+  Index columns;
+  int width;  // that a block has in shared memory at a time
 };
 
 // Everything of a call but the launches.
@@ -45,6 +55,13 @@ CholeskySource source_of(const MatrixBatch& a, const BatchSizes& batch, Index n,
   s.levels = ladder ? kDampingLevelCount : 1;
   for (int level = 0; level < s.levels; ++level) s.damping[level] = kDampingLevels[level];
   return s;
+}
+
+template <class T, class Queue>
+RightHandSides<T> right_sides_of(const MatrixBatch& b, const MatrixBatch& x, const BatchSizes& batch, Index n,
+                                 Index columns, int width, const Queue& queue) {
+  return {matrices_of<const T>(b, batch, n, columns, queue), matrices_of<T>(x, batch, n, columns, queue), columns,
+          width};
 }
 
 }  // namespace freqrank::whitening::device

@@ -59,7 +59,7 @@ SIMT_DEVICE void move_elements(int rows, int columns, bool down_columns, Read re
   for (int j = first_column; j < columns; j += down_columns ? warps * width : simt::warp_size) {
     SIMT_NO_UNROLL
     for (int first = first_row; first < rows; first += some * row_step) {
-      T values[some];
+      T values[some] = {};
       SIMT_UNROLL
       for (int e = 0; e < some; ++e) {
         if (first + e * row_step < rows) values[e] = read(first + e * row_step, j);
@@ -141,32 +141,36 @@ SIMT_DEVICE void subtract_rows(simt::shared<T> c, int c_pitch, int row, int row_
   }
 }
 
-// Rows [k, k + 16) of x become u[k.., k..]^-T of them, for columns [column, column_end).
-template <class T>
+// Rows [k, k + 16) of x become u[k.., k..]^-T of them, for columns [column, column_end). `Up`: u[k.., k..]^-1 of them,
+// from the last row to the first, of a u whose upper triangle is mirrored.
+template <bool Up = false, class T>
 SIMT_DEVICE void solve_rows(const Triangle<T>& u, int k, simt::shared<T> x, int pitch, int column, int column_end) {
-  constexpr int some = sizeof(T) == 8 ? 8 : 16;  // rows in registers at a time
+  constexpr int some = Up || sizeof(T) == 8 ? 8 : 16;  // rows in registers at a time
   SIMT_NO_UNROLL
   for (int j = column + simt::thread(); j < column_end; j += simt::threads()) {
     SIMT_NO_UNROLL
-    for (int first = k; first < k + 16; first += some) {
+    for (int first = 0; first < 16; first += some) {
+      // the rows in the order in which they are solved
+      const auto row = [&](int i) { return Up ? k + 15 - i : k + i; };
       T values[some];
       SIMT_UNROLL
-      for (int i = 0; i < some; ++i) values[i] = x.load((first + i) * pitch + j);
+      for (int i = 0; i < some; ++i) values[i] = x.load(row(first + i) * pitch + j);
       SIMT_NO_UNROLL
-      for (int r = k; r < first; ++r) {
-        const T known = x.load(r * pitch + j);
+      for (int r = 0; r < first; ++r) {
+        const T known = x.load(row(r) * pitch + j);
         SIMT_UNROLL
-        for (int i = 0; i < some; ++i) values[i] = simt::fma(-u.at.load(r * u.pitch + first + i), known, values[i]);
+        for (int i = 0; i < some; ++i)
+          values[i] = simt::fma(-u.at.load(row(r) * u.pitch + row(first + i)), known, values[i]);
       }
       SIMT_UNROLL
       for (int r = 0; r < some; ++r) {
-        values[r] *= u.inverse.load(first + r);
+        values[r] *= u.inverse.load(row(first + r));
         SIMT_UNROLL
         for (int i = r + 1; i < some; ++i)
-          values[i] = simt::fma(-u.at.load((first + r) * u.pitch + first + i), values[r], values[i]);
+          values[i] = simt::fma(-u.at.load(row(first + r) * u.pitch + row(first + i)), values[r], values[i]);
       }
       SIMT_UNROLL
-      for (int i = 0; i < some; ++i) x.store((first + i) * pitch + j, values[i]);
+      for (int i = 0; i < some; ++i) x.store(row(first + i) * pitch + j, values[i]);
     }
   }
 }
@@ -206,6 +210,17 @@ SIMT_DEVICE int factor_triangle(const Triangle<T>& u, simt::shared<int> minor) {
                         u.at + k * u.pitch, u.pitch);
   }
   return 0;
+}
+
+// What is below the diagonal becomes what is above it.
+template <class T>
+SIMT_DEVICE void mirror_triangle(const Triangle<T>& u) {
+  const int i0 = simt::lane() % 8, j0 = simt::lane() / 8, across = u.padded / 4, tiles = u.padded / 8 * across;
+  SIMT_NO_UNROLL
+  for (int tile = simt::warp(); tile < tiles; tile += simt::threads() / simt::warp_size) {
+    const int i = tile / across * 8 + i0, j = tile % across * 4 + j0;
+    if (i < j) u.at.store(j * u.pitch + i, u.at.load(i * u.pitch + j));
+  }
 }
 
 // The upper triangle of `rows` rows and columns from `corner` on becomes its factor, by way of shared memory, from byte

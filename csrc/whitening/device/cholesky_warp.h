@@ -1,9 +1,8 @@
 #pragma once
 // Cholesky factors of matrices of up to 8, 16 or 32 rows, 4, 2 or 1 of them in the registers of a warp: a lane has a
-// column.
+// column. And what is solved with them.
 
-#include "whitening/device/cholesky_params.h"
-#include "whitening/device/cholesky_tile.h"
+#include "whitening/device/cholesky_solve.h"
 
 namespace freqrank::whitening::device {
 
@@ -18,11 +17,13 @@ struct CholeskyWarpKernel {
   struct Params {
     CholeskySource source;
     CholeskyResult<T> result;
+    RightHandSides<T> sides;
   };
 
   SIMT_DEVICE static void run(const Params& p) {
     const int j = simt::thread() % N;
-    const auto tile = simt::shared_array<T>(0, groups * N * pitch) + simt::thread() / N * N * pitch;
+    const int tiles = p.sides.columns > 0 ? 2 * groups : groups;
+    const auto tile = simt::shared_array<T>(0, tiles * N * pitch) + simt::thread() / N * N * pitch;
     SIMT_NO_UNROLL
     for (Index first = simt::block() * groups; first < p.source.count; first += simt::blocks() * groups) {
       const Index matrix = first + simt::thread() / N;
@@ -49,8 +50,20 @@ struct CholeskyWarpKernel {
           store(p, column, matrix, j, minor, level);
           working = false;
         }
+        if (p.sides.columns > 0) {  // without a ladder, so nobody needs the matrix any more
+          simt::warp_barrier();
+          SIMT_UNROLL
+          for (int i = 0; i < N; ++i) {
+            const T value = i != j ? column.x[i] : minor != 0 ? not_a_number<T>() : column.inverse;
+            tile.store(i * N + j, i <= j ? value : T(0));
+          }
+        }
       }
       simt::warp_barrier();
+      if (p.sides.columns > 0) {
+        if (mine) solve_in_group<N>(tile, tile + groups * N * pitch, p.sides, matrix, p.source.n);
+        simt::warp_barrier();
+      }
     }
   }
 
@@ -81,7 +94,7 @@ struct CholeskyWarpKernel {
   SIMT_DEVICE static void store(const Params& p, const FactorColumn<T, N>& column, Index matrix, int j, int minor,
                                 int level) {
     const int n = p.source.n;
-    const bool spoilt = minor != 0 && p.result.damping;
+    const bool spoilt = minor != 0 && p.result.spoil;
     if (j == 0) {
       p.result.info.store(matrix, minor < 0 ? -minor : minor);
       if (p.result.damping) p.result.damping.store(matrix, p.source.damping[level]);
@@ -96,9 +109,11 @@ struct CholeskyWarpKernel {
 };
 
 template <class T, int N, class Queue>
-void enqueue_cholesky_warp(const CholeskySource& source, const CholeskyResult<T>& result, Index blocks, Queue& queue) {
+void enqueue_cholesky_warp(const CholeskySource& source, const CholeskyResult<T>& result,
+                           const RightHandSides<T>& sides, Index blocks, Queue& queue) {
   using Kernel = CholeskyWarpKernel<T, N>;
-  queue.template launch<Kernel>({blocks, Kernel::max_threads, warp_bytes(N, sizeof(T))}, {source, result});
+  queue.template launch<Kernel>({blocks, Kernel::max_threads, warp_bytes(N, sizeof(T), sides.columns > 0)},
+                                {source, result, sides});
 }
 
 }  // namespace freqrank::whitening::device

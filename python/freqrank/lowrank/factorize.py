@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from freqrank.lowrank.subspace import leading_eigenvectors
-from freqrank.ops import cholesky_ex, gram_, solve_triangular, whiten, whiten_eigh
+from freqrank.ops import cholesky_solve_ex, gram_, whiten, whiten_eigh
 from freqrank.ops import gram as gram_of
 
 #: How eigenvectors are found: all of them, or the leading ones where :func:`decompose` says so.
@@ -367,11 +367,9 @@ def refit(basis: Tensor, coefficient: Tensor, gram: Tensor, moment: Tensor) -> T
         return coefficient  # the layer's input is zero
     balanced = normal / (scale[:, None] * scale)
     balanced.diagonal().add_(rounding / scale.square() + _REFIT_DAMPING)
-    factor, info = cholesky_ex(balanced)
+    step, _, info = cholesky_solve_ex(balanced, right / scale[:, None])
     if int(info) != 0:
         raise ValueError(f"the refit's normal equations are not positive definite (minor {int(info)})")
-    step = solve_triangular(factor, right / scale[:, None], upper=False)
-    step = solve_triangular(factor.mT, step, upper=True)
     return coefficient + step / scale[:, None]
 
 

@@ -40,7 +40,7 @@ struct CholeskyArguments {
   MatrixBatch a;
   void* factor = nullptr;
   std::int32_t* info = nullptr;
-  MatrixBatch b, x;
+  MatrixBatch b = {}, x = {};
 };
 
 // What solves a plan's right-hand sides once there is the factor U: U^T x = b, then U x = x.

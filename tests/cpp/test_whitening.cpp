@@ -161,6 +161,38 @@ class CholeskyOf : public testing::Test {};
 using SolverTypes = testing::Types<float, double>;
 TYPED_TEST_SUITE(CholeskyOf, SolverTypes);
 
+// A x = b in the call that factors gives the factor u too. b lies by rows, x by columns.
+template <class T>
+void solves_with_it(std::vector<T>& a, const std::vector<T>& u, int64_t batch, int64_t n) {
+  const int64_t stride = n * n;
+  for (const int64_t k : {1, 6, 19, 515}) {
+    std::vector<T> b = random_values<T>(batch * n * k, 7), x(b.size()), factor(u.size());
+    std::vector<std::int32_t> info(static_cast<std::size_t>(batch), -1);
+    const int64_t strides = n * k;
+    const auto plan = plan_cholesky({{batch}}, n, dtype_of<T>(), k);
+    const Workspace workspace(workspace_bytes(plan));
+    run(plan,
+        CholeskyArguments{view(a, n, 1, &stride), factor.data(), info.data(), view(b, k, 1, &strides),
+                          view(x, 1, n, &strides)},
+        workspace.get(), thread_pool(2));
+    EXPECT_EQ(factor, u);
+    for (int64_t m = 0; m < batch; ++m) {
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < k; ++j) {
+          double sum = 0, size = 1;
+          for (int64_t t = 0; t < n; ++t) {
+            const double element = a[(m * n + std::min(i, t)) * n + std::max(i, t)];
+            const double term = element * x[m * strides + j * n + t];
+            sum += term, size += std::abs(term);
+          }
+          ASSERT_NEAR(sum, b[m * strides + i * k + j],
+                      std::numeric_limits<T>::epsilon() * static_cast<double>(n + 8) * size);
+        }
+      }
+    }
+  }
+}
+
 TYPED_TEST(CholeskyOf, FactorsAndSolves) {
   using T = TypeParam;
   const double eps = std::numeric_limits<T>::epsilon();
@@ -193,6 +225,7 @@ TYPED_TEST(CholeskyOf, FactorsAndSolves) {
         }
       }
     }
+    solves_with_it(a, u, batch, n);
     // solve with it: from the left and the right, as upper and (transposed) as lower
     const int64_t k = 5;
     for (const bool left : {false, true}) {

@@ -67,12 +67,14 @@ struct Problem {
   Dtype dtype;
   bool ladder, option;  // by columns, and of triangular systems the other side and triangle
   GpuLimits limits;
+  std::int64_t solved = 0;  // right-hand sides that are solved with a factor
 };
 
 std::string words(const Problem& p) {
   return std::to_string(p.batch) + " x " + std::to_string(p.n) + " rows" +
          (p.columns  ? ", " + std::to_string(p.columns) + " right-hand sides"
           : p.ladder ? ", whitened"
+          : p.solved ? ", factored and solved for " + std::to_string(p.solved) + " right-hand sides"
                      : "") +
          " " + dtype_name(static_cast<int>(p.dtype)) + (p.option ? ", the other way" : "");
 }
@@ -88,7 +90,7 @@ class Tester {
         const auto plan = plan_device_triangular({{p.batch}}, p.n, p.columns, p.dtype, p.limits);
         tally_.test(words(p), [&] { return triangular_fault(p, plan); }, [&] { return describe(plan) + "\n"; });
       } else {
-        const auto plan = plan_device_cholesky({{p.batch}}, p.n, p.dtype, p.ladder, p.limits);
+        const auto plan = plan_device_cholesky({{p.batch}}, p.n, p.dtype, p.ladder, p.limits, p.solved);
         tally_.test(words(p), [&] { return cholesky_fault(p, plan); }, [&] { return describe(plan) + "\n"; });
       }
     }
@@ -108,10 +110,12 @@ class Tester {
     });
     const auto count = static_cast<std::size_t>(p.batch);
     Matrices factor(p.dtype, p.batch, p.n, p.n, false);
+    Matrices b(p.dtype, p.batch, p.n, p.solved, p.option), x(p.dtype, p.batch, p.n, p.solved, !p.option);
+    b.fill([&](std::int64_t, std::int64_t, std::int64_t) { return number(random); });
     std::vector<std::int32_t> info(count);
     std::vector<double> damping(count);
     const Guarded device_info(4 * count, 4), device_damping(8 * count, 8), workspace(workspace_bytes(plan), 0);
-    const auto host_plan = plan_cholesky({{p.batch}}, p.n, p.dtype);
+    const auto host_plan = plan_cholesky({{p.batch}}, p.n, p.dtype, p.solved);
     std::vector<char> space(static_cast<std::size_t>(workspace_bytes(host_plan)) + 64);
     void* const aligned = reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(space.data()) + 63) / 64 * 64);
     std::function<void()> enqueue;
@@ -127,32 +131,42 @@ class Tester {
             workspace.data(), stream_);
       };
     } else {
-      run(host_plan, CholeskyArguments{a.on_host(), factor.bytes.data(), info.data()}, aligned, in_this_thread);
+      run(host_plan, CholeskyArguments{a.on_host(), factor.bytes.data(), info.data(), b.on_host(), x.on_host()},
+          aligned, in_this_thread);
       enqueue = [&] {
-        run(plan, CholeskyArguments{a.on_gpu(), factor.memory.data(), static_cast<std::int32_t*>(device_info.data())},
+        run(plan,
+            CholeskyArguments{a.on_gpu(), factor.memory.data(), static_cast<std::int32_t*>(device_info.data()),
+                              b.on_gpu(), x.on_gpu()},
             workspace.data(), stream_);
       };
     }
     run_once(stream_, enqueue);
-    const auto got = factor.memory.read();
-    factor.memory.paint();
+    const auto got = factor.memory.read(), solution = x.memory.read();
+    factor.memory.paint(), x.memory.paint();
     run_captured(stream_, enqueue);
-    if (got != factor.memory.read()) return "a captured graph gives something else";
-    if (!factor.memory.intact() || !a.memory.intact() || !device_info.intact() || !workspace.intact())
+    if (got != factor.memory.read() || solution != x.memory.read()) return "a captured graph gives something else";
+    if (!factor.memory.intact() || !a.memory.intact() || !device_info.intact() || !workspace.intact() ||
+        !b.memory.intact() || !x.memory.intact())
       return "memory around the matrices was written";
     const auto infos = device_info.read(), levels = device_damping.read();
-    for (std::size_t b = 0; b < count; ++b) {
+    for (std::size_t m = 0; m < count; ++m) {
       std::int32_t order;
-      std::memcpy(&order, infos.data() + 4 * b, 4);
-      if (order != info[b])
-        return "info of matrix " + std::to_string(b) + " is " + std::to_string(order) + ", not " +
-               std::to_string(info[b]);
-      if (p.ladder && std::memcmp(levels.data() + 8 * b, &damping[b], 8) != 0)
-        return "the damping of matrix " + std::to_string(b) + " differs";
-      if (p.ladder && order != 0) continue;  // NaN
+      std::memcpy(&order, infos.data() + 4 * m, 4);
+      if (order != info[m])
+        return "info of matrix " + std::to_string(m) + " is " + std::to_string(order) + ", not " +
+               std::to_string(info[m]);
+      if (p.ladder && std::memcmp(levels.data() + 8 * m, &damping[m], 8) != 0)
+        return "the damping of matrix " + std::to_string(m) + " differs";
+      if (order != 0 && (p.ladder || p.solved > 0)) {
+        if (p.solved > 0 && !std::isnan(get(p.dtype, solution, x.at(static_cast<std::int64_t>(m), 0, 0))))
+          return "matrix " + std::to_string(m) + " has a solution although it has no factor";
+        continue;
+      }
       const double bound = (p.dtype == Dtype::float64 ? 2e-15 : 1e-6) * std::sqrt(static_cast<double>(p.n));
-      const double most = factor.difference(got, static_cast<std::int64_t>(b), order == 0 ? p.n : order - 1);
-      if (!(most <= bound)) return "matrix " + std::to_string(b) + " differs by " + std::to_string(most);
+      const double most = factor.difference(got, static_cast<std::int64_t>(m), order == 0 ? p.n : order - 1);
+      if (!(most <= bound)) return "matrix " + std::to_string(m) + " differs by " + std::to_string(most);
+      const double off = x.difference(solution, static_cast<std::int64_t>(m), std::max(p.n, p.solved));
+      if (!(off <= bound)) return "the solution of matrix " + std::to_string(m) + " differs by " + std::to_string(off);
     }
     return "";
   }
@@ -203,6 +217,7 @@ void test_everything(Tester& tester, bool small) {
         tester.test({4, n, 0, dtype, false, option, {}});
         if (dtype == D::float64) tester.test({3, n, 0, dtype, true, option, {}});
         tester.test({2, n, 3, dtype, false, option, {}});
+        for (const std::int64_t solved : {1, 37}) tester.test({4, n, 0, dtype, false, option, {}, solved});
       }
       tester.test({0, 5, 0, dtype, false, option, {}});
       tester.test({1, 70, 70, dtype, false, option, {}});
@@ -211,6 +226,7 @@ void test_everything(Tester& tester, bool small) {
         tester.test({3, n, 0, dtype, false, option, {}});
         if (dtype == D::float64) tester.test({3, n, 0, dtype, true, option, {}});
         tester.test({2, n, 200, dtype, false, option, {}});
+        tester.test({3, n, 0, dtype, false, option, {}, 150});
       }
       tester.test({3000, 20, 0, dtype, false, option, {}});
       tester.test({500, 60, 0, dtype, false, option, {}});

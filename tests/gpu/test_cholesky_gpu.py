@@ -183,13 +183,34 @@ def test_solve_dense(n, k, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", ORDERS)
+def test_factor_and_solve_dense(n, dtype):
+    a = positive_definite(3, n, n, dtype=dtype, seed=n)
+    a[1, n // 2, n // 2] = -1
+    for k in (1, 50, 520):
+        b = random(3, n, k, dtype=dtype, seed=1)
+        for upper in (False, True):
+            for right in (b, b.mT.contiguous().mT):
+                X, L, info = freqrank.cholesky_solve_ex(a, right, upper=upper)
+                assert info.tolist() == [0, n // 2 + 1, 0]
+                assert bool(X[1].isnan().all())
+                good = [0, 2]
+                assert torch.equal(L[good], freqrank.cholesky_ex(a[good], upper=upper).L)
+                want = torch.linalg.solve(a[good].cpu().double(), b[good].cpu().double())
+                error = float((X[good].double().cpu() - want).norm() / want.norm())
+                assert error <= 40 * n**0.5 * eps(dtype), (k, upper)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_runs_are_the_same_bit_for_bit(dtype):
     for batch, n in ((50, 20), (20, 100), (3, 400)):
         a = positive_definite(batch, n, n, dtype=dtype)
         b = random(batch, n, 33, dtype=dtype, seed=1)
         first = freqrank.cholesky_ex(a).L
         x = freqrank.solve_triangular(first, b, upper=False)
+        solved = freqrank.cholesky_solve_ex(a, b).X
         for _ in range(3):
+            assert torch.equal(freqrank.cholesky_solve_ex(a, b).X, solved)
             assert torch.equal(freqrank.cholesky_ex(a).L, first)
             assert torch.equal(freqrank.solve_triangular(first, b, upper=False), x)
 
@@ -197,7 +218,8 @@ def test_runs_are_the_same_bit_for_bit(dtype):
 def test_gradients():
     def solve(x, b):
         L = freqrank.cholesky_ex(x @ x.mT + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)).L
-        return freqrank.solve_triangular(L, b, upper=False), freqrank.logdet(L)
+        A = x @ x.mT + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        return freqrank.solve_triangular(L, b, upper=False), freqrank.logdet(L), freqrank.cholesky_solve_ex(A, b).X
 
     x, b = random(2, 3, 3).requires_grad_(), random(2, 3, 2, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(solve, (x, b))
@@ -252,7 +274,8 @@ def test_nothing_waits_for_the_gpu_and_graphs_replay():
 
     def run():
         L, info = freqrank.cholesky_ex(a)
-        return L, info, freqrank.solve_triangular(L, b, upper=False), *freqrank.whiten(a), *freqrank.cholesky_ex(small)
+        solved = (*freqrank.cholesky_solve_ex(a, b), *freqrank.cholesky_solve_ex(small, small))
+        return L, info, freqrank.solve_triangular(L, b, upper=False), *freqrank.whiten(a), *solved
 
     want = run()
     torch.cuda.set_sync_debug_mode("error")

@@ -78,6 +78,14 @@ def _broadcast(named: dict[str, tuple[torch.Size, Tensor]]) -> torch.Size:
         raise ValueError(f"the leading (batch) dimensions must match or broadcast; got {shapes}") from None
 
 
+def _in_one_batch(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices expanded to common leading dimensions."""
+    if A.shape[:-2] == B.shape[:-2]:
+        return A, B
+    batch = _broadcast({"A": (A.shape[:-2], A), "B": (B.shape[:-2], B)})
+    return A.expand(*batch, *A.shape[-2:]), B.expand(*batch, *B.shape[-2:])
+
+
 # --- gram -------------------------------------------------------------------------------------------------------------
 
 
@@ -313,8 +321,7 @@ def cholesky_solve_ex(A: Tensor, B: Tensor, *, upper: bool = False, check_errors
     _check_bool("check_errors", check_errors)
     if B.shape[-2] != A.shape[-1]:
         raise ValueError(f"B must have shape [..., {A.shape[-1]}, k] for A {tuple(A.shape)}; got {tuple(B.shape)}")
-    batch = _broadcast({"A": (A.shape[:-2], A), "B": (B.shape[:-2], B)})
-    A, B = A.expand(*batch, *A.shape[-2:]), B.expand(*batch, *B.shape[-2:])
+    A, B = _in_one_batch(A, B)
     X, L, info = torch.ops.freqrank.cholesky_solve_ex(A, B, upper)
     if check_errors:
         _raise_first_failure("cholesky_solve_ex", info)
@@ -379,8 +386,7 @@ def solve_triangular(
     if B.shape[-2 if left else -1] != A.shape[-1]:
         need = f"[..., {A.shape[-1]}, k]" if left else f"[..., k, {A.shape[-1]}]"
         raise ValueError(f"B must have shape {need} for A {tuple(A.shape)} and left={left}; got {tuple(B.shape)}")
-    batch = _broadcast({"A": (A.shape[:-2], A), "B": (B.shape[:-2], B)})
-    A, B = A.expand(*batch, *A.shape[-2:]), B.expand(*batch, *B.shape[-2:])
+    A, B = _in_one_batch(A, B)
     if out is None:
         return torch.ops.freqrank.solve_triangular(A, B, upper, left, unitriangular)
     check_tensor("out", out)

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from freqrank.ops import reference
 
 from bench.python import cpp, machine, results, run
 from bench.python.families import dct, linear_attention, lowrank
-from bench.python.measure import COPY, MATMUL, MATMUL_SIZE, measure, relative_error
+from bench.python.measure import COPY, MATMUL, MATMUL_SIZE, measure, relative_error, with_memory
 from bench.python.registry import Case, Family, NotApplicable, families
 
 CPU = torch.device("cpu")
@@ -112,6 +113,65 @@ def test_stated_operations_are_put_beside_a_matrix_product():
     # a median of ratios, not the ratio of the medians: on a busy machine the two are far apart
     assert rows["freqrank"]["fraction_of_matmul"] > 0
     assert "fraction_of_matmul" not in measured(toy_family(), toy_case())[0]["freqrank"]
+
+
+MIB = 1 << 20
+
+
+def block(mebibytes):
+    return torch.empty(mebibytes * MIB, dtype=torch.int8)
+
+
+def test_memory_is_the_peak_of_a_call_to_the_byte():
+    kept = [block(7)]
+
+    def call():
+        kept[0] = None  # what was there before the call counts neither way
+        kept[0] = block(2)
+        first = block(1)
+        for _ in range(5):  # given back each time
+            block(4)
+        return first, block(3)
+
+    result, memory = with_memory(call, CPU)
+    assert [len(tensor) for tensor in result] == [MIB, 3 * MIB]
+    assert memory == (2 + 1 + 4) * MIB
+    assert with_memory(lambda: None, CPU)[1] == 0
+
+
+def test_memory_of_arrays_is_counted_where_numpy_takes_it():
+    def call():
+        array = np.ones(4 * MIB, np.int8)
+        return torch.from_numpy(array + 1).clone()
+
+    assert with_memory(call, CPU)[1] == 4 * MIB
+    assert 0 <= with_memory(call, CPU, arrays=True)[1] - (4 + 8) * MIB < MIB / 8
+
+
+def test_rows_have_the_memory_of_a_call():
+    case = toy_case(flops=1)
+    x_bytes = case.bytes // 2
+    family = toy_family(right=lambda x: x + x, wasteful=lambda x: torch.stack([x, x, x]).sum(0).sub_(x))
+    prepared = torch.empty(case.shape)
+    family.implementation("prepared")(lambda case, x: lambda x: torch.add(x, x, out=prepared))
+    family.implementation("NumPy", convert=lambda x: x.numpy())(lambda case, x: lambda x: 2 * x)
+    rows, _ = measured(family, case)
+    assert rows["right"]["memory"] == x_bytes
+    assert rows["wasteful"]["memory"] == 4 * x_bytes
+    assert rows["prepared"]["memory"] == rows[COPY]["memory"] == 0
+    assert rows[MATMUL]["memory"] == 4 * MATMUL_SIZE["cpu"] ** 2
+    assert x_bytes <= rows["NumPy"]["memory"] < x_bytes + MIB / 8
+
+
+def test_memory_of_the_transforms_includes_scipys_result():
+    pytest.importorskip("scipy")
+    family = families()["dct"]
+    case = next(case for case in family.cases("cpu") if case.quick and case.dtype == "float32")
+    peers = [each for each in family.implementations if each.name in ("freqrank", "scipy.fft")]
+    rows, _ = measure(case, peers, CPU, seconds=0, rounds=(1, 1))
+    for name in ("freqrank", "scipy.fft"):
+        [memory] = [row["memory"] for row in rows if row["implementation"] == name]
+        assert case.bytes / 2 <= memory < case.bytes
 
 
 def test_relative_error_of_tuples_is_that_of_the_worst():

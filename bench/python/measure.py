@@ -13,12 +13,15 @@ import importlib.util
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import tracemalloc
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _ExtraFields_Allocation
 
 from bench.python import machine
 from bench.python.registry import BASELINE, DTYPES, Case, Implementation, Inputs, NotApplicable
@@ -55,13 +58,14 @@ def relative_error(result: Any, reference: Tensor | tuple[Tensor, ...]) -> float
     return max(errors)
 
 
-@dataclass
+@dataclass(eq=False)
 class Timed:
     name: str
     run: Callable[[int], Any]  # of the index into the rotation
     sets: int
     reference: Any = None
     error_of: Callable[[Any, Any], float] = relative_error
+    arrays: bool = False  # takes arrays of NumPy or CuPy
     calls: int = 1  # a sample
     estimate: float = 0.0  # seconds a call
     host: float = LONGEST_HOST  # seconds until a call returns, at best
@@ -158,14 +162,47 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _memory(timed: Timed, device: torch.device) -> int | None:
-    """Bytes that a call needs beside its inputs, its result among them; None where torch does not know."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    timed.run(0)
-    return torch.cuda.max_memory_allocated(device) - before
+def _peak(events: Iterable[tuple[int, int]]) -> int:
+    """The most bytes held at a time, from address and size of blocks in order; a negative size gives a block back."""
+    held: dict[int, int] = {}
+    now = most = 0
+    for address, size in events:
+        if size > 0:
+            held[address] = size
+            now += size
+            most = max(most, now)
+        else:  # a block from before the first event is not in there
+            now -= held.pop(address, 0)
+    return most
+
+
+def with_memory(run: Callable[[], Any], device: torch.device, *, arrays: bool = False) -> tuple[Any, int | None]:
+    """The result of a call, and the bytes that it holds at its peak beside its inputs, the result among them.
+
+    Counted is what torch's allocator hands out. For functions of `arrays` on a CPU, what NumPy's and Python's do is
+    added, peak to peak. None for arrays on a GPU: CuPy has a pool of its own. Takes longer than the call.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = run()
+        return result, None if arrays else torch.cuda.max_memory_allocated(device) - before
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        if arrays:
+            tracemalloc.start()
+        result = run()
+        in_python = tracemalloc.get_traced_memory()[1]  # 0 where nothing is traced
+        tracemalloc.stop()
+    assert profile.kineto_results is not None
+    waiting, found = profile.kineto_results.experimental_event_tree(), []
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        block = event.typed[1]
+        if isinstance(block, _ExtraFields_Allocation):
+            found.append((event.start_time_ns, block.ptr, block.alloc_size))
+    found.sort(key=lambda each: each[0])
+    return result, in_python + _peak((address, size) for _, address, size in found)
 
 
 def _paired_ratio(over: Timed, under: Timed) -> float:
@@ -233,7 +270,7 @@ def measure(
             refused[name] = f"wrong: error {errors[name]:.1e} is above {case.tolerance:.0e}"
             continue
         run = lambda i, call=call, arguments=arguments: call(*arguments[i])  # noqa: E731
-        contenders.append(Timed(name, run, len(arguments), references[define], error_of))
+        contenders.append(Timed(name, run, len(arguments), references[define], error_of, convert is not None))
 
     timed = contenders + _yardsticks(case, device)
     clock = Clock(device)
@@ -257,11 +294,14 @@ def measure(
     finally:
         gc.enable()
 
-    for each in list(contenders):  # still right, and the inputs are what they were
-        again = each.error_of(each.run(0), each.reference)
-        if again > case.tolerance:
-            refused[each.name] = f"wrong after {len(each.samples)} samples: error {again:.1e}"
-            contenders.remove(each)
+    memory: dict[str, int | None] = {}
+    for each in timed:  # after all times, so that it disturbs none
+        result, memory[each.name] = with_memory(partial(each.run, 0), device, arrays=each.arrays)
+        if each in contenders:  # still right, and the inputs are what they were
+            again = each.error_of(result, each.reference)
+            if again > case.tolerance:
+                refused[each.name] = f"wrong after {len(each.samples)} samples: error {again:.1e}"
+        del result
 
     by_name = {each.name: each for each in timed if each.name not in refused}
     rows = []
@@ -278,7 +318,7 @@ def measure(
             "ratio": None,
             "fraction_of_copy": None,
             "bytes_per_second": case.bytes / each.median,
-            "memory": _memory(each, device),
+            "memory": memory[each.name],
         }
         if each.name == MATMUL:
             row["bytes_per_second"] = None

@@ -8,6 +8,8 @@ import os
 # Between two calls of one implementation they still do. Read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("KMP_BLOCKTIME", "1")
+# Or some versions of torch print two lines for each call whose memory is counted.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import argparse
 import datetime

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -225,6 +226,31 @@ def test_the_summary_is_made_from_the_files_alone(document, tmp_path):
     assert "wrong" in text
     assert "| kernel | bytes read | estimate |" in text
     assert "| l |  | 0.51 |" in text
+
+
+def test_memory_is_shown_where_it_is_known(document, tmp_path):
+    results.write(tmp_path, "machine-toys", document)
+    text = results.render(tmp_path)
+    assert "| case | freqrank | of copy | error | MiB | right | wrong |" in text
+    in_brackets = re.findall(r"\(0e\+00, 0\.000244 MiB\)", text)
+    assert len(in_brackets) == 1  # the one case of 16 x 4
+    assert re.search(r"^\| double n=4 16x4 float32 \| cpu \| right \| .* \| 0\.000244 \|$", text, re.MULTILINE)
+
+    def rendered_without(names):
+        rows = [dict(row) for row in document["rows"]]
+        for row in rows:
+            if row["implementation"] in names:
+                row.pop("memory", None)
+        results.write(tmp_path, "machine-toys", {**document, "rows": rows})
+        return results.render(tmp_path)
+
+    text = rendered_without({"right", COPY})
+    assert "| error | MiB | right | wrong |" in text
+    assert "(0e+00)" in text
+    text = rendered_without({"freqrank", "right", COPY})
+    assert "| case | freqrank | of copy | error | right | wrong |" in text
+    assert "| MiB" not in text
+    assert "(0e+00)" in text
 
 
 def test_plots(document, tmp_path):

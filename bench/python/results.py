@@ -114,6 +114,14 @@ def _error(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
 
 
+def _mebibytes(row: dict[str, Any]) -> str:
+    """The memory of a row; empty for rows without, as those of C++ and of older files are."""
+    if row.get("memory") is None:
+        return ""
+    size = row["memory"] / 2**20
+    return f"{size:.3g}" if size < 1000 else f"{size:.0f}"
+
+
 def _ratio(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
@@ -152,14 +160,18 @@ def _peer_cell(row: dict[str, Any] | None) -> str:
         return ""
     if "refused" in row:
         return row["refused"].split(":")[0]
-    return "" if row["ratio"] is None else f"{_ratio(row['ratio'])} ({row['error']:.0e})"
+    if row["ratio"] is None:
+        return ""
+    memory = _mebibytes(row)
+    return f"{_ratio(row['ratio'])} ({row['error']:.0e}{f', {memory} MiB' if memory else ''})"
 
 
-def _baseline_cells(row: dict[str, Any] | None, matmul: bool) -> list[str]:
+def _baseline_cells(row: dict[str, Any] | None, matmul: bool, memory: bool) -> list[str]:
     if row is None or "refused" in row:
-        return [row["refused"] if row else "", "", *([""] if matmul else []), ""]
+        return [row["refused"] if row else "", "", *([""] if matmul else []), "", *([""] if memory else [])]
     fraction = [f"{row['fraction_of_matmul']:.2f}" if row.get("fraction_of_matmul") else ""] if matmul else []
-    return [seconds(row["seconds"]), f"{row['fraction_of_copy']:.2f}", *fraction, _error(row["error"])]
+    taken = [_mebibytes(row)] if memory else []
+    return [seconds(row["seconds"]), f"{row['fraction_of_copy']:.2f}", *fraction, _error(row["error"]), *taken]
 
 
 def _document_section(name: str, document: dict[str, Any], folder: Path) -> list[str]:
@@ -183,6 +195,7 @@ def _document_section(name: str, document: dict[str, Any], folder: Path) -> list
     ]
     rows = document["rows"]
     matmul = any(row["implementation"] == MATMUL for row in rows)
+    memory = any(row.get("memory") is not None for row in rows)
     peers = _names(rows)
     for series, in_series in _by_series(rows).items():
         lines += [f"### {series[0].upper()}{series[1:]}", ""]
@@ -190,11 +203,12 @@ def _document_section(name: str, document: dict[str, Any], folder: Path) -> list
         if (folder / plot).exists():
             lines += [f"![{document['title']}, {series}]({plot})", ""]
         present = [peer for peer in peers if any(row["implementation"] == peer for row in in_series)]
-        header = ["case", BASELINE, "of copy", *(["of matrix product"] if matmul else []), "error", *present]
+        header = ["case", BASELINE, "of copy", *(["of matrix product"] if matmul else []), "error"]
+        header += [*(["MiB"] if memory else []), *present]
         table = []
         for case, found in _by_case(in_series).items():
             cells = [_peer_cell(found.get(peer)) for peer in present]
-            table.append([case, *_baseline_cells(found.get(BASELINE), matmul), *cells])
+            table.append([case, *_baseline_cells(found.get(BASELINE), matmul, memory), *cells])
         lines += _table(header, table)
     slower = [row for row in rows if (row.get("ratio") or 1) < 0.99 and row["implementation"] in peers]
     if slower:
@@ -203,7 +217,6 @@ def _document_section(name: str, document: dict[str, Any], folder: Path) -> list
     if document["left_out"]:
         lines += ["Left out: " + "; ".join(_left_out(item) for item in document["left_out"]) + ".", ""]
     lines += ["<details><summary>Every row</summary>", ""]
-    memory = any(row.get("memory") is not None for row in rows)
     table = []
     for row in rows:
         cells = [row["case"], row["device"], row["implementation"]]
@@ -221,7 +234,7 @@ def _document_section(name: str, document: dict[str, Any], folder: Path) -> list
                 "" if bandwidth is None else f"{bandwidth / 1e9:.3g}",
                 "" if row["fraction_of_copy"] is None else f"{row['fraction_of_copy']:.3f}",
                 _error(row["error"]),
-                *([f"{row['memory'] / 2**20:.4g}"] if memory else []),
+                *([_mebibytes(row)] if memory else []),
             ]
         )
     header = ["case", "device", "implementation", "median", "quartiles", "ratio", "GB/s", "of copy", "error"]
@@ -261,9 +274,10 @@ def render(folder: Path) -> str:
         f"*{BASELINE}* is its time; *of copy* the time of copying as many bytes as the case must move (every input",
         "read once, every output written once), divided by its time; *of matrix product* its rate of the operations",
         "that the case needs at least, over that of a large matrix product; *error* its relative error against",
-        "float64, or of factors the squared loss beyond the least, relative to it. The columns of the others say how",
-        f"many times as long as {BASELINE} they took (above 1 {BASELINE} is faster), and in brackets their error. What",
-        "gives a wrong result has no time.",
+        "float64, or of factors the squared loss beyond the least, relative to it; *MiB*, where it is known, what a",
+        "call needs at its peak beside its inputs, its result among it. The columns of the others say how many times",
+        f"as long as {BASELINE} they took (above 1 {BASELINE} is faster), and in brackets their error and memory.",
+        "What gives a wrong result has no time.",
         "",
     ]
     for name, document in load(folder).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import freqrank
@@ -21,6 +22,12 @@ def _samples(case: Case, generator: torch.Generator, device: torch.device) -> In
 def _positive_definite(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
     x = torch.randn(case.shape, generator=generator, device=device, dtype=torch.float64)
     return ((x @ x.mT / case.n + torch.eye(case.n, device=device)).to(case.torch_dtype),)
+
+
+def _systems(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
+    columns = case.options["right-hand sides"]
+    b = torch.randn(*case.shape[:-1], columns, generator=generator, device=device, dtype=case.torch_dtype)
+    return *_positive_definite(case, generator, device), b
 
 
 def cases(device: str) -> Iterator[Case]:
@@ -63,20 +70,40 @@ def cases(device: str) -> Iterator[Case]:
             flops=batch * n**3 / 3,
             quick=n in (32, 128) and dtype == "float32",
         )
+    systems = [(256, 16, 1), (256, 32, 1), (256, 32, 32), (64, 64, 1), (64, 128, 1), (64, 128, 128), (16, 256, 16)]
+    if device == "cuda":
+        systems += [(4096, 32, 1), (4096, 32, 32), (4096, 128, 1)]
+    for (batch, n, columns), dtype in itertools.product(systems, ("float32", "float64")):
+        yield Case(
+            op="cholesky_solve_ex",
+            shape=(batch, n, n),
+            dtype=dtype,
+            n=n,
+            series=f"Factor and solve, {dtype}",
+            bytes=batch * (2 * n * n + 2 * n * columns) * SIZE[dtype],
+            tolerance=1e-4 if dtype == "float32" else 1e-12,
+            inputs=_systems,
+            reference=lambda case, a, b: torch.cholesky_solve(b.double(), torch.linalg.cholesky(a.double())),
+            flops=batch * (n**3 / 3 + 2.0 * n * n * columns),
+            options={"right-hand sides": columns},
+            quick=(n, columns) == (32, 1) and dtype == "float32",
+        )
 
 
 family = Family("whitening", "Gram matrices and Cholesky factors", "n", cases)
 
 
 @family.implementation("freqrank")
-def _freqrank(case: Case, x: Tensor) -> Callable[[Tensor], Tensor]:
+def _freqrank(case: Case, *inputs: Tensor) -> Callable[..., Tensor]:
     if case.op == "gram":
         return freqrank.gram
+    if case.op == "cholesky_solve_ex":
+        return lambda a, b: freqrank.cholesky_solve_ex(a, b).X
     return lambda a: freqrank.cholesky_ex(a).L
 
 
 @family.implementation("torch")
-def _torch(case: Case, x: Tensor) -> Callable[[Tensor], Tensor]:
+def _torch(case: Case, *inputs: Tensor) -> Callable[..., Tensor]:
     if case.op == "gram":
 
         def gram(x: Tensor) -> Tensor:
@@ -84,4 +111,6 @@ def _torch(case: Case, x: Tensor) -> Callable[[Tensor], Tensor]:
             return wide.mT @ wide
 
         return gram
+    if case.op == "cholesky_solve_ex":
+        return lambda a, b: torch.cholesky_solve(b, torch.linalg.cholesky_ex(a).L)
     return lambda a: torch.linalg.cholesky_ex(a).L

@@ -15,8 +15,9 @@ namespace {
 constexpr std::int64_t kSlots = 64;
 constexpr std::int64_t kShareAlways = 1024;  // from this order on the threads share each matrix
 constexpr std::int64_t kFew = 8;             // and all that are too large for panels if there are fewer than this
-constexpr std::int64_t kPanelsFit = 512;     // up to this order a matrix is factored in panels in the second cache
-constexpr std::int64_t kLanesFit = 64;       // and up to this one so are as many of them as a vector has lanes
+// Up to this order a matrix is factored in panels in the second cache, and up to kLanesFit as many as a vector has
+// lanes.
+constexpr std::int64_t kPanelsFit = 512;
 constexpr std::int64_t kSpaceBytes = 16 << 20;
 constexpr std::int64_t kMostSolved = 512;  // right-hand sides of a matrix that one thread solves beside its factor
 constexpr double kWorthThreads = 4e5;      // multiplications, reading and writing an element counted as 5

@@ -291,8 +291,18 @@ T damped(T x, double damping, double mean) {
   return damping == 0 ? x : x + static_cast<T>(damping * (x != 0 ? static_cast<double>(x) : mean));
 }
 
+// place() of matrices side by side, from a table: they are read and written in so many pieces that it would be felt.
+template <class L>
+struct Places {
+  std::int64_t columns[kLanesFit];
+  explicit Places(std::int64_t n) {
+    for (std::int64_t j = 0; j < n; ++j) columns[j] = place<L>(0, j);
+  }
+  std::int64_t operator()(std::int64_t i, std::int64_t j) const { return columns[j] + i * kRowLength<L>; }
+};
+
 template <class T, class In>
-void read_lanes(const Source<In>* a, std::int64_t count, std::int64_t n, T* panels) {
+void read_lanes(const Source<In>* a, std::int64_t count, std::int64_t n, const Places<Lanes<T>>& place_of, T* panels) {
   using L = Lanes<T>;
   constexpr int W = kWidth<T>;
   const Source<In>* source[W];
@@ -308,7 +318,7 @@ void read_lanes(const Source<In>* a, std::int64_t count, std::int64_t n, T* pane
   if (row_stride == 1 && column_stride != 1) {
     for (std::int64_t j = 0; j < n; ++j) {
       for (int l = 0; l < W; ++l) sequences[l] = source[l]->data + j * column_stride;
-      T* const to = panels + place<L>(0, j);
+      T* const to = panels + place_of(0, j);
       gather<T>(sequences, 1, n, 0, j + 1,
                 [&](std::int64_t i, Vector<T> x) { store(to + i * kRowLength<L>, x * scale); });
     }
@@ -316,13 +326,13 @@ void read_lanes(const Source<In>* a, std::int64_t count, std::int64_t n, T* pane
     for (std::int64_t i = 0; i < n; ++i) {
       for (int l = 0; l < W; ++l) sequences[l] = source[l]->data + i * row_stride;
       gather<T>(sequences, column_stride, n, i, n,
-                [&](std::int64_t j, Vector<T> x) { store(panels + place<L>(i, j), x * scale); });
+                [&](std::int64_t j, Vector<T> x) { store(panels + place_of(i, j), x * scale); });
     }
   }
   for (std::int64_t l = 0; l < count; ++l) {
     if (a[l].damping == 0) continue;
     for (std::int64_t i = 0; i < n; ++i) {
-      T& x = panels[place<L>(i, i) + l];
+      T& x = panels[place_of(i, i) + l];
       x = damped(x, a[l].damping, a[l].mean);
     }
   }
@@ -330,13 +340,13 @@ void read_lanes(const Source<In>* a, std::int64_t count, std::int64_t n, T* pane
 
 // Rows of the factors, zeros before the diagonal.
 template <class T>
-void write_lanes(const T* panels, std::int64_t count, std::int64_t n, T* const* factors) {
-  using L = Lanes<T>;
+void write_lanes(const T* panels, std::int64_t count, std::int64_t n, const Places<Lanes<T>>& place_of,
+                 T* const* factors) {
   constexpr int W = kWidth<T>;
   for (std::int64_t i = 0; i < n; ++i) {
     if (n < W) {
       for (std::int64_t j = 0; j < n; ++j) {
-        for (std::int64_t l = 0; l < count; ++l) factors[l][i * n + j] = j < i ? T(0) : panels[place<L>(i, j) + l];
+        for (std::int64_t l = 0; l < count; ++l) factors[l][i * n + j] = j < i ? T(0) : panels[place_of(i, j) + l];
       }
       continue;
     }
@@ -349,7 +359,7 @@ void write_lanes(const T* panels, std::int64_t count, std::int64_t n, T* const* 
       Vector<T> square[W];
       FREQRANK_UNROLL
       for (int k = 0; k < W; ++k) {
-        square[k] = start + k < i ? Vector<T>{} : load(panels + place<L>(i, start + k));
+        square[k] = start + k < i ? Vector<T>{} : load(panels + place_of(i, start + k));
       }
       transpose(square);
       if (count == W) {
@@ -608,11 +618,12 @@ template <class T, class In>
 void factor_lanes_of(const Source<In>* a, std::int64_t count, std::int64_t n, T* const* factors, Outcome* outcomes,
                      const RightSides<T>& sides, T* panels) {
   constexpr int W = kWidth<T>;
+  const Places<Lanes<T>> place_of(n);
   for (std::int64_t l = 0; l < count; l += W) {
     const std::int64_t some = count - l < W ? count - l : W;
-    read_lanes(a + l, some, n, panels);
+    read_lanes(a + l, some, n, place_of, panels);
     const auto progress = factor_panels<Lanes<T>>(panels, n);
-    write_lanes(panels, some, n, factors + l);
+    write_lanes(panels, some, n, place_of, factors + l);
     RightSides<T> mine = sides;
     if (mine.columns > 0) mine.b += l, mine.x += l;
     solve_sides<Lanes<T>>(panels, some, n, mine, panels + lanes_bytes(n) / static_cast<std::int64_t>(sizeof(T)));

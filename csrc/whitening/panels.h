@@ -30,6 +30,9 @@ struct RightSides {
   std::int64_t b_row = 0, b_column = 0, x_row = 0, x_column = 0;
 };
 
+// Larger matrices than these, side by side, are too many for the caches.
+constexpr std::int64_t kLanesFit = 64;
+
 // At most this many numbers of one kind make a vector, on any instruction set.
 static constexpr std::int64_t lanes_of(Dtype dtype) { return 64 / bytes_of(dtype); }
 

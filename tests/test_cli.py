@@ -97,8 +97,9 @@ def test_eval_with_a_tokenizer(run, folder, tmp_path):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     config = transformers.LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-    )
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "words")
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "words")
     result = run("eval", tmp_path / "words", "--text", folder / "text.txt", "--window", 16, "--json")
@@ -132,6 +133,24 @@ def test_compress(run, folder, tmp_path, method):
     assert scored["parameters"] == report["after"]["parameters"]
     again = run("compress", folder / "tiny", "--output", tmp_path / "small", "--calibration", folder / "text.txt")
     failed(again, "not empty")
+
+
+def test_compare(run, folder, tmp_path):
+    text = folder / "text.txt"
+    arguments = ["compare", folder / "tiny", "-o", tmp_path / "out", "--calibration", text, "--validation", text]
+    arguments += ["--test", text, "--methods", "svd,lisc", "--ratios", "0.4", "--group-sizes", "2,4", "--samples", "4"]
+    arguments += ["--length", "64", "--window", "64", "--refits", "none,own", "--limit", "256"]
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [(r["name"], r["group_size"], r["refit"]) for r in rows[3:]] == [
+        ("svd", 1, None), ("svd", 1, "own"),
+        ("lisc", 2, None), ("lisc", 4, None), ("lisc", 2, "own"), ("lisc", 4, "own"),
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "report.html").is_file()
+    again = run(*arguments)
+    assert "lisc + own refit" in again.stdout
+    assert "40% removed" in again.stdout
 
 
 def test_linearize(run, folder, tmp_path):
@@ -218,6 +237,23 @@ def test_a_short_calibration_text_is_read_once_and_warns_with_both_numbers(run, 
         (["linearize", "TINY", "-o", "OUT", "--layers", "9"], ["layers", "9"]),
         (["linearize", "TINY", "-o", "OUT", "--feature-map", "magic"], ["feature_map", "magic"]),
         (["demo", "--output", "ROOT"], ["not empty"]),
+        (
+            [
+                "compare",
+                "TINY",
+                "-o",
+                "OUT",
+                "--calibration",
+                "TEXT",
+                "--validation",
+                "TEXT",
+                "--test",
+                "TEXT",
+                "--ratios",
+                "0.2,x",
+            ],
+            ["--ratios", "0.2,x"],
+        ),
     ],
 )
 def test_bad_input(run, folder, tmp_path, arguments, words):

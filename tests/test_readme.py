@@ -52,11 +52,13 @@ def test_commands_run(folder):
     lines = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()]
     commands = [line.removeprefix("freqrank ") for line in lines if line.startswith("freqrank ")]
     assert [command.split()[0] for command in commands] == [
-        "compress", "eval", "linearize", "generate", "compress", "eval"
+        "compress", "eval", "linearize", "generate", "compress", "eval", "compare"
     ]  # fmt: skip
     for command in commands:
         short = command.replace("--steps 1000", "--steps 1 --length 8 --batch 2").replace("20000", "2000")
         short = short.replace("--samples 32", "--samples 4")
+        if short.startswith("compare"):
+            short += " --methods svd --ratios 0.4 --samples 2 --length 64"
         result = testing.CliRunner().invoke(app, short)
         assert result.exit_code == 0, (command, result.output)
 

@@ -19,6 +19,7 @@ _LAZY = {
     "TrainingReport": "freqrank.attention.distillation",
     "compress": "freqrank.models.compression",
     "CompressionReport": "freqrank.models.compression",
+    "Comparison": "freqrank.compare",
     "linearize": "freqrank.models.linearization",
     "LinearizationReport": "freqrank.models.linearization",
     "FreqrankConfig": "freqrank.models.quantizer",

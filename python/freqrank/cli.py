@@ -27,6 +27,7 @@ except ImportError as _error:
     raise SystemExit(2) from None
 
 from freqrank import data, evaluate, report
+from freqrank.lowrank.methods import METHODS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -387,6 +388,68 @@ def compress(
 
 
 @app.command()
+def compare(
+    model: Model,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder of the results; one that was begun is finished.", show_default=False
+        ),
+    ],
+    calibration: Annotated[str, typer.Option(help="Text that the model is measured on: " + _TEXT_HELP)],
+    validation: Annotated[str, typer.Option(help="Text that group sizes are chosen on: " + _TEXT_HELP)],
+    test: Annotated[str, typer.Option(help="Text whose loss is reported: " + _TEXT_HELP)],
+    methods: Annotated[str, typer.Option(help="Methods, with commas between; all if not given.")] = ",".join(METHODS),
+    ratios: Annotated[str, typer.Option(help="Fractions to remove, with commas between.")] = "0.2,0.4,0.6,0.8",
+    group_sizes: Annotated[str, typer.Option(help="Layers a basis, with commas between.")] = "1,2,3,6",
+    refits: Annotated[str, typer.Option(help="Refits: none, own, sequential, cross, with commas between.")] = "none",
+    spreads: Annotated[
+        str, typer.Option(help="Input scales over the layers: none, rising, falling, with commas between.")
+    ] = "none",
+    samples: Annotated[int, typer.Option(help="Calibration samples.", min=1)] = 64,
+    length: Annotated[int, typer.Option(help="Tokens in a calibration sample.", min=2)] = 256,
+    window: Window = None,
+    limit: Limit = None,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    download: Download = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compress copies of a model by several methods and compare their losses: a table, plots, CSV, JSON and a page."""
+    from freqrank.compare import compare as compare_methods
+
+    network, tokenizer = _load(model, download=download, dtype=dtype)
+    done = compare_methods(
+        network,
+        _samples(_read(calibration, tokenizer, "--calibration"), samples, length, seed, "--calibration"),
+        _read(validation, tokenizer, "--validation")[:limit],
+        _read(test, tokenizer, "--test")[:limit],
+        methods=_listed(methods, str, "--methods"),
+        ratios=_listed(ratios, float, "--ratios"),
+        group_sizes=_listed(group_sizes, int, "--group-sizes"),
+        refits=[None if refit == "none" else refit for refit in _listed(refits, str, "--refits")],
+        spreads=_listed(spreads, str, "--spreads"),
+        window=window or _context(network),
+        seed=seed,
+        folder=output,
+    )
+
+    def show() -> None:
+        for table in done.tables():
+            table.print(out)
+        out.print(f"Written: {output}", markup=False, soft_wrap=True)
+
+    _emit({"model": model, "output": str(output), **done.to_dict()}, as_json, show)
+
+
+def _listed(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
+    try:
+        return [kind(part.strip()) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} must be values with commas between; got {text!r}") from None
+
+
+@app.command()
 def linearize(
     model: Model,
     output: Output,
@@ -452,10 +515,7 @@ def linearize(
 def _numbers(text: str | None) -> list[int] | None:
     if text is None:
         return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--layers must be numbers with commas between, such as 0,2,4; got {text!r}") from None
+    return _listed(text, int, "--layers")
 
 
 @app.command("eval")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import freqrank
 from freqrank import data, evaluate
+from freqrank.compare import model_bytes, ramp, round_to_bits, spread_scales
 from freqrank.lowrank.factorize import factorize, squared_error
 from freqrank.lowrank.methods import METHODS as METHODS_BY_NAME
 from freqrank.lowrank.methods import Method
@@ -103,45 +104,6 @@ class Demo:
 
 
 SectionFunction = Callable[[Demo, Tick], Section]
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of the saved weights at two bytes a number; a basis that several layers share counts once."""
-    return 2 * sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-
-
-def round_to_bits(model: nn.Module, bits: int) -> int:
-    """Round the block linears to ``bits`` per weight in place, plainly; returns the bytes the model then needs.
-
-    One fp16 scale an output channel, its largest magnitude over the largest integer; no calibration, no grouping.
-    """
-    architecture = find_architecture(model)
-    total = model_bytes(model)
-    top = 2 ** (bits - 1) - 1
-    for layer in range(len(architecture.blocks)):
-        for role in architecture.roles:
-            weight: Tensor = architecture.linear(layer, role).weight.data
-            scale = (weight.abs().amax(1, keepdim=True) / top).half().to(weight.dtype).clamp_min(1e-8)
-            weight.copy_((weight / scale).round().clamp(-top, top) * scale)
-            total += -2 * weight.numel() + weight.numel() * bits // 8 + 2 * weight.shape[0]
-    return total
-
-
-def spread_scales(model: nn.Module, exponents: Sequence[int]) -> Any:
-    """A copy that computes the same function with layer l's norm gains times 2^e_l and the weights behind them divided.
-
-    Powers of two make it exact in floating point.
-    """
-    copied = copy.deepcopy(model)
-    architecture = find_architecture(copied)
-    with torch.no_grad():
-        for layer, exponent in enumerate(exponents):
-            block: Any = architecture.blocks[layer]
-            for norm, roles in (("input_layernorm", ("q", "k", "v")), ("post_attention_layernorm", ("gate", "up"))):
-                block.get_submodule(norm).weight.mul_(2.0**exponent)
-                for role in roles:
-                    architecture.linear(layer, role).weight.mul_(2.0**-exponent)
-    return copied
 
 
 # ---------------------------------------------------------------- 1. loss against bytes
@@ -254,11 +216,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def input_scales(demo: Demo, tick: Tick) -> Section:
     """LISC beside Basis Sharing on the model as it is and on copies with spread input scales."""
     depth = len(find_architecture(demo.base).blocks)
-    ramp = [layer - depth // 2 for layer in range(depth)]
+    exponents = ramp(depth, "rising")
     models = {
         "as it is": demo.base,
-        "rising with depth": spread_scales(demo.base, ramp),
-        "falling with depth": spread_scales(demo.base, ramp[::-1]),
+        "rising with depth": spread_scales(demo.base, exponents),
+        "falling with depth": spread_scales(demo.base, ramp(depth, "falling")),
     }
     ratio, groups = demo.sizes.spread_ratio, demo.sizes.spread_groups
     with torch.no_grad():
@@ -294,14 +256,14 @@ def input_scales(demo: Demo, tick: Tick) -> Section:
         "input_scales",
         "Input scales",
         "Multiplying a layer's norm gains by s and dividing the weights behind them leaves the function as it is "
-        f"(largest change of a logit here: {change:.1g}) but gives the layer's inputs another scale. s goes "
-        f"from 2^{ramp[0]} to 2^{ramp[-1]} over the layers. Basis Sharing pools the inputs as they come; LISC "
+        f"(largest change of a logit here: {change:.1g}) but gives the layer's inputs another scale. s goes from "
+        f"2^{exponents[0]} to 2^{exponents[-1]} over the layers. Basis Sharing pools the inputs as they come; LISC "
         "divides each layer's scale out, which also changes how much each layer counts; with block weight 'norm' the "
         f"result does not depend on s (losses differ by {invariant:.1g}).",
         [table, _scales_plot(details, list(models)[1:], groups[-1])],
         {
             "ratio": ratio,
-            "exponents": ramp,
+            "exponents": exponents,
             "largest_logit_change": change,
             "rows": rows,
             "query_projections": details,

@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -268,16 +268,17 @@ def check_folder(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     if not names:
         return
-    if "results.json" not in names or any(Path(name).suffix not in (".html", ".json", ".png") for name in names):
+    suffixes = (".html", ".json", ".png", ".csv")
+    if not {"results.json", "rows.json"} & names or any(Path(name).suffix not in suffixes for name in names):
         raise FileExistsError(
             f"the output folder {folder} is not empty and holds more than an earlier report; name a new one"
         )
 
 
-def write_folder(report: Report, folder: Path) -> list[Path]:
-    """Write the report's files into ``folder``, all or none; an earlier report there is replaced."""
+def write_folder(report: Report, folder: Path, more: Mapping[str, bytes] | None = None) -> list[Path]:
+    """Write the report's files and ``more`` into ``folder``, all or none; an earlier report there is replaced."""
     check_folder(folder)
-    files = report.files()
+    files = {**report.files(), **(more or {})}
     parent = folder.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=parent) as temporary:

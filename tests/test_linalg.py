@@ -513,6 +513,8 @@ def test_cholesky_solve_a_failure_stays_in_its_lane(n, upper, dtype):
     assert torch.equal(X[3::2], clean.X[3::2])
     assert X[1, :, 2].isnan().all()
     assert X[::2].isnan().all()
+    nothing = freqrank.cholesky_solve_ex(A, B[..., :0], upper=upper)
+    torch.testing.assert_close(nothing.L, L, rtol=0, atol=0, equal_nan=True)
     triangle = torch.ones(n, n).triu() if upper else torch.ones(n, n).tril()
     assert torch.equal(L[::2].isnan(), triangle.bool().expand(len(bad), n, n))
     assert not (L[::2].nan_to_num()).any()

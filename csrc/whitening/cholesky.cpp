@@ -210,7 +210,7 @@ void run_cholesky(const CholeskyPlan& plan, const CholeskyArguments& arguments, 
                   for (std::int64_t l = 0; l < count; ++l) {
                     arguments.info[first + l] = static_cast<std::int32_t>(outcomes[l].minor);
                     if (outcomes[l].minor == 0) continue;
-                    if (plan.right_sides == 0) {
+                    if (plan.right_sides == kNoRightSides) {
                       keep_leading_minor(a[l], n, outcomes[l].minor, u[l]);
                       continue;
                     }
@@ -221,7 +221,7 @@ void run_cholesky(const CholeskyPlan& plan, const CholeskyArguments& arguments, 
                     }
                   }
                 });
-  if (plan.right_sides == 0 || plan.solve_panels) return;
+  if (plan.right_sides <= 0 || plan.solve_panels) return;
   const FactorSolves solves(plan.batch, n, arguments);
   for (const auto& solve : solves.each) run(plan.solve, solve, workspace, parallel_for);
 }

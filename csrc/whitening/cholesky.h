@@ -16,17 +16,17 @@ constexpr int kDampingLevelCount = static_cast<int>(sizeof kDampingLevels / size
 struct CholeskyPlan {
   BatchSizes batch;
   std::int64_t n;
-  Dtype dtype;                   // of the arithmetic and of the factor: float32 or float64
-  bool panels;                   // a thread copies a matrix to its workspace, one alone or `lanes` side by side
-  std::int64_t lanes;            // 1, or how many matrices are factored side by side
-  bool share_matrix;             // the threads work on one matrix at a time rather than each on its own
-  std::int64_t slots;            // how many pieces may be in work at a time
-  std::int64_t right_sides = 0;  // of A X = B for each matrix
-  bool solve_panels = false;     // they are solved with the panels that a factor is made in
-  TriangularPlan solve = {};     // where they are not: of U^T Y = B and of U X = Y
+  Dtype dtype;         // of the arithmetic and of the factor: float32 or float64
+  bool panels;         // a thread copies a matrix to its workspace, one alone or `lanes` side by side
+  std::int64_t lanes;  // 1, or how many matrices are factored side by side
+  bool share_matrix;   // the threads work on one matrix at a time rather than each on its own
+  std::int64_t slots;  // how many pieces may be in work at a time
+  std::int64_t right_sides = kNoRightSides;  // of A X = B for each matrix
+  bool solve_panels = false;                 // they are solved with the panels that a factor is made in
+  TriangularPlan solve = {};                 // where they are not: of U^T Y = B and of U X = Y
 };
 
-CholeskyPlan plan_cholesky(BatchSizes batch, std::int64_t n, Dtype dtype, std::int64_t right_sides = 0);
+CholeskyPlan plan_cholesky(BatchSizes batch, std::int64_t n, Dtype dtype, std::int64_t right_sides = kNoRightSides);
 std::int64_t workspace_bytes(const CholeskyPlan& plan);
 
 // factor^T factor = A. The strides of `a` say where the *upper* triangle is: for a lower one pass them exchanged.

@@ -37,9 +37,9 @@ enum class CholeskyKernel {
 struct DeviceCholeskyPlan {
   BatchSizes batch;
   std::int64_t n = 0;
-  Dtype dtype = Dtype::float64;  // of the arithmetic and of the factor: float32 or float64
-  bool ladder = false;           // whitening
-  std::int64_t right_sides = 0;  // of A X = B for each matrix
+  Dtype dtype = Dtype::float64;              // of the arithmetic and of the factor: float32 or float64
+  bool ladder = false;                       // whitening
+  std::int64_t right_sides = kNoRightSides;  // of A X = B for each matrix
   CholeskyKernel kernel = CholeskyKernel::warp;
   int columns = 0;             // warp: that a matrix may have, 8, 16 or 32
   int rows = 0;                // panels: of one step
@@ -54,7 +54,7 @@ struct DeviceCholeskyPlan {
 
 // Throws std::invalid_argument where the GPU has too little shared memory.
 DeviceCholeskyPlan plan_device_cholesky(BatchSizes batch, std::int64_t n, Dtype dtype, bool ladder,
-                                        const GpuLimits& limits, std::int64_t right_sides = 0);
+                                        const GpuLimits& limits, std::int64_t right_sides = kNoRightSides);
 std::size_t workspace_bytes(const DeviceCholeskyPlan& plan);
 std::string describe(const DeviceCholeskyPlan& plan);
 

@@ -24,7 +24,7 @@ constexpr std::int64_t kMostRows = std::int64_t{1} << 30;
 // No GPU has room for more in a block, and what the bytes are is only known of an int.
 constexpr std::int64_t kMostBlockRows = 1024;
 
-int shared_bytes_of_block(Dtype dtype, int n, int width = 0) {
+int shared_bytes_of_block(Dtype dtype, int n, int width) {
   return dtype == Dtype::float64 ? device::block_bytes<double>(n, width) : device::block_bytes<float>(n, width);
 }
 int shared_bytes_of_solve(Dtype dtype, int rows) {
@@ -48,8 +48,19 @@ std::pair<int, int> step_of(std::int64_t n, Dtype dtype, const GpuLimits& limits
                               " bytes a block");
 }
 
-// With what two triangular solves add to the launches.
-DeviceCholeskyPlan with_solve(DeviceCholeskyPlan plan) {
+// Says where right-hand sides are solved. `bytes_of_width(width)`: of shared memory, with so many of them in it.
+template <class Bytes>
+DeviceCholeskyPlan with_solve(DeviceCholeskyPlan plan, const GpuLimits& limits, const Bytes& bytes_of_width) {
+  const int width = static_cast<int>(std::min<std::int64_t>(kWidth, round_up(plan.right_sides, 4)));
+  plan.shared_bytes = bytes_of_width(0);
+  if (plan.right_sides <= 0 || plan.n == 0) return plan;
+  if (plan.kernel != CholeskyKernel::panels && plan.right_sides <= kMostSolved &&
+      bytes_of_width(width) <= limits.shared_bytes) {
+    plan.width = width;
+    plan.shared_bytes = bytes_of_width(width);
+    return plan;
+  }
+  plan.solve = plan_device_triangular(plan.batch, plan.n, plan.right_sides, plan.dtype, limits);
   plan.launches += 2 * plan.solve.launches;
   plan.shared_bytes = std::max(plan.shared_bytes, plan.solve.shared_bytes);
   return plan;
@@ -68,27 +79,18 @@ DeviceCholeskyPlan plan_device_cholesky(BatchSizes batch, std::int64_t n, Dtype 
   plan.ladder = ladder;
   plan.right_sides = right_sides;
   plan.launches = 1;
-  const int width = static_cast<int>(std::min<std::int64_t>(kWidth, round_up(right_sides, 4)));
-  const bool fits = n <= 32 || (n <= kMostBlockRows &&
-                                shared_bytes_of_block(dtype, static_cast<int>(n), width) <= limits.shared_bytes);
-  if (right_sides > 0 && n > 0) {
-    if (fits && right_sides <= kMostSolved) {
-      plan.width = width;
-    } else {
-      plan.solve = plan_device_triangular(plan.batch, n, right_sides, dtype, limits);
-    }
-  }
   if (n <= 32) {
     plan.kernel = CholeskyKernel::warp;
     plan.columns = n <= 8 ? 8 : n <= 16 ? 16 : 32;
-    plan.shared_bytes = device::warp_bytes(plan.columns, static_cast<int>(bytes_of(dtype)), plan.width > 0);
-    return with_solve(plan);
+    return with_solve(plan, limits, [&](int width) {
+      return device::warp_bytes(plan.columns, static_cast<int>(bytes_of(dtype)), width > 0);
+    });
   }
-  if (n <= kMostBlockRows && shared_bytes_of_block(dtype, static_cast<int>(n)) <= limits.shared_bytes) {
+  if (n <= kMostBlockRows && shared_bytes_of_block(dtype, static_cast<int>(n), 0) <= limits.shared_bytes) {
     plan.kernel = CholeskyKernel::block;
     plan.threads = n <= kFewColumns ? kFewThreads : kManyThreads;
-    plan.shared_bytes = shared_bytes_of_block(dtype, static_cast<int>(n), plan.width);
-    return with_solve(plan);
+    return with_solve(plan, limits,
+                      [&](int width) { return shared_bytes_of_block(dtype, static_cast<int>(n), width); });
   }
   plan.kernel = CholeskyKernel::panels;
   std::tie(plan.rows, plan.shared_bytes) = step_of(n, dtype, limits);
@@ -97,7 +99,7 @@ DeviceCholeskyPlan plan_device_cholesky(BatchSizes batch, std::int64_t n, Dtype 
   const auto count = static_cast<std::size_t>(plan.batch.count());
   plan.words_at = ladder ? count * sizeof(double) : 0;
   plan.bytes = plan.words_at + static_cast<std::size_t>(2 * levels) * count * sizeof(std::int32_t);
-  return with_solve(plan);
+  return with_solve(plan, limits, [&, bytes = plan.shared_bytes](int) { return bytes; });
 }
 
 std::size_t workspace_bytes(const DeviceCholeskyPlan& plan) { return plan.bytes; }

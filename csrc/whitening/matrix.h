@@ -38,6 +38,8 @@ struct BatchSizes {
   }
 };
 
+constexpr std::int64_t kNoRightSides = -1;  // a factorisation that solves nothing
+
 // static: this header is included where an instruction set is compiled for, which must not export functions
 static constexpr std::int64_t round_up(std::int64_t x, std::int64_t to) { return (x + to - 1) / to * to; }
 static constexpr std::int64_t ceil_div(std::int64_t x, std::int64_t by) { return (x + by - 1) / by; }

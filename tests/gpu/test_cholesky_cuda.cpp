@@ -67,15 +67,15 @@ struct Problem {
   Dtype dtype;
   bool ladder, option;  // by columns, and of triangular systems the other side and triangle
   GpuLimits limits;
-  std::int64_t solved = 0;  // right-hand sides that are solved with a factor
+  std::int64_t solved = kNoRightSides;  // right-hand sides that are solved with a factor
 };
 
 std::string words(const Problem& p) {
   return std::to_string(p.batch) + " x " + std::to_string(p.n) + " rows" +
-         (p.columns  ? ", " + std::to_string(p.columns) + " right-hand sides"
-          : p.ladder ? ", whitened"
-          : p.solved ? ", factored and solved for " + std::to_string(p.solved) + " right-hand sides"
-                     : "") +
+         (p.columns       ? ", " + std::to_string(p.columns) + " right-hand sides"
+          : p.ladder      ? ", whitened"
+          : p.solved >= 0 ? ", factored and solved for " + std::to_string(p.solved) + " right-hand sides"
+                          : "") +
          " " + dtype_name(static_cast<int>(p.dtype)) + (p.option ? ", the other way" : "");
 }
 
@@ -110,7 +110,8 @@ class Tester {
     });
     const auto count = static_cast<std::size_t>(p.batch);
     Matrices factor(p.dtype, p.batch, p.n, p.n, false);
-    Matrices b(p.dtype, p.batch, p.n, p.solved, p.option), x(p.dtype, p.batch, p.n, p.solved, !p.option);
+    const std::int64_t solved = std::max<std::int64_t>(p.solved, 0);
+    Matrices b(p.dtype, p.batch, p.n, solved, p.option), x(p.dtype, p.batch, p.n, solved, !p.option);
     b.fill([&](std::int64_t, std::int64_t, std::int64_t) { return number(random); });
     std::vector<std::int32_t> info(count);
     std::vector<double> damping(count);

@@ -87,7 +87,7 @@ py::dict cholesky(simt::Executor& executor, const py::array& a, bool upper, py::
   std::optional<Matrices> right, to;
   if (b) args.b = right.emplace(*b).view, args.x = to.emplace(*x).view;
   const auto plan = wh::plan_device_cholesky(batch_of(a), a.shape(a.ndim() - 1), dtype_of(a), false,
-                                             limits_of(shared_bytes), b ? b->shape(b->ndim() - 1) : 0);
+                                             limits_of(shared_bytes), b ? b->shape(b->ndim() - 1) : wh::kNoRightSides);
   Workspace workspace(wh::workspace_bytes(plan));
   simt::Queue queue(executor);
   wh::device::run_device_cholesky(plan, args, workspace.memory.data(), queue);
@@ -138,7 +138,7 @@ void bind_cholesky(py::module_& m) {
                                                   limits_of(shared_bytes), right_sides));
       },
       py::arg("batch"), py::arg("n"), py::arg("double_precision"), py::arg("ladder") = false,
-      py::arg("shared_bytes") = 0, py::arg("right_sides") = 0, limits);
+      py::arg("shared_bytes") = 0, py::arg("right_sides") = wh::kNoRightSides, limits);
   m.def(
       "triangular_plan",
       [](std::vector<std::int64_t> batch, std::int64_t n, std::int64_t columns, bool double_precision,

@@ -520,6 +520,9 @@ def test_what_is_solved_in_one_launch():
         "the right-hand sides in the same launch; launches: 1"
     )
     assert "by triangular solves" in plan(300, 4, False)["text"]
+    assert plan(32, 4, True)["shared_bytes"] == 67584
+    small = plan(32, 4, True, shared_bytes=49152)
+    assert (small["width"], small["launches"]) == (0, 1 + 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -579,6 +582,13 @@ def test_a_matrix_that_fails_has_no_solution(dtype):
 
 
 def test_factor_and_solve_of_nothing():
+    for n, shared in cases():
+        bad = np.stack([np.eye(n), -np.eye(n)])
+        _, u, info, plan = cholesky_solve(bad, np.zeros((2, n, 0)), shared_bytes=shared)
+        assert plan["width"] == 0
+        assert info.tolist() == [0, 1]
+        assert (u[0] == np.eye(n)).all()
+        assert np.isnan(u[1][~np.tri(n, k=-1, dtype=bool)]).all()
     for batch, n, columns in [(0, 4, 3), (2, 0, 3), (2, 4, 0), (0, 300, 3)]:
         x, u, info, _ = cholesky_solve(np.broadcast_to(np.eye(n), (batch, n, n)), np.zeros((batch, n, columns)))
         assert x.shape == (batch, n, columns)

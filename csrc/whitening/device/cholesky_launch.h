@@ -160,7 +160,7 @@ void run_cholesky(const DeviceCholeskyPlan& plan, const CholeskyArguments& args,
   CholeskyResult<T> result{};
   result.factor = queue.view(static_cast<T*>(args.factor), 0, count * n * n);
   result.info = queue.view(args.info, 0, count);
-  result.spoil = plan.right_sides > 0;
+  result.spoil = plan.right_sides != kNoRightSides;
   RightHandSides<T> sides{};
   if (plan.width > 0) sides = right_sides_of<T>(args.b, args.x, plan.batch, n, plan.right_sides, plan.width, queue);
   run_source(plan, source, result, sides, workspace, queue);

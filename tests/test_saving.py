@@ -12,7 +12,7 @@ import freqrank
 import pytest
 import torch
 from freqrank import LowRankLinear
-from freqrank.lowrank.modules import install_lowrank, share, shared_groups
+from freqrank.lowrank.modules import install_lowrank, linear_weight, share, shared_groups
 from torch import nn
 
 pytest.importorskip("transformers")
@@ -21,6 +21,7 @@ from freqrank.models.quantizer import FreqrankConfig, attach
 from freqrank.models.saving import check_output_folder, save_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 IDS = torch.arange(24).view(2, 12)
 LAYERS = 4
@@ -648,7 +649,7 @@ def test_from_factors_and_share_check_shapes():
         ({"modules": ["0", "3"], "rank": 2}, "no module '3'"),
         ({"modules": ["0", "0"], "rank": 2}, "twice"),
         ({"modules": ["0", "2"], "rank": 2}, "one input size"),
-        ({"modules": ["1"], "rank": 2}, "must be a dense nn.Linear, got ReLU"),
+        ({"modules": ["1"], "rank": 2}, "must be a dense nn.Linear or Conv1D, got ReLU"),
         ({"modules": ["0"], "rank": 7}, "from 1 to 6"),
         ({"modules": ["0"], "rank": True}, "from 1 to 6"),
         ({"modules": "0", "rank": 2}, "non-empty list"),
@@ -670,3 +671,21 @@ def test_install_lowrank_keeps_bias_device_dtype_and_mode():
     assert model[1].basis.is_meta
     assert model[1].bias is None
     assert not model[0].training
+
+
+def test_a_conv1d_is_replaced_like_a_linear():
+    torch.manual_seed(0)
+    conv, linear = Conv1D(4, 6), nn.Linear(6, 4)
+    assert linear_weight(conv).shape == (4, 6)
+    assert linear_weight(conv).data_ptr() == conv.weight.data_ptr()
+    model = nn.Sequential(conv, Conv1D(6, 4), nn.Linear(6, 3)).to(torch.bfloat16)
+    bias = model[0].bias
+    install_lowrank(model, [{"modules": ["0", "2"], "rank": 2}])
+    assert model[0].bias is bias
+    assert model[0].basis is model[2].basis
+    assert (model[0].in_features, model[0].out_features) == (6, 4)
+    assert model[0].weight.dtype == torch.bfloat16
+    for wrong in (nn.ReLU(), nn.Embedding(3, 4), LowRankLinear(6, 4, 2)):
+        with pytest.raises(TypeError, match=f"dense nn.Linear or Conv1D, got {type(wrong).__name__}"):
+            linear_weight(wrong)
+    assert linear_weight(linear) is linear.weight

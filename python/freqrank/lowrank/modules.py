@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["LowRankLinear", "install_lowrank", "share", "shared_groups"]
+__all__ = ["LowRankLinear", "install_lowrank", "is_linear", "linear_weight", "share", "shared_groups"]
 
 
 class LowRankLinear(nn.Linear):
@@ -71,22 +71,23 @@ class LowRankLinear(nn.Linear):
             nn.init.uniform_(self.bias, -bound, bound)
 
     @classmethod
-    def replacing(cls, linear: nn.Linear, rank: int, basis: nn.Parameter | None = None) -> LowRankLinear:
+    def replacing(cls, linear: nn.Module, rank: int, basis: nn.Parameter | None = None) -> LowRankLinear:
         """Layer of the sizes, device, dtype and mode of `linear`, with its bias and with uninitialised factors.
 
-        `basis` [rank, in_features] is shared if given.
+        `linear` is dense (see `linear_weight`); `basis` [rank, in_features] is shared if given.
 
         >>> layer = LowRankLinear.replacing(nn.Linear(6, 4), rank=2)
         >>> layer.basis.shape, layer.weight.shape, layer.bias.shape
         (torch.Size([2, 6]), torch.Size([4, 2]), torch.Size([4]))
         """
-        device, dtype = linear.weight.device, linear.weight.dtype
+        dense = linear_weight(linear)
+        out_features, in_features = dense.shape
         with torch.device("meta"):  # no memory and no random numbers for what is filled in later
-            layer = cls(linear.in_features, linear.out_features, rank, bias=False, basis=basis)
+            layer = cls(in_features, out_features, rank, bias=False, basis=basis)
         if basis is None:
-            layer.basis = nn.Parameter(torch.empty(rank, linear.in_features, device=device, dtype=dtype))
-        layer.weight = nn.Parameter(torch.empty(linear.out_features, rank, device=device, dtype=dtype))
-        layer.bias = linear.bias
+            layer.basis = nn.Parameter(torch.empty(rank, in_features, device=dense.device, dtype=dense.dtype))
+        layer.weight = nn.Parameter(torch.empty(out_features, rank, device=dense.device, dtype=dense.dtype))
+        layer.bias = linear.bias  # type: ignore[assignment]
         return layer.train(linear.training)
 
     @classmethod
@@ -137,6 +138,36 @@ def _as_parameter(tensor: Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
 
 
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is what GPT-2 has for a linear in transformers, known by its attributes: nothing is imported."""
+    size, weight = getattr(module, "nf", None), getattr(module, "weight", None)
+    return isinstance(size, int) and isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == size
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer: an `nn.Linear`, low-rank or not, or transformers' `Conv1D`.
+
+    >>> is_linear(nn.Linear(6, 4)), is_linear(LowRankLinear(6, 4, 2)), is_linear(nn.Embedding(6, 4))
+    (True, True, False)
+    """
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def linear_weight(linear: nn.Module) -> Tensor:
+    """The weight [out_features, in_features] of a dense linear layer, in its own memory.
+
+    transformers' `Conv1D` stores [in_features, out_features]: here alone it is transposed. Raises TypeError for a
+    module that is no linear layer, or a low-rank one.
+
+    >>> linear_weight(nn.Linear(6, 4)).shape
+    torch.Size([4, 6])
+    """
+    if isinstance(linear, LowRankLinear) or not is_linear(linear):
+        raise TypeError(f"linear must be a dense nn.Linear or Conv1D, got {type(linear).__name__}")
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    return weight.mT if _is_conv1d(linear) else weight
+
+
 def share(modules: Iterable[LowRankLinear]) -> nn.Parameter:
     """Give every layer of `modules` the basis of the first one, and return that Parameter [rank, in_features].
 
@@ -178,7 +209,7 @@ def install_lowrank(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> di
     `groups`: ``[{"modules": [name, ...], "rank": k}, ...]`` with names as `named_modules` gives them. Factors are
     uninitialised, on the device and of the dtype of the layer they replace (meta included); biases stay. Returns the
     new layers by name. The model is changed only after everything was checked: ValueError for a name that is missing,
-    repeated or not a dense `nn.Linear`, for a rank out of range, or input sizes that differ within a group.
+    repeated or not a dense `nn.Linear` or `Conv1D`, for a rank out of range, or input sizes that differ within a group.
 
     >>> model = nn.Sequential(nn.Linear(6, 4), nn.Linear(6, 4))
     >>> new = install_lowrank(model, [{"modules": ["0", "1"], "rank": 2}])
@@ -198,18 +229,19 @@ def install_lowrank(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> di
             module = known.get(name)
             if module is None:
                 raise ValueError(f"group {number}: the model has no module {name!r}")
-            if not isinstance(module, nn.Linear) or isinstance(module, LowRankLinear):
-                raise ValueError(f"group {number}: {name!r} must be a dense nn.Linear, got {type(module).__name__}")
-        sizes = sorted({known[name].in_features for name in names})  # type: ignore[arg-type]
+            if not is_linear(module) or isinstance(module, LowRankLinear):
+                expected = "a dense nn.Linear or Conv1D"
+                raise ValueError(f"group {number}: {name!r} must be {expected}, got {type(module).__name__}")
+        sizes = sorted({linear_weight(known[name]).shape[1] for name in names})
         if len(sizes) > 1:
             raise ValueError(f"group {number}: modules that share a basis need one input size, got {sizes}")
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= sizes[0]:  # type: ignore[operator]
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= sizes[0]:
             raise ValueError(f"group {number}: rank must be an integer from 1 to {sizes[0]}, got {rank!r}")
     new: dict[str, LowRankLinear] = {}
     for group in groups:
         basis: nn.Parameter | None = None
         for name in group["modules"]:
-            layer = LowRankLinear.replacing(known[name], group["rank"], basis)  # type: ignore[arg-type]
+            layer = LowRankLinear.replacing(known[name], group["rank"], basis)
             basis = layer.basis
             model.set_submodule(name, layer)
             new[name] = layer

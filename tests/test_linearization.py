@@ -24,9 +24,9 @@ from scipy import stats
 from scipy.fft import idct
 from torch import nn
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     DynamicCache,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     StaticCache,
@@ -753,7 +753,7 @@ def test_linearize_refuses_what_it_does_not_know():
     with pytest.raises(TypeError, match="PreTrainedModel; got Linear"):
         linearize(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="no decoder of a known architecture"):
-        linearize(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=10)))
+        linearize(BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=10)))
     model = small_model()
     model.model.layers[1].self_attn.__class__ = type("OtherAttention", (nn.Module,), {})
     with pytest.raises(ValueError, match=r"layer 1 has attention OtherAttention.*ATTENTION_CLASSES"):

@@ -51,7 +51,7 @@ def round_to_bits(model: nn.Module, bits: int) -> int:
     top = 2 ** (bits - 1) - 1
     for layer in range(len(architecture.blocks)):
         for role in architecture.roles:
-            weight: Tensor = architecture.linear(layer, role).weight.data
+            weight = architecture.weight(layer, role).detach()
             scale = (weight.abs().amax(1, keepdim=True) / top).half().to(weight.dtype).clamp_min(1e-8)
             weight.copy_((weight / scale).round().clamp(-top, top) * scale)
             total += -2 * weight.numel() + weight.numel() * bits // 8 + 2 * weight.shape[0]
@@ -61,17 +61,20 @@ def round_to_bits(model: nn.Module, bits: int) -> int:
 def spread_scales(model: nn.Module, exponents: Sequence[int]) -> Any:
     """A copy that computes the same function with layer l's norm gains times 2^e_l and the weights behind them divided.
 
-    Powers of two make it exact in floating point. For models with Llama's norms.
+    Powers of two make it exact in floating point. Raises ValueError for blocks that are not Llama's: others have their
+    norms elsewhere.
     """
     copied = copy.deepcopy(model)
     architecture = find_architecture(copied)
+    if architecture.name != "llama":
+        raise ValueError(f"scales can be spread in blocks like Llama's only; got {architecture.name}")
     with torch.no_grad():
         for layer, exponent in enumerate(exponents):
             block: Any = architecture.blocks[layer]
             for norm, roles in (("input_layernorm", ("q", "k", "v")), ("post_attention_layernorm", ("gate", "up"))):
                 block.get_submodule(norm).weight.mul_(2.0**exponent)
                 for role in roles:
-                    architecture.linear(layer, role).weight.mul_(2.0**-exponent)
+                    architecture.weight(layer, role).mul_(2.0**-exponent)
     return copied
 
 

@@ -110,7 +110,7 @@ def observe(
     """Call ``callback(name, x)`` with the input x [tokens, features] of each named module whenever it runs.
 
     Args:
-        mask: bool, of the input's leading shape: only these tokens are passed on.
+        mask: bool, one entry for each token: only where it is True are they passed on.
 
     >>> layer, seen = nn.Linear(2, 1), []
     >>> with observe({"layer": layer}, lambda name, x: seen.append((name, x.shape))):
@@ -121,9 +121,9 @@ def observe(
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def on_input(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach()
+            x = args[0].detach().reshape(-1, args[0].shape[-1])  # OPT's MLP reads tokens of all rows in one line
             # selecting, not weighting by zero: what padding computes may be NaN
-            callback(name, x.reshape(-1, x.shape[-1]) if mask is None else x[mask.to(x.device)])
+            callback(name, x if mask is None else x[mask.to(x.device).flatten()])
 
         return on_input
 

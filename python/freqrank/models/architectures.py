@@ -1,14 +1,16 @@
 """Where a decoder's blocks, linears and attention are: one small class an architecture, found by structure.
 
-To add an architecture, subclass :class:`Architecture`, fill in its class attributes (and override
-:meth:`Architecture.shared_roles` if its sharing policy differs), and append the class to :data:`ARCHITECTURES`.
+To add an architecture, subclass :class:`Architecture`, fill in its class attributes, and append the class to
+:data:`ARCHITECTURES`.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
+
+from freqrank.lowrank.modules import is_linear, linear_weight
 
 
 class Architecture:
@@ -18,8 +20,9 @@ class Architecture:
         name: what the architecture is called in messages and reports.
         blocks_path: the decoder's attribute that holds the ``ModuleList`` of blocks.
         attention_path: the attention module inside a block.
-        roles: role -> path of that linear inside a block.
+        roles: role -> path of that linear inside a block. What one linear computes at once is one role ("qkv").
         inputs: roles that read one and the same tensor, in the order in which the forward pass comes to them.
+        shared: roles whose weights neighbouring layers share a basis for, see :meth:`shared_roles`.
         decoder: the module that owns the blocks; calling it runs the model without its language-model head.
         prefix: the decoder's name inside the model ("" when the model is the decoder).
         blocks: the decoder blocks, first to last.
@@ -30,6 +33,7 @@ class Architecture:
     attention_path: ClassVar[str]
     roles: ClassVar[dict[str, str]]
     inputs: ClassVar[tuple[tuple[str, ...], ...]]
+    shared: ClassVar[frozenset[str]]
 
     def __init__(self, prefix: str, decoder: nn.Module) -> None:
         self.prefix = prefix
@@ -50,15 +54,17 @@ class Architecture:
     @classmethod
     def _matches_block(cls, block: nn.Module) -> bool:
         try:
-            return all(isinstance(block.get_submodule(path), nn.Linear) for path in cls.roles.values())
+            return all(is_linear(block.get_submodule(path)) for path in cls.roles.values())
         except AttributeError:
             return False
 
-    def linear(self, layer: int, role: str) -> nn.Linear:
-        """The linear of one role in one block."""
-        linear = self.blocks[layer].get_submodule(self.roles[role])
-        assert isinstance(linear, nn.Linear)
-        return linear
+    def linear(self, layer: int, role: str) -> nn.Module:
+        """The linear of one role in one block: an ``nn.Linear``, or a ``Conv1D`` of transformers."""
+        return self.blocks[layer].get_submodule(self.roles[role])
+
+    def weight(self, layer: int, role: str) -> Tensor:
+        """The dense weight [out, in] of one role in one block, in the model's own memory."""
+        return linear_weight(self.linear(layer, role))
 
     def attention(self, layer: int) -> nn.Module:
         """The attention module of one block."""
@@ -69,16 +75,20 @@ class Architecture:
         return ".".join(part for part in (self.prefix, self.blocks_path, str(layer), path) if part)
 
     def shared_roles(self) -> frozenset[str]:
-        """Roles whose weights several layers may share a basis for; the others are factored alone."""
-        raise NotImplementedError
+        """Roles whose weights several layers share a basis for; the others are factored alone.
+
+        Those of ``shared``, without k and v where fewer key than query heads make them narrow (Basis Sharing's table
+        for Mistral): a narrow matrix has few directions to begin with, and measured losses rose when these were shared.
+        """
+        narrow = {"k", "v"} <= self.roles.keys() and len(self.weight(0, "k")) < len(self.weight(0, "q"))
+        return self.shared - ({"k", "v"} if narrow else set())
 
 
 class Llama(Architecture):
     """Llama and whatever has its blocks: Mistral, Qwen2, Qwen3, Gemma and others with separate q, k, v, gate and up.
 
-    Shares as Basis Sharing (Wang et al., ICLR 2025) does: q, k, v, gate and up. The attention output and the MLP's down
-    projection stay private, and so do k and v where fewer key than query heads make them narrow (Mistral's table): a
-    narrow matrix has few directions to begin with, and measured losses rose when these were shared.
+    Shares as Basis Sharing (Wang et al., ICLR 2025) does: the attention output and the MLP's down projection, which
+    lost more together than apart, stay private.
     """
 
     name = "llama"
@@ -94,14 +104,84 @@ class Llama(Architecture):
         "down": "mlp.down_proj",
     }
     inputs = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-
-    def shared_roles(self) -> frozenset[str]:
-        narrow = self.linear(0, "k").out_features < self.linear(0, "q").out_features
-        return frozenset({"q", "gate", "up"} if narrow else {"q", "k", "v", "gate", "up"})
+    shared = frozenset({"q", "k", "v", "gate", "up"})
 
 
-#: Tried in this order.
-ARCHITECTURES: list[type[Architecture]] = [Llama]
+class Phi3(Architecture):
+    """Phi-3 and Phi-4: Llama's blocks with q, k, v in one linear and gate, up in another.
+
+    Shares what Llama shares. Fewer key than query heads do not make the fused matrix narrow, so it is shared whole.
+    """
+
+    name = "phi3"
+    blocks_path = "layers"
+    attention_path = "self_attn"
+    roles: ClassVar[dict[str, str]] = {
+        "qkv": "self_attn.qkv_proj",
+        "o": "self_attn.o_proj",
+        "gate_up": "mlp.gate_up_proj",
+        "down": "mlp.down_proj",
+    }
+    inputs = (("qkv",), ("o",), ("gate_up",), ("down",))
+    shared = frozenset({"qkv", "gate_up"})
+
+
+class GPTNeoX(Architecture):
+    """GPT-NeoX and Pythia: q, k, v in one linear; attention and MLP one after the other or side by side.
+
+    Basis Sharing has no table for it. By analogy with its Llama and OPT: qkv and up are shared, o and down private.
+    """
+
+    name = "gpt-neox"
+    blocks_path = "layers"
+    attention_path = "attention"
+    roles: ClassVar[dict[str, str]] = {
+        "qkv": "attention.query_key_value",
+        "o": "attention.dense",
+        "up": "mlp.dense_h_to_4h",
+        "down": "mlp.dense_4h_to_h",
+    }
+    # side by side, attention and MLP read two norms of one tensor: still two inputs
+    inputs = (("qkv",), ("o",), ("up",), ("down",))
+    shared = frozenset({"qkv", "up"})
+
+
+class OPT(Architecture):
+    """OPT and other decoders with its blocks; shares as Basis Sharing does: q, k, v, up (fc1), not o and down (fc2)."""
+
+    name = "opt"
+    blocks_path = "layers"
+    attention_path = "self_attn"
+    roles: ClassVar[dict[str, str]] = {
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.out_proj",
+        "up": "fc1",
+        "down": "fc2",
+    }
+    inputs = (("q", "k", "v"), ("o",), ("up",), ("down",))
+    shared = frozenset({"q", "k", "v", "up"})
+
+
+class GPT2(Architecture):
+    """GPT-2: q, k, v in one ``Conv1D``; shares as Basis Sharing does: qkv, o and up (c_fc), not down."""
+
+    name = "gpt2"
+    blocks_path = "h"
+    attention_path = "attn"
+    roles: ClassVar[dict[str, str]] = {
+        "qkv": "attn.c_attn",
+        "o": "attn.c_proj",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+    }
+    inputs = (("qkv",), ("o",), ("up",), ("down",))
+    shared = frozenset({"qkv", "o", "up"})
+
+
+#: Tried in this order; no structure contains another's.
+ARCHITECTURES: list[type[Architecture]] = [Llama, Phi3, GPTNeoX, OPT, GPT2]
 
 
 def find_architecture(model: nn.Module) -> Architecture:
@@ -117,11 +197,9 @@ def find_architecture(model: nn.Module) -> Architecture:
         found = candidate.find(model)
         if found is not None:
             return found
-    known = "; ".join(
-        f"{a.name} ({a.blocks_path}.N.{{{', '.join(a.roles.values())}}} as torch.nn.Linear)" for a in ARCHITECTURES
-    )
+    known = "; ".join(f"{a.name} ({a.blocks_path}.N.{{{', '.join(a.roles.values())}}})" for a in ARCHITECTURES)
     raise ValueError(
         f"{type(model).__name__} has no decoder of a known architecture. Known: {known}. To add one, subclass "
-        "freqrank.models.architectures.Architecture, give the paths of its blocks and linears, and append the class to "
-        "freqrank.models.architectures.ARCHITECTURES."
+        "freqrank.models.architectures.Architecture, give the paths of its blocks and linears (torch.nn.Linear or "
+        "transformers' Conv1D), and append the class to freqrank.models.architectures.ARCHITECTURES."
     )

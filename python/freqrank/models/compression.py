@@ -16,7 +16,7 @@ from freqrank import _progress
 from freqrank.lowrank.allocation import ALLOCATIONS, Shape, allocate, kept
 from freqrank.lowrank.factorize import factorize, refit, squared_norm, squared_singular_values
 from freqrank.lowrank.methods import METHODS, Method, Pool
-from freqrank.lowrank.modules import LowRankLinear, install_lowrank
+from freqrank.lowrank.modules import LowRankLinear, install_lowrank, linear_weight
 from freqrank.lowrank.scales import BLOCK_WEIGHTS, SCALES, input_scale
 from freqrank.lowrank.statistics import Batch, Grams, read_calibration
 from freqrank.models.architectures import Architecture, find_architecture
@@ -35,7 +35,7 @@ class LayerReport:
     Attributes:
         module: its name in the model.
         layer: number of its block.
-        role: "q", "k", "v", "o", "gate", "up" or "down".
+        role: "q", "k", "v", "o", "gate", "up" or "down"; "qkv" or "gate_up" where one linear computes several.
         rank: directions kept; None if it stayed dense.
         predicted_error: sqrt(share of ||S b W||_F^2 that the truncation drops), before any refit: the relative output
             error on the data the group was decomposed with. 0 if dense.
@@ -237,8 +237,8 @@ def compress(
     model head stay.
 
     Args:
-        model: a decoder of `transformers` (Llama, Mistral, Qwen2, Qwen3 and others of their structure), linearised or
-            not, in float32, bfloat16 or float16; the factors are stored in its dtype.
+        model: a decoder of `transformers` (Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, GPT-NeoX, OPT, GPT-2 and others
+            of their structure), linearised or not, in float32, bfloat16 or float16; factors are stored in its dtype.
         calibration: token ids, a LongTensor [N, T], or an iterable, consumed once, of such tensors or of dicts with
             ``input_ids`` and maybe ``attention_mask``, whose zeros mark padding.
         method: "svd" and "svd-llm" factor each weight alone, whatever ``group_size`` and ``share``; "basis-sharing"
@@ -246,9 +246,9 @@ def compress(
         ratio: fraction of the compressed linears' parameters to remove, in (0, 1). Each basis gets
             floor((1 - ratio) d1 D2 / (d1 + D2)) directions, D2 the outputs of all its linears.
         group_size: consecutive layers that share a basis; the last group may be shorter. What is shared: q, k, v, gate
-            and up; without k and v where there are fewer key than query heads.
+            and up; without k and v where there are fewer key than query heads; in GPT-2 the attention output too.
         share: "layers": a role's weights of neighbouring layers; "modules": q, k, v (and gate, up) of one layer, which
-            read the same input; "both".
+            read the same input, and where one linear computes them are one weight already; "both".
         scale: s_l for "lisc": "trace" (mean square input), "frobenius" or "spectral" norm of G_l, or "none" (all 1).
         exponent: for "lisc", >= 0.
         block_weight: factor on each weight of a group for "lisc": None, "norm" (1 / ||W_l||_F) or "sqrt-scale"
@@ -387,7 +387,7 @@ def _check_model(model: nn.Module, architecture: Architecture) -> None:
         raise ValueError(f"model is quantized by another method: {present}; start from the model in full precision")
     for layer in range(len(architecture.blocks)):
         for role, path in architecture.roles.items():
-            weight = architecture.linear(layer, role).weight
+            weight = architecture.weight(layer, role)
             name = architecture.full_name(layer, path)
             if weight.is_meta:
                 raise ValueError(f"{name} has no data (meta device): load the model without offloading to disk")
@@ -417,24 +417,25 @@ def _group(architecture: Architecture, shares: bool, group_size: int, share: str
     """The linears of the model in groups that get one basis each, ordered by the last block they need."""
     source = {role: group[0] for group in architecture.inputs for role in group}
     siblings = {role for group in architecture.inputs if len(group) > 1 for role in group}
-    shared = (architecture.shared_roles() if share == "layers" else siblings) if shares else frozenset()
+    across = architecture.shared_roles()
+    shared = {"layers": across, "modules": siblings, "both": siblings | across}[share] if shares else frozenset()
     span = 1 if share == "modules" else group_size
     buckets: dict[tuple[Any, ...], list[_Site]] = {}
     for layer in range(len(architecture.blocks)):
         for role in architecture.roles:
-            linear = architecture.linear(layer, role)
+            weight = architecture.weight(layer, role)
             key: tuple[Any, ...]
             if role not in shared:
                 key = (layer, role)
             elif share == "layers":  # linears of another shape, should an architecture have them, stay apart
-                key = ("shared", layer // span, role, *linear.weight.shape)
+                key = ("shared", layer // span, role, *weight.shape)
             else:
-                key = ("shared", layer // span, source[role], linear.in_features)
+                key = ("shared", layer // span, source[role], weight.shape[1])
             buckets.setdefault(key, []).append(_Site(layer, role, source[role]))
     groups = []
     for sites in buckets.values():
-        linears = [architecture.linear(site.layer, site.role) for site in sites]
-        groups.append(_Group(sites, Shape(linears[0].in_features, sum(linear.out_features for linear in linears))))
+        weights = [architecture.weight(site.layer, site.role) for site in sites]
+        groups.append(_Group(sites, Shape(weights[0].shape[1], sum(len(weight) for weight in weights))))
     return sorted(groups, key=lambda group: group.layers[-1])
 
 
@@ -524,7 +525,7 @@ class _Work:
         self.pools = {key: pool for key, pool in self.pools.items() if key[0][-1] > layer}
 
     def _weight(self, site: _Site) -> Tensor:
-        return self.architecture.linear(site.layer, site.role).weight.detach().double().mT
+        return self.architecture.weight(site.layer, site.role).detach().double().mT
 
     def _metric(self, group: _Group) -> _Metric:
         weights = [self._weight(site) for site in group.sites]
@@ -583,7 +584,7 @@ class _Work:
                 group.coefficients[site] = refit(
                     factors.basis, factors.coefficients[i], grams[at], grams[at] @ weights[i]
                 )
-        element = self.architecture.linear(group.sites[0].layer, group.sites[0].role).weight.element_size()
+        element = self.architecture.weight(group.sites[0].layer, group.sites[0].role).element_size()
         after = shape.dense if group.rank is None else group.rank * shape.per_rank
         group.report = GroupReport(
             rank=group.rank,
@@ -623,7 +624,7 @@ class _Work:
 def _stored(group: _Group, site: _Site, architecture: Architecture) -> tuple[Tensor, Tensor]:
     """Basis [rank, in] and coefficient [out, rank] in the model's dtype, on the linear's device."""
     assert group.basis is not None
-    weight = architecture.linear(site.layer, site.role).weight
+    weight = architecture.weight(site.layer, site.role)
     basis, coefficient = (
         t.mT.to(weight.device, weight.dtype).contiguous() for t in (group.basis, group.coefficients[site])
     )
@@ -670,8 +671,8 @@ class _PrefixRefit:
                 continue
             gram, cross = self._statistics(block, roles[0])
             for group, site in sites:
-                linear = self.architecture.linear(site.layer, site.role)
-                weight = linear.weight.detach().double().mT
+                linear: Any = self.architecture.linear(site.layer, site.role)
+                weight = linear_weight(linear).detach().double().mT
                 assert group.basis is not None
                 group.coefficients[site] = refit(
                     group.basis.to(gram.device), group.coefficients[site].to(gram.device), gram, cross @ weight
@@ -737,7 +738,7 @@ def _convert(model: nn.Module, architecture: Architecture, groups: Sequence[_Gro
         if group.rank is None:
             continue
         names: list[str] = []
-        linears = [architecture.linear(site.layer, site.role) for site in group.sites]
+        linears: list[Any] = [architecture.linear(site.layer, site.role) for site in group.sites]
         shared: nn.Parameter | None = None
         for site, linear in zip(group.sites, linears, strict=True):
             basis, coefficient = _stored(group, site, architecture)

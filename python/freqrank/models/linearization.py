@@ -158,8 +158,8 @@ def _check_layers(architecture: Architecture, layers: list[int], options: DiJian
         if type(attention).__name__ not in ATTENTION_CLASSES:
             raise ValueError(
                 f"layer {index} has attention {type(attention).__name__}, which linearize does not know; known: "
-                f"{', '.join(sorted(ATTENTION_CLASSES))}. If its forward only projects, rotates by "
-                "apply_rotary_pos_emb, attends and projects, add its name to "
+                f"{', '.join(sorted(ATTENTION_CLASSES))}. If its forward only projects by q_proj, k_proj and v_proj, "
+                "rotates by apply_rotary_pos_emb, attends and projects by o_proj, add its name to "
                 "freqrank.models.linearization.ATTENTION_CLASSES"
             )
 

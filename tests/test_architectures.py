@@ -44,6 +44,11 @@ CASES = {
     "opt-350m": ("OPT", COMMON | {"ffn_dim": 56, "word_embed_proj_dim": 24, "do_layer_norm_before": False}),
     "gpt2": ("GPT2", COMMON | {"n_inner": 56}),
 }
+# of a known structure, with blocks that return a list or a tuple
+WRAPPED = {
+    "openai-gpt": ("OpenAIGPT", COMMON),
+    "gpt-neox-japanese": ("GPTNeoXJapanese", GATED | {"intermediate_multiple_size": 2}),
+}
 # Basis Sharing's table, by the ends of module names: what neighbouring layers share, and what each has alone
 LLAMA = ("q_proj k_proj v_proj gate_proj up_proj", "o_proj down_proj")
 NARROW = ("q_proj gate_proj up_proj", "k_proj v_proj o_proj down_proj")
@@ -70,10 +75,10 @@ def _quiet():
 
 def build(case):
     """A small random model with biases and norm gains of its own, and far from linear."""
-    family, options = CASES[case]
+    family, options = (CASES | WRAPPED)[case]
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**options)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -212,7 +217,7 @@ def test_parameters_are_within_the_target_and_the_rest_is_untouched(case, pair):
     assert (small.get_output_embeddings().weight is small.get_input_embeddings().weight) == tied
 
 
-@every
+@pytest.mark.parametrize("case", [*CASES, *WRAPPED])
 def test_blocks_see_what_they_see_in_the_model(case, pair):
     model, _, _ = pair(case)
     architecture = find_architecture(model)

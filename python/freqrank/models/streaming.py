@@ -25,6 +25,7 @@ class BlockStream:
         self.batches = batches
         self.layer = 0  # the block that comes next
         self._hidden: list[Tensor | None] = [None] * len(batches)
+        self._wraps = False  # whether blocks return a tuple or a list; known once the first has run
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -48,11 +49,12 @@ class BlockStream:
         def run(i: int, callback: Callable[[str, Tensor], object] | None = None) -> Tensor:
             batch, result = self.batches[i], []
 
-            def step(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            def step(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
                 stored = self._hidden[i]
                 output = forward(hidden if stored is None else stored, *args, **kwargs)
-                result.append(output[0] if isinstance(output, tuple) else output)
-                return result[0]
+                self._wraps = isinstance(output, (tuple, list))
+                result.append(output[0] if self._wraps else output)
+                return output
 
             real.forward = step
             mask = None if batch.mask is None else batch.mask.long().to(device)
@@ -62,7 +64,7 @@ class BlockStream:
 
         try:
             for module in self.architecture.blocks:
-                module.forward = _hand_on
+                module.forward = self._hand_on
             yield run
         finally:
             for module, original in before.items():
@@ -77,9 +79,8 @@ class BlockStream:
                 self._hidden[i] = run(i, callback)
         self.layer += 1
 
-
-def _hand_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden
+    def _hand_on(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden,) if self._wraps else hidden
 
 
 @contextmanager

@@ -338,6 +338,25 @@ def test_a_fresh_process_computes_equal_logits(pair, tmp_path):
 
 
 @every
+def test_merged_models_are_plain(case, pair, tmp_path):
+    model, small, report = pair(case)
+    merged = copy.deepcopy(small)
+    names = freqrank.merge(merged)
+    assert sorted(names) == sorted(layer.module for layer in report.layers if layer.rank is not None)
+    before = dict(model.named_modules())
+    assert [type(module) for module in merged.modules()] == [type(module) for module in before.values()]
+    assert [(n, p.shape) for n, p in merged.named_parameters()] == [(n, p.shape) for n, p in model.named_parameters()]
+    torch.testing.assert_close(logits(merged), logits(small), atol=1e-9, rtol=1e-9)
+    merged.save_pretrained(tmp_path)
+    assert QUANT_METHOD not in (tmp_path / "config.json").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(merged))
+    with pytest.raises(ValueError, match="no low-rank layer: there is nothing to merge"):
+        freqrank.merge(merged)
+    assert freqrank.compress(merged, tokens(), ratio=RATIO, progress=False).block_ratio >= RATIO
+
+
+@every
 def test_generate_pads_and_decodes_greedily(case, pair):
     _, small, _ = pair(case)
     ids = tokens(2, 9, seed=4)

@@ -135,6 +135,21 @@ def test_compress(run, folder, tmp_path, method):
     failed(again, "not empty")
 
 
+def test_merge(run, folder, tmp_path):
+    text = folder / "text.txt"
+    run("compress", folder / "tiny", "-o", tmp_path / "small", "--calibration", text, "--ratio", "0.4")
+    result = run("merge", tmp_path / "small", "-o", tmp_path / "dense", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["after"]["parameters"] > facts["before"]["parameters"]
+    losses = [
+        json.loads(run("eval", tmp_path / name, "--text", text, "--json").stdout)["loss"] for name in ("small", "dense")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    failed(run("merge", tmp_path / "dense", "-o", tmp_path / "again"), "nothing to merge")
+    assert not (tmp_path / "again").exists()
+
+
 def test_compare(run, folder, tmp_path):
     text = folder / "text.txt"
     arguments = ["compare", folder / "tiny", "-o", tmp_path / "out", "--calibration", text, "--validation", text]

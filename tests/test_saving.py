@@ -369,6 +369,37 @@ def test_lora_cannot_be_merged_into_factors(folders):
         adapted.merge_and_unload()
 
 
+@pytest.mark.parametrize("kind", ["linear-then-compressed", "compressed-then-linear"])
+def test_merging_leaves_linear_attention(kind, tmp_path):
+    model = KINDS[kind]()
+    before = logits(model)
+    freqrank.merge(model)
+    torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
+    save_model(model, tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())["quantization_config"]
+    assert "lowrank" not in config
+    assert "linear_attention" in config
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(model))
+
+
+def test_a_merged_model_says_that_it_is_plain(tmp_path):
+    model = by_compress()
+    freqrank.merge(model)
+    save_model(model, tmp_path / "merged")
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert "freqrank_report.json" not in names
+    assert "Plain transformers loads it" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_adapters_are_to_be_merged_first():
+    peft = pytest.importorskip("peft")
+    model = by_compress()
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
+    with pytest.raises(ValueError, match=r"q_proj\.base_layer is a low-rank layer .*merge or unload adapters first"):
+        freqrank.merge(model)
+    assert any(isinstance(module, freqrank.LowRankLinear) for module in model.modules())
+
+
 @pytest.mark.parametrize("kind", ["compressed", "half-linear", "linear-then-compressed"])
 def test_the_base_model_loads_and_saves_alone(folders, tmp_path, kind):
     base = transformers.AutoModel.from_pretrained(folders / kind)

@@ -24,6 +24,7 @@ _LAZY = {
     "LinearizationReport": "freqrank.models.linearization",
     "FreqrankConfig": "freqrank.models.quantizer",
     "FreqrankQuantizer": "freqrank.models.quantizer",
+    "merge": "freqrank.models.merging",
     "save_model": "freqrank.models.saving",
 }
 

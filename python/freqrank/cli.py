@@ -518,6 +518,32 @@ def _numbers(text: str | None) -> list[int] | None:
     return _listed(text, int, "--layers")
 
 
+@app.command()
+def merge(
+    model: Model,
+    output: Output,
+    dtype: Dtype = "auto",
+    download: Download = False,
+    as_json: AsJson = False,
+) -> None:
+    """Multiply a compressed model's factors out, into a dense model of the same function that plain tools can load."""
+    from freqrank.models.merging import merge as merge_model
+    from freqrank.models.saving import check_output_folder
+
+    check_output_folder(output)
+    network, tokenizer = _load(model, download=download, dtype=dtype)
+    before = _count(network)
+    names = merge_model(network)
+    _save(network, output, tokenizer)
+    after = _count(network)
+
+    def show() -> None:
+        size = f"{report.size(before['bytes'])} -> {report.size(after['bytes'])}"
+        _facts(f"{model} merged into {output}", {"linears": str(len(names)), "model": size})
+
+    _emit({"model": model, "output": str(output), "linears": names, "before": before, "after": after}, as_json, show)
+
+
 @app.command("eval")
 def evaluate_model(
     model: Model,

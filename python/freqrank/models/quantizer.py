@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from freqrank.lowrank.modules import LowRankLinear, install_lowrank, shared_groups
 from freqrank.models.registration import QUANT_METHOD
 
-__all__ = ["FreqrankConfig", "FreqrankQuantizer", "attach"]
+__all__ = ["FreqrankConfig", "FreqrankQuantizer", "attach", "declare_ties"]
 
 _FORMAT = 1
 
@@ -84,7 +84,7 @@ class FreqrankQuantizer(HfQuantizer):
             linearization.install(model, settings.linear_attention)
         if settings.lowrank is not None:
             install_lowrank(model, _local_groups(model, settings.lowrank["groups"]))
-        _declare_ties(model)
+        declare_ties(model)
         if checkpoint_files:
             _check_files(model, checkpoint_files, dense)
         return model
@@ -145,7 +145,7 @@ def attach(
         wrong = sorted(name for names, _ in expected.items() ^ actual.items() for name in names)
         raise ValueError(f"lowrank['groups'] does not describe the low-rank layers of the model: {_some(wrong)}")
     model.config.quantization_config = settings
-    _declare_ties(model)
+    declare_ties(model)
     return settings
 
 
@@ -176,7 +176,7 @@ def _local_groups(model: Any, groups: Iterable[Mapping[str, Any]]) -> list[dict[
     return [{**group, "modules": [local(name) for name in group["modules"]]} for group in groups]
 
 
-def _declare_ties(model: Any) -> None:
+def declare_ties(model: Any) -> None:
     """Tell transformers which parameters are one, so that it saves the first only and ties the others on loading."""
     ties = {f"{name}.basis": f"{names[0]}.basis" for names in shared_groups(model) for name in names[1:]}
     for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):

@@ -18,7 +18,10 @@ tags: [freqrank]
 
 # {title}
 
-A language model {made} by freqrank. It needs that library to be loaded:
+{made}
+The weights are safetensors. No code is stored here and none is run from here.
+"""
+_CONVERTED = """A language model {steps} by freqrank. It needs that library to be loaded:
 
 ```python
 import freqrank  # before the model is loaded: transformers alone cannot read this folder
@@ -28,8 +31,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 
 What was done to it is in `config.json` under `quantization_config`{report}.
-The weights are safetensors; a basis that layers share is stored once. No code is stored here and none is run from here.
-"""
+A basis that layers share is stored once."""
+_PLAIN = "A language model saved by freqrank. Plain transformers loads it: nothing in it needs that library."
 
 
 def check_output_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -94,5 +97,6 @@ def save_model(
 def _card(model: Any, title: str, has_report: bool) -> str:
     settings = getattr(model.config, "quantization_config", None)
     steps = {"compressed (low-rank weights)": "lowrank", "made linear-time": "linear_attention"}
-    made = " and ".join(text for text, entry in steps.items() if getattr(settings, entry, None)) or "saved"
-    return _CARD.format(title=title, made=made, report=", with figures in `freqrank_report.json`" if has_report else "")
+    made = " and ".join(text for text, entry in steps.items() if getattr(settings, entry, None))
+    report = ", with figures in `freqrank_report.json`" if has_report else ""
+    return _CARD.format(title=title, made=_CONVERTED.format(steps=made, report=report) if made else _PLAIN)

@@ -12,8 +12,8 @@ from freqrank.lowrank import allocation as al
 from freqrank.lowrank import factorize as fz
 from freqrank.lowrank.methods import METHODS, Method, register
 from freqrank.lowrank.modules import LowRankLinear, shared_groups
-from freqrank.lowrank.scales import block_weights, input_scale, pooling
-from freqrank.lowrank.statistics import Grams, observe, read_calibration
+from freqrank.lowrank.scales import block_weights, channel_weights, input_scale, pooling
+from freqrank.lowrank.statistics import Grams, Magnitudes, observe, read_calibration
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -152,6 +152,117 @@ def test_svd_is_the_truncated_svd():
         product = ours.get_submodule(layer.module).dense_weight(torch.float64)
         torch.testing.assert_close(product, u[:, :k] * s[:k] @ vt[:k])
         assert layer.predicted_error == pytest.approx((s[k:].square().sum() / s.square().sum()).sqrt().item(), rel=1e-6)
+
+
+@torch.no_grad()
+def all_magnitudes(model, ids):
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n}
+    sums = dict.fromkeys(linears, 0)
+
+    def add(module, args, name):
+        sums[name] = sums[name] + args[0].abs().flatten(0, -2).sum(0)
+
+    handles = [m.register_forward_pre_hook(lambda m, x, n=name: add(m, x, n)) for name, m in linears.items()]
+    model(ids)
+    for handle in handles:
+        handle.remove()
+    return {name: value / ids.numel() for name, value in sums.items()}
+
+
+def scaled_svd(weight, s, keep):
+    """The truncated SVD of W diag(s) with s divided out, as ASVD and FWSVD do it; ``weight`` is [out, in]."""
+    k = math.floor(weight.numel() * keep / sum(weight.shape) + 1e-9)
+    u, sigma, vt = torch.linalg.svd(weight.detach() * s, full_matrices=False)
+    return u[:, :k] * sigma[:k] @ (vt[:k] / s)
+
+
+def assert_close(actual, expected, relative=1e-8):
+    assert (actual - expected).norm() <= relative * expected.norm()
+
+
+@pytest.mark.parametrize(("ratio", "exponent"), [(0.2, None), (0.4, 0.25), (0.6, 1.0), (0.8, 0.5)])
+def test_asvd_is_the_original(ratio, exponent):
+    model = build()
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.up_proj.weight[::7] = 0  # down reads channels that are always zero
+            block.post_attention_layernorm.weight[3] = 1e-4
+    ours, report = compressed(model, method="asvd", ratio=ratio, exponent=exponent, group_size=3)
+    assert report.settings["exponent"] == (exponent or 0.5)
+    assert report.block_ratio >= ratio
+    magnitudes = all_magnitudes(model, tokens())
+    assert any(bool((value == 0).any()) for value in magnitudes.values())
+    for layer in report.layers:
+        s = magnitudes[layer.module] ** (exponent or 0.5)
+        expected = scaled_svd(model.get_submodule(layer.module).weight, s + 1e-6 * s.mean(), 1 - ratio)
+        assert_close(ours.get_submodule(layer.module).dense_weight(torch.float64), expected)
+
+
+def test_asvd_without_exponent_is_svd():
+    model = build()
+    assert_same(compressed(model, method="asvd", exponent=0.0)[0], compressed(model, method="svd")[0])
+
+
+def test_asvd_of_an_input_that_is_zero_is_svd_and_says_so():
+    model = build()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.zero_()
+    ours, report = compressed(model, method="asvd")
+    plain, _ = compressed(model, method="svd")
+    name = "model.layers.1.self_attn.o_proj"
+    assert_close(weights_of(ours)[name], weights_of(plain)[name])
+    assert [note for note in report.notes if note.startswith("no magnitude is above zero")] == [
+        f"no magnitude is above zero, so that channels weigh the same, for: {name}"
+    ]
+
+
+def test_asvd_does_not_see_a_common_factor_on_an_input():
+    values = torch.rand(20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    values[4] = 0
+    torch.testing.assert_close(
+        channel_weights(values, 0.5), channel_weights(1e-9 * values, 0.5), rtol=1e-12, atol=1e-18
+    )
+    with pytest.raises(ValueError, match="asvd factors one linear alone and needs `channels`, its magnitudes"):
+        METHODS["asvd"]().pool([torch.eye(4)], 1)
+
+
+def test_magnitudes():
+    x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    magnitudes = Magnitudes()
+    for part in x.split(7):
+        magnitudes.add("x", part)
+    torch.testing.assert_close(magnitudes.of["x"], x.double().abs().sum(0), rtol=1e-14, atol=0)
+
+
+@torch.no_grad()
+def original_svd_llm_update(model, ids, keep):
+    """Its U factor solved again, layer by layer: min_U ||Y - X V^T Sigma U^T||, X from the compressed layers before."""
+    linears, grams = all_grams(model, ids)
+    for name, linear in linears.items():
+        w = linear.weight.clone()
+        k = math.floor(w.numel() * keep / sum(w.shape) + 1e-9)
+        s = torch.linalg.cholesky(grams[name])
+        _, sigma, vt = torch.linalg.svd(w @ s, full_matrices=False)
+        v = sigma[:k, None] * vt[:k] @ torch.linalg.inv(s)
+        seen = {}
+        with observe({"x": linear}, seen.__setitem__):
+            model(ids)
+        linear.weight.copy_(torch.linalg.lstsq(seen["x"] @ v.T, seen["x"] @ w.T).solution.T @ v)
+
+
+def test_sequential_refit_is_the_update_of_svd_llm(monkeypatch):
+    model = build()
+    damped, _ = compressed(model, method="svd-llm", refit="sequential", ratio=0.5)
+    monkeypatch.setattr(fz, "_REFIT_DAMPING", 0.0)
+    ours, _ = compressed(model, method="svd-llm", refit="sequential", ratio=0.5)
+    plain, _ = compressed(model, method="svd-llm", ratio=0.5)
+    expected = copy.deepcopy(model)
+    original_svd_llm_update(expected, tokens(), 0.5)
+    for name, weight in weights_of(ours).items():
+        assert_close(weight, expected.get_submodule(name).weight, 1e-7)
+        assert_close(weights_of(damped)[name], weight, 1e-3)
+    last = "model.layers.4.mlp.down_proj"
+    assert (weights_of(plain)[last] - weights_of(ours)[last]).norm() > 0.01 * weights_of(ours)[last].norm()
 
 
 # --- how the methods relate -------------------------------------------------------------------------------------------
@@ -463,6 +574,7 @@ def count(model):
     [
         {"group_size": 2},
         {"group_size": 1, "method": "svd"},
+        {"group_size": 3, "method": "asvd"},
         {"group_size": 7},
         {"share": "modules"},
         {"share": "both", "refit": "own"},
@@ -506,7 +618,7 @@ def test_the_report_counts_what_is_there(options):
     assert all(len(line) < 220 for line in text.splitlines()[:3])
 
 
-@pytest.mark.parametrize("method", ["svd", "svd-llm", "basis-sharing", "lisc"])
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_predicted_errors_are_measured(method):
     model = build()
     small, report = compressed(model, method=method, group_size=2, block_weight="norm" if method == "lisc" else None)
@@ -518,7 +630,7 @@ def test_predicted_errors_are_measured(method):
             product = small.get_submodule(layer.module).dense_weight(torch.float64)
             own = [(w @ grams[layer.module] * w).sum() for w in (weight - product, weight)]
             assert layer.error == pytest.approx((own[0] / own[1]).sqrt().item(), rel=1e-6)
-            if method != "svd" and len(group.layers) == 1:
+            if method in ("svd-llm", "basis-sharing", "lisc") and len(group.layers) == 1:
                 assert layer.error == pytest.approx(layer.predicted_error, rel=1e-6)
 
 
@@ -705,9 +817,16 @@ def test_few_tokens_warn_with_both_numbers():
         compressed(build())
 
 
-def test_switches_of_lisc_warn_elsewhere():
-    with pytest.warns(UserWarning, match="switches of 'lisc'"):
+def test_switches_of_other_methods_warn():
+    with pytest.warns(UserWarning, match="block_weight is a switch of 'lisc'; 'basis-sharing' ignores it"):
         compressed(build(), method="basis-sharing", block_weight="norm")
+    with pytest.warns(UserWarning, match="exponent is a switch of 'asvd', 'lisc'; 'svd' ignores it"):
+        compressed(build(), method="svd", exponent=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for method in ("svd", "asvd", "lisc"):
+            _, report = compressed(build(), method=method, exponent=1.0)  # lisc's default has always been welcome
+            assert report.settings["exponent"] == 1.0
 
 
 def test_training_state_and_grad_flags_are_kept():
@@ -798,7 +917,7 @@ def test_wrong_values(options, message):
         ({"ratio": True}, "ratio must be a number; got bool"),
         ({"group_size": 2.0}, "group_size must be an integer; got float"),
         ({"seed": "1"}, "seed must be an integer; got str"),
-        ({"exponent": None}, "exponent must be a number; got NoneType"),
+        ({"exponent": "1"}, "exponent must be a number or None; got str"),
         ({"ids": "some text"}, "calibration must be a LongTensor.*; got str"),
         ({"ids": 7}, "calibration must be a LongTensor.*; got int"),
         ({"ids": [[1, 2, 3]]}, "item 0 must be a LongTensor.*; got list"),

@@ -319,14 +319,15 @@ def compress(
     model: Model,
     output: Output,
     calibration: Annotated[str, typer.Option(help="Text that the model is measured on: " + _TEXT_HELP)],
-    method: Annotated[
-        str, typer.Option(help="svd, fwsvd, asvd, svd-llm, basis-sharing, lisc or best, as far as installed.")
-    ] = "lisc",
+    method: Annotated[str, typer.Option(help="svd, asvd, svd-llm, basis-sharing or lisc.")] = "lisc",
     ratio: Annotated[float, typer.Option(help="Fraction of the compressed linears' parameters to remove.")] = 0.2,
     group_size: Annotated[int, typer.Option(help="Neighbouring layers that share one basis.")] = 2,
     share: Annotated[str, typer.Option(help="What shares a basis: layers, modules or both.")] = "layers",
     scale: Annotated[str, typer.Option(help="A layer's input scale: trace, frobenius, spectral or none.")] = "trace",
-    exponent: Annotated[float, typer.Option(help="Power of the scale correction; 0 is none.")] = 1.0,
+    exponent: Annotated[
+        float | None,
+        typer.Option(help="Power of lisc's scale correction (default 1) or asvd's weights (0.5); 0: none."),
+    ] = None,
     block_weight: Annotated[str | None, typer.Option(help="Weight of a layer's block: norm or sqrt-scale.")] = None,
     refit: Annotated[str | None, typer.Option(help="Refit of the coefficients: own, sequential or cross.")] = None,
     allocation: Annotated[str, typer.Option(help="Ranks: uniform, effective-rank or auto.")] = "uniform",

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from freqrank.lowrank.factorize import Root
-from freqrank.lowrank.scales import block_weights, input_scale, pooling
+from freqrank.lowrank.scales import block_weights, channel_weights, input_scale, pooling
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -39,21 +39,30 @@ class Pool:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to decompose. ``shares``: whether several layers get one basis (else each weight is factored alone).
+    """One way to decompose.
 
     Attributes:
-        scale, exponent, block_weight: the switches of ``freqrank.compress``; a method uses what it has a use for.
+        shares: whether several layers get one basis (else each weight is factored alone).
+        switches: which of the following it has a use for.
+        channels: what it needs to know of the input channels beside Gram matrices: None, or "magnitude", sum_t |x_tj|.
+        scale, exponent, block_weight: the switches of ``freqrank.compress``.
     """
 
     name: ClassVar[str]
     shares: ClassVar[bool]
+    switches: ClassVar[frozenset[str]] = frozenset()
+    channels: ClassVar[str | None] = None
 
     scale: str = "trace"
     exponent: float = 1.0
     block_weight: str | None = None
 
-    def pool(self, grams: Sequence[Tensor], tokens: int) -> Pool:
-        """Of the Gram matrices [d1, d1] of some layers' inputs, sums over so many tokens."""
+    def pool(self, grams: Sequence[Tensor], tokens: int, channels: Sequence[Tensor] | None = None) -> Pool:
+        """Of the Gram matrices [d1, d1] of some layers' inputs, sums over so many tokens.
+
+        Args:
+            channels: [d1] of each layer, what ``channels`` of the method says.
+        """
         scales = [input_scale(gram, tokens, self.scale) for gram in grams]
         root, alpha = self.combine(grams, scales)
         return Pool(root, alpha, scales)
@@ -84,9 +93,53 @@ class SVD(Method):
         return None, [1.0] * len(grams)
 
 
+class Diagonal(Method):
+    """The metric diag(s)^2: a weight for each input channel, each linear alone.
+
+    The truncated SVD of diag(s) W with s taken out again is W V_k V_k^T (see
+    :func:`freqrank.lowrank.factorize.decompose`), so nothing is divided by s. The SVD is exact.
+    """
+
+    shares = False
+
+    def weights(self, values: Tensor) -> Tensor:
+        """s [d1] of what is known of the channels."""
+        raise NotImplementedError
+
+    def pool(self, grams: Sequence[Tensor], tokens: int, channels: Sequence[Tensor] | None = None) -> Pool:
+        if channels is None or len(channels) != 1:
+            raise ValueError(f"{self.name} factors one linear alone and needs `channels`, its {self.channels}s")
+        root = Root(self.weights(channels[0]).square().diag())
+        return Pool(root, [1.0], [input_scale(gram, tokens, self.scale) for gram in grams])
+
+
+@register
+@dataclass(frozen=True)
+class ASVD(Diagonal):
+    """Activation-aware SVD (Yuan et al., arXiv 2312.05821): s_j = (mean_t |x_tj|)^exponent, and 1e-6 of their mean.
+
+    Its search for ranks is ``allocation="sensitivity"``. The released code truncates by a randomised SVD without
+    oversampling, which loses more; this is the exact one.
+    """
+
+    name = "asvd"
+    switches = frozenset({"exponent"})
+    channels = "magnitude"
+
+    exponent: float = 0.5
+
+    def weights(self, values: Tensor) -> Tensor:
+        return channel_weights(values, self.exponent)  # the sum for the mean: a common factor changes nothing
+
+
 @register
 class SVDLLM(Method):
-    """Truncation-aware whitening, each weight alone (SVD-LLM, Wang et al., ICLR 2025, arXiv 2403.07378)."""
+    """Truncation-aware whitening, each weight alone (SVD-LLM, Wang et al., ICLR 2025, arXiv 2403.07378).
+
+    Its closed-form update is ``refit="sequential"``: both solve min_C ||X W - X B C||_F with the side of the factors
+    that reads the input held fixed and X as the compressed blocks before make it. Here all calibration tokens take part
+    (there 16 samples), and within a block a linear sees what the refitted ones before it give.
+    """
 
     name = "svd-llm"
     shares = False
@@ -114,6 +167,7 @@ class LISC(Method):
 
     name = "lisc"
     shares = True
+    switches = frozenset({"scale", "exponent", "block_weight"})
 
     def combine(self, grams: Sequence[Tensor], scales: Sequence[float]) -> tuple[Root | None, list[float]]:
         alpha = pooling(scales, self.exponent)

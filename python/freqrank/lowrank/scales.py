@@ -1,4 +1,4 @@
-"""Input scales, pooling coefficients and block weights of the layers that share a basis.
+"""Input scales, pooling coefficients and block weights of the layers that share a basis; weights of input channels.
 
 Layer-wise input scale calibration (LISC) pools the Gram matrices of a group as sum_l alpha_l G_l with
 alpha_l = (mean(s) / s_l)^exponent. Only relative values matter within a group.
@@ -22,6 +22,9 @@ _MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
 SCALES = (*_MEASURES, "none")
 #: How the columns of each layer's weight are weighted before the decomposition.
 BLOCK_WEIGHTS = (None, "norm", "sqrt-scale")
+
+# What a channel that the statistic calls worthless weighs, beside the mean.
+_FLOOR = 1e-6
 
 
 def input_scale(gram: Tensor, tokens: int, kind: str = "trace") -> float:
@@ -68,3 +71,23 @@ def block_weights(weights: Sequence[Tensor], scales: Sequence[float], kind: str 
     known = [value for value in raw if not math.isnan(value)]
     mean = sum(known) / len(known) if known else 1.0
     return [1.0 if math.isnan(value) else value / mean for value in raw]  # zero weights or inputs: no influence
+
+
+def channel_weights(values: Tensor, exponent: float) -> Tensor:
+    """Weight of each input channel: (values / max)^exponent, plus 1e-6 of their mean; 1 where every value is zero.
+
+    The floor keeps what is known about a channel without influence from being left to rounding. It is relative,
+    where ASVD adds an absolute 1e-6: so a common factor on an input changes nothing, whatever its unit.
+
+    Args:
+        values: [n], float64, not negative.
+
+    >>> channel_weights(torch.tensor([4.0, 0.0, 16.0], dtype=torch.float64), 0.5)
+    tensor([5.0000e-01, 5.0000e-07, 1.0000e+00], dtype=torch.float64)
+    >>> channel_weights(torch.zeros(2, dtype=torch.float64), 0.5)
+    tensor([1., 1.], dtype=torch.float64)
+    """
+    if not bool(values.any()):
+        return torch.ones_like(values)
+    weights = (values / values.max()) ** exponent
+    return weights + _FLOOR * weights.mean()

@@ -158,3 +158,21 @@ class Grams:
     def is_finite(self, name: str) -> bool:
         """Whether every input that was added was: a NaN or Inf in column j reaches entry (j, j)."""
         return bool(self.of[name].diagonal().isfinite().all())
+
+
+class Magnitudes:
+    """sum_t |x_tj| of each channel j of several inputs, summed in float64 as the pieces come.
+
+    >>> magnitudes = Magnitudes()
+    >>> magnitudes.add("q", torch.tensor([[1.0, -2.0], [3.0, 0.0]]))
+    >>> magnitudes.of["q"]
+    tensor([4., 2.], dtype=torch.float64)
+    """
+
+    def __init__(self) -> None:
+        self.of: dict[str, Tensor] = {}
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Add the column sums of |``x``| [tokens, n] to the vector of that name."""
+        sums = x.abs().sum(0, dtype=torch.float64)
+        self.of[name] = self.of[name] + sums if name in self.of else sums

@@ -18,7 +18,7 @@ from freqrank.lowrank.factorize import factorize, refit, squared_norm, squared_s
 from freqrank.lowrank.methods import METHODS, Method, Pool
 from freqrank.lowrank.modules import LowRankLinear, install_lowrank, linear_weight
 from freqrank.lowrank.scales import BLOCK_WEIGHTS, SCALES, input_scale
-from freqrank.lowrank.statistics import Batch, Grams, read_calibration
+from freqrank.lowrank.statistics import Batch, Grams, Magnitudes, read_calibration
 from freqrank.models.architectures import Architecture, find_architecture
 from freqrank.models.streaming import BlockStream, evaluating
 
@@ -222,7 +222,7 @@ def compress(
     group_size: int = 2,
     share: str = "layers",
     scale: str = "trace",
-    exponent: float = 1.0,
+    exponent: float | None = None,
     block_weight: str | None = None,
     refit: str | None = None,
     allocation: str = "uniform",
@@ -241,8 +241,10 @@ def compress(
             of their structure), linearised or not, in float32, bfloat16 or float16; factors are stored in its dtype.
         calibration: token ids, a LongTensor [N, T], or an iterable, consumed once, of such tensors or of dicts with
             ``input_ids`` and maybe ``attention_mask``, whose zeros mark padding.
-        method: "svd" and "svd-llm" factor each weight alone, whatever ``group_size`` and ``share``; "basis-sharing"
-            pools plain Gram matrices; "lisc" pools sum_l alpha_l G_l, alpha_l = (mean(s) / s_l)^exponent.
+        method: "svd", "asvd" and "svd-llm" factor each weight alone, whatever ``group_size`` and ``share``: as it
+            stands, with each input channel weighted by (mean |x|)^exponent, and whitened by the Gram matrix;
+            "basis-sharing" pools plain Gram matrices; "lisc" pools sum_l alpha_l G_l,
+            alpha_l = (mean(s) / s_l)^exponent. See `freqrank.lowrank.methods`.
         ratio: fraction of the compressed linears' parameters to remove, in (0, 1). Each basis gets
             floor((1 - ratio) d1 D2 / (d1 + D2)) directions, D2 the outputs of all its linears.
         group_size: consecutive layers that share a basis; the last group may be shorter. What is shared: q, k, v, gate
@@ -250,12 +252,12 @@ def compress(
         share: "layers": a role's weights of neighbouring layers; "modules": q, k, v (and gate, up) of one layer, which
             read the same input, and where one linear computes them are one weight already; "both".
         scale: s_l for "lisc": "trace" (mean square input), "frobenius" or "spectral" norm of G_l, or "none" (all 1).
-        exponent: for "lisc", >= 0.
+        exponent: for "lisc" and "asvd", >= 0; None: the method's own, 1 for "lisc" and 0.5 for "asvd".
         block_weight: factor on each weight of a group for "lisc": None, "norm" (1 / ||W_l||_F) or "sqrt-scale"
             (sqrt(s_l)). With one of them the result does not depend on how a norm's gain and a weight share a factor.
         refit: how coefficients are fitted again to the bases: None; "own": to each layer's own inputs; "sequential": to
-            the inputs it gets in the compressed model; "cross": to these, aiming at the outputs of the original model.
-            The last two run each block eight times more.
+            the inputs it gets in the compressed model (with "svd-llm", that method's closed-form update); "cross": to
+            these, aiming at the outputs of the original model. The last two run each block eight times more.
         allocation: "uniform", "effective-rank" (D-Rank) or "auto"; see `freqrank.lowrank.allocation.allocate`. The last
             two run the calibration twice.
         seed: for methods that draw random numbers; no present one does.
@@ -286,18 +288,21 @@ def compress(
     start = time.perf_counter()
     architecture = find_architecture(model)
     _check_options(method, ratio, group_size, share, scale, exponent, block_weight, refit, allocation, seed)
-    if method != "lisc" and (block_weight is not None or exponent != 1.0):
-        warnings.warn(f"block_weight and exponent are switches of 'lisc'; {method!r} ignores them", stacklevel=2)
+    own = {} if exponent is None else {"exponent": float(exponent)}
+    rule = METHODS[method](scale=scale, block_weight=block_weight, **own)
+    unused = {"block_weight": block_weight is not None, "exponent": exponent not in (None, 1.0)}
+    for name in [name for name, given in unused.items() if given and name not in rule.switches]:
+        users = ", ".join(repr(other) for other, known in METHODS.items() if name in known.switches)
+        warnings.warn(f"{name} is a switch of {users}; {method!r} ignores it", stacklevel=2)
     _check_model(model, architecture)
     config = getattr(model, "config", None)
     batches = read_calibration(calibration, getattr(config, "vocab_size", None))
     settings = {
         "method": method, "ratio": float(ratio), "group_size": group_size, "share": share, "scale": scale,
-        "exponent": float(exponent), "block_weight": block_weight, "refit": refit, "allocation": allocation,
+        "exponent": rule.exponent, "block_weight": block_weight, "refit": refit, "allocation": allocation,
         "seed": seed,
     }  # fmt: skip
     report = CompressionReport(settings, architecture.name, sum(batch.tokens for batch in batches))
-    rule = METHODS[method](scale, float(exponent), block_weight)
     groups = _group(architecture, rule.shares, group_size, share)
     _warn_if_few(report, groups, architecture)
 
@@ -310,7 +315,7 @@ def compress(
         work.factor(refit, advance)
 
     _count(report, groups, architecture)
-    report.notes += _notes(groups)
+    report.notes += _notes(groups) + work.notes()
     before = _size(model)
     _convert(model, architecture, groups, settings)
     after = _size(model)
@@ -367,9 +372,9 @@ def _check_options(
         raise TypeError(f"ratio must be a number; got {type(ratio).__name__}")
     if not 0 < ratio < 1:
         raise ValueError(f"ratio must be between 0 and 1, both excluded; got {ratio}")
-    if isinstance(exponent, bool) or not isinstance(exponent, (int, float)):
-        raise TypeError(f"exponent must be a number; got {type(exponent).__name__}")
-    if not 0 <= exponent < math.inf:
+    if isinstance(exponent, bool) or not isinstance(exponent, (int, float, type(None))):
+        raise TypeError(f"exponent must be a number or None; got {type(exponent).__name__}")
+    if exponent is not None and not 0 <= exponent < math.inf:
         raise ValueError(f"exponent must be finite and not negative; got {exponent}")
     for name, value in (("group_size", group_size), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, int):
@@ -462,6 +467,7 @@ class _Work:
             architecture, batches, rule, groups, tokens,
         )  # fmt: skip
         self.grams: dict[tuple[int, str], Tensor] = {}
+        self.channels: dict[tuple[int, str], Tensor] = {}  # vectors, few enough to stay
         self.pools: dict[tuple[tuple[int, ...], str], Pool] = {}  # of layers and what they read
 
     def spectra(self, advance: Any) -> list[Tensor]:
@@ -504,9 +510,15 @@ class _Work:
             self._release(layer if prefix is None else prefix.layer - 1)
 
     def _collect(self, stream: BlockStream) -> None:
-        """Gram matrices of the next block's inputs."""
-        layer, grams = stream.layer, Grams()
-        stream.advance(grams.add)
+        """Statistics of the next block's inputs."""
+        layer, grams, magnitudes = stream.layer, Grams(), Magnitudes()
+
+        def add(role: str, x: Tensor) -> None:
+            grams.add(role, x)
+            if self.rule.channels == "magnitude":
+                magnitudes.add(role, x)
+
+        stream.advance(add)
         for group in self.architecture.inputs:
             name = self.architecture.full_name(layer, self.architecture.roles[group[0]])
             if group[0] not in grams.of:
@@ -514,6 +526,7 @@ class _Work:
             if not grams.is_finite(group[0]):
                 raise ValueError(f"the input of {name} has NaN or Inf on the calibration tokens")
             self.grams[layer, group[0]] = grams.of[group[0]]
+        self.channels |= {(layer, role): sums for role, sums in magnitudes.of.items()}
 
     def _complete(self, layer: int) -> list[_Group]:
         return [group for group in self.groups if group.layers[-1] == layer]
@@ -535,7 +548,9 @@ class _Work:
         grams = [self.grams[layer, source].to(device) for layer in group.layers]
         key = tuple(group.layers), source
         if key not in self.pools:
-            self.pools[key] = self.rule.pool(grams, self.tokens)
+            known = self.rule.channels is not None
+            channels = [self.channels[layer, source].to(device) for layer in group.layers] if known else None
+            self.pools[key] = self.rule.pool(grams, self.tokens, channels)
         pool = self.pools[key]
         at = [group.layers.index(site.layer) for site in group.sites]
         return _Metric(weights, grams, pool, self.rule.block_weights(weights, [pool.scales[i] for i in at]))
@@ -619,6 +634,18 @@ class _Work:
 
     def _stored(self, group: _Group, site: _Site) -> tuple[Tensor, Tensor]:
         return _stored(group, site, self.architecture)
+
+    def notes(self) -> list[str]:
+        """What a reader should know of the statistics."""
+        blank = [
+            self.architecture.full_name(site.layer, self.architecture.roles[site.role])
+            for group in self.groups
+            for site in group.sites
+            if self.rule.channels is not None and not bool(self.channels[site.layer, site.source].any())
+        ]
+        if not blank:
+            return []
+        return [f"no {self.rule.channels} is above zero, so that channels weigh the same, for: {', '.join(blank)}"]
 
 
 def _stored(group: _Group, site: _Site, architecture: Architecture) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,7 @@ def test_generate(run, folder):
     assert first == second != other
 
 
-@pytest.mark.parametrize("method", ["svd", "asvd", "svd-llm", "basis-sharing", "lisc"])
+@pytest.mark.parametrize("method", ["svd", "fwsvd", "asvd", "svd-llm", "basis-sharing", "lisc"])
 def test_compress(run, folder, tmp_path, method):
     result = run(
         "compress", folder / "tiny", "-o", tmp_path / "small", "--calibration", folder / "text.txt", "--samples", 8,

@@ -22,6 +22,7 @@ transformers = pytest.importorskip("transformers")
 from freqrank.models.architectures import find_architecture  # noqa: E402
 from freqrank.models.compression import install  # noqa: E402
 from freqrank.models.streaming import BlockStream, evaluating  # noqa: E402
+from freqrank.models.whole import backward_bytes, squared_gradients  # noqa: E402
 
 LAYERS, VOCAB = 5, 96
 
@@ -232,6 +233,153 @@ def test_magnitudes():
     for part in x.split(7):
         magnitudes.add("x", part)
     torch.testing.assert_close(magnitudes.of["x"], x.double().abs().sum(0), rtol=1e-14, atol=0)
+
+
+def fisher(model, sequences):
+    """sum over samples and outputs of the squared gradient of each weight, a sample at a time by plain autograd."""
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n}
+    sums = {name: torch.zeros(linear.in_features, dtype=torch.float64) for name, linear in linears.items()}
+    for ids in sequences:
+        logits = model(ids[None]).logits[0, :-1]
+        loss = -torch.log_softmax(logits, -1)[torch.arange(len(ids) - 1), ids[1:]].sum()
+        gradients = torch.autograd.grad(loss, [linear.weight for linear in linears.values()], allow_unused=True)
+        for name, gradient in zip(linears, gradients, strict=True):
+            sums[name] += 0 if gradient is None else gradient.double().square().sum(0)
+    return sums
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.6, 0.8])
+def test_fwsvd_is_the_original(ratio):
+    model = build()
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.up_proj.weight[::7] = 0  # the columns of down behind them get no gradient
+    ours, report = compressed(model, method="fwsvd", ratio=ratio, group_size=3)
+    assert report.block_ratio >= ratio
+    sums = fisher(model, tokens())
+    assert bool((sums["model.layers.2.mlp.down_proj"] == 0).any())
+    for layer in report.layers:
+        w = sums[layer.module].sqrt()
+        expected = scaled_svd(model.get_submodule(layer.module).weight, w + 1e-6 * w.mean(), 1 - ratio)
+        assert_close(ours.get_submodule(layer.module).dense_weight(torch.float64), expected)
+
+
+def test_fisher_information_of_tokens():
+    """With one next token that counts in each sequence, a sequence is a token."""
+    model = build()
+    ids = tokens(20, 2)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n}
+    expected = fisher(model, ids)
+    # each pair amid padding, on either side, must give the same
+    padded, mask = torch.zeros(20, 7, dtype=torch.long), torch.zeros(20, 7, dtype=torch.long)
+    for row, pair in enumerate(ids):
+        padded[row, row % 6 : row % 6 + 2], mask[row, row % 6 : row % 6 + 2] = pair, 1
+    for calibration in (ids, {"input_ids": padded, "attention_mask": mask}):
+        ours = squared_gradients(model, linears, read_calibration(calibration))
+        for name, value in ours.items():
+            assert_close(value, expected[name], 1e-12)
+    # a gap inside a text: what comes after it is not predicted, but reads what is before
+    text, gap = tokens(1, 9)[0], torch.ones(1, 9, dtype=torch.long)
+    gap[0, 4] = 0
+    ours = squared_gradients(model, linears, read_calibration({"input_ids": text[None], "attention_mask": gap}))
+    logits = model(text[None], attention_mask=gap).logits[0]
+    loss = sum(-torch.log_softmax(logits[t - 1], -1)[text[t]] for t in (1, 2, 3, 6, 7, 8))
+    name = "model.layers.1.mlp.gate_proj"
+    (gradient,) = torch.autograd.grad(loss, [linears[name].weight])
+    assert_close(ours[name], gradient.square().sum(0), 1e-12)
+
+
+def test_fwsvd_leaves_the_model_alone():
+    model = build()
+    model.train()
+    model(tokens(seed=7), labels=tokens(seed=7)).loss.backward()
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    model.model.layers[1].mlp.up_proj.weight.grad = None
+    fired = []
+    for parameter in (model.model.norm.weight, model.model.layers[0].mlp.up_proj.weight):
+        parameter.register_hook(fired.append)
+        parameter.register_post_accumulate_grad_hook(fired.append)
+    before = snapshot(model)
+    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    architecture = find_architecture(model)
+    linears = {"up": architecture.linear(1, "up"), "q": architecture.linear(3, "q")}
+    with evaluating(model):
+        found = squared_gradients(model, linears, read_calibration(tokens()))
+    assert all(bool((value > 0).all()) for value in found.values())
+    assert_untouched(model, before)
+    assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (gradients[name] is None)
+        assert parameter.grad is None or torch.equal(parameter.grad, gradients[name])
+    assert fired == []
+
+
+def test_fwsvd_of_a_linear_without_gradient_is_svd_and_says_so():
+    model = build()
+    name = "model.layers.1.mlp.up_proj"
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: output.detach())
+    with torch.no_grad():
+        model.model.layers[3].self_attn.o_proj.weight.zero_()  # nothing comes back to q, k and v
+    ours, report = compressed(model, method="fwsvd")
+    plain, _ = compressed(model, method="svd")
+    blank = [name, *(f"model.layers.3.self_attn.{role}_proj" for role in ("q", "k", "v"))]
+    for module in blank:
+        assert_close(weights_of(ours)[module], weights_of(plain)[module])
+    assert [note for note in report.notes if note.startswith("no gradient is above zero")] == [
+        f"no gradient is above zero, so that channels weigh the same, for: {', '.join(blank)}"
+    ]
+    assert any("12 backward passes through the whole model, of up to 24 tokens" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fwsvd_in_few_bits(dtype):
+    model = build(dtype=dtype)
+    with torch.no_grad():
+        for block in model.model.layers:  # gradients within reach of float16
+            block.input_layernorm.weight.mul_(0.25)
+    small, report = compressed(model, method="fwsvd", ratio=0.3)
+    assert {p.dtype for p in small.parameters()} == {dtype}
+    sums = fisher(copy.deepcopy(model).double(), tokens())
+    for layer in report.layers:
+        module = small.get_submodule(layer.module)
+        w = sums[layer.module].sqrt()
+        expected = scaled_svd(model.get_submodule(layer.module).weight.double(), w, 0.7)
+        assert_close(module.dense_weight(torch.float64), expected, 1e-3 if dtype == torch.float32 else 0.1)
+
+
+def test_the_estimate_of_a_backward_pass():
+    model = build(hidden_size=64, intermediate_size=160, attn_implementation="sdpa")
+    saved = {}
+
+    def pack(x):
+        if not any(x.untyped_storage().data_ptr() == p.untyped_storage().data_ptr() for p in model.parameters()):
+            saved[x.untyped_storage().data_ptr()] = x  # alive, so no other tensor takes its place
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(tokens(1, 100), labels=tokens(1, 100))
+    held = sum(x.untyped_storage().nbytes() for x in saved.values())
+    linears = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
+    activations = backward_bytes(linears, 100, VOCAB) - backward_bytes(linears, 0, VOCAB)
+    assert 0.5 * held < activations < 2 * held
+
+
+def test_a_loss_needs_a_head_and_a_second_token():
+    model = build()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="LlamaModel has no language-model head"):
+        freqrank.compress(model.model, tokens(), method="fwsvd", progress=False)
+    for ids in (tokens(60, 1), {"input_ids": tokens(30, 4), "attention_mask": torch.tensor([[1, 0, 1, 0]] * 30)}):
+        with pytest.raises(ValueError, match="sequences of two tokens or more"):
+            freqrank.compress(model, [ids], method="fwsvd", progress=False)
+    assert_untouched(model, before)
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.inf
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"gradient of model.layers.0.self_attn.q_proj has NaN or Inf"):
+        freqrank.compress(model, tokens(), method="fwsvd", progress=False)
+    assert_untouched(model, before)
 
 
 @torch.no_grad()
@@ -575,6 +723,7 @@ def count(model):
         {"group_size": 2},
         {"group_size": 1, "method": "svd"},
         {"group_size": 3, "method": "asvd"},
+        {"group_size": 3, "method": "fwsvd"},
         {"group_size": 7},
         {"share": "modules"},
         {"share": "both", "refit": "own"},

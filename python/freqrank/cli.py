@@ -319,7 +319,7 @@ def compress(
     model: Model,
     output: Output,
     calibration: Annotated[str, typer.Option(help="Text that the model is measured on: " + _TEXT_HELP)],
-    method: Annotated[str, typer.Option(help="svd, asvd, svd-llm, basis-sharing or lisc.")] = "lisc",
+    method: Annotated[str, typer.Option(help="svd, fwsvd, asvd, svd-llm, basis-sharing or lisc.")] = "lisc",
     ratio: Annotated[float, typer.Option(help="Fraction of the compressed linears' parameters to remove.")] = 0.2,
     group_size: Annotated[int, typer.Option(help="Neighbouring layers that share one basis.")] = 2,
     share: Annotated[str, typer.Option(help="What shares a basis: layers, modules or both.")] = "layers",

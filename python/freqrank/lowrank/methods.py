@@ -44,7 +44,9 @@ class Method:
     Attributes:
         shares: whether several layers get one basis (else each weight is factored alone).
         switches: which of the following it has a use for.
-        channels: what it needs to know of the input channels beside Gram matrices: None, or "magnitude", sum_t |x_tj|.
+        channels: what it needs to know of the input channels beside Gram matrices: None; "magnitude", sum_t |x_tj|;
+            "gradient", the squared gradients of the loss by the weights that read channel j, summed. The last differs
+            between linears that read the same input, and takes backward passes through the whole model.
         scale, exponent, block_weight: the switches of ``freqrank.compress``.
     """
 
@@ -130,6 +132,22 @@ class ASVD(Diagonal):
 
     def weights(self, values: Tensor) -> Tensor:
         return channel_weights(values, self.exponent)  # the sum for the mean: a common factor changes nothing
+
+
+@register
+class FWSVD(Diagonal):
+    """Fisher-weighted SVD (Hsu et al., ICLR 2022, arXiv 2207.00112), on the side of the inputs.
+
+    s_j^2 is the empirical Fisher information of the weights that read channel j, summed over outputs
+    (`freqrank.models.whole.squared_gradients`), and s_j has 1e-6 of the mean added. Where the original adds nothing and
+    divides by s, a channel without gradient has no solution.
+    """
+
+    name = "fwsvd"
+    channels = "gradient"
+
+    def weights(self, values: Tensor) -> Tensor:
+        return channel_weights(values, 0.5)
 
 
 @register

@@ -21,6 +21,7 @@ from freqrank.lowrank.scales import BLOCK_WEIGHTS, SCALES, input_scale
 from freqrank.lowrank.statistics import Batch, Grams, Magnitudes, read_calibration
 from freqrank.models.architectures import Architecture, find_architecture
 from freqrank.models.streaming import BlockStream, evaluating
+from freqrank.models.whole import backward_bytes, squared_gradients
 
 __all__ = ["CompressionReport", "GroupReport", "LayerReport", "compress", "install"]
 
@@ -232,7 +233,9 @@ def compress(
     """Replace a model's linears by calibrated low-rank ones that share bases between layers, in place.
 
     The model runs over the calibration tokens one decoder block at a time; the Gram matrices X^T X of the inputs of a
-    group of layers, in float64, and one block's activations are what it needs in memory. Nothing of the model changes
+    group of layers, in float64, and one block's activations are what it needs in memory. Only "fwsvd" takes the whole
+    model at once: a backward pass a sequence, each with all its activations
+    (`freqrank.models.whole.backward_bytes` estimates them, the report says how many). Nothing of the model changes
     before everything has been computed: if anything fails it is as it was. Embeddings, norms, biases and the language
     model head stay.
 
@@ -241,8 +244,9 @@ def compress(
             of their structure), linearised or not, in float32, bfloat16 or float16; factors are stored in its dtype.
         calibration: token ids, a LongTensor [N, T], or an iterable, consumed once, of such tensors or of dicts with
             ``input_ids`` and maybe ``attention_mask``, whose zeros mark padding.
-        method: "svd", "asvd" and "svd-llm" factor each weight alone, whatever ``group_size`` and ``share``: as it
-            stands, with each input channel weighted by (mean |x|)^exponent, and whitened by the Gram matrix;
+        method: "svd", "asvd", "fwsvd" and "svd-llm" factor each weight alone, whatever ``group_size`` and ``share``: as
+            it stands, with input channels weighted by (mean |x|)^exponent or by the root of their Fisher information,
+            and whitened by the Gram matrix;
             "basis-sharing" pools plain Gram matrices; "lisc" pools sum_l alpha_l G_l,
             alpha_l = (mean(s) / s_l)^exponent. See `freqrank.lowrank.methods`.
         ratio: fraction of the compressed linears' parameters to remove, in (0, 1). Each basis gets
@@ -269,8 +273,8 @@ def compress(
     Raises:
         TypeError: model, calibration, or an option of the wrong type.
         ValueError: an unknown option or architecture, a ratio outside (0, 1), a group size below 1, wrong calibration
-            shapes or values, NaN or Inf in activations or weights (the message names the layer), a model that is
-            compressed already.
+            shapes or values, NaN or Inf in activations, gradients or weights (the message names the layer), a model
+            that is compressed already, or has no language-model head where its loss is wanted.
 
     Warns:
         UserWarning: fewer calibration tokens than a Gram matrix has rows.
@@ -308,7 +312,10 @@ def compress(
 
     work = _Work(architecture, batches, rule, groups, report.tokens)
     passes = 1 + (allocation != "uniform") + (refit in ("sequential", "cross"))
-    with evaluating(model), _progress.bar(method, passes * len(architecture.blocks), progress) as advance:
+    steps = passes * len(architecture.blocks) + (len(batches) if rule.channels == "gradient" else 0)
+    with evaluating(model), _progress.bar(method, steps, progress) as advance:
+        if rule.channels == "gradient":
+            report.notes.append(work.gradients(model, advance))
         spectra = work.spectra(advance) if allocation != "uniform" else None
         for group, rank in zip(groups, allocate(allocation, [g.shape for g in groups], ratio, spectra), strict=True):
             group.rank = rank
@@ -468,7 +475,25 @@ class _Work:
         )  # fmt: skip
         self.grams: dict[tuple[int, str], Tensor] = {}
         self.channels: dict[tuple[int, str], Tensor] = {}  # vectors, few enough to stay
-        self.pools: dict[tuple[tuple[int, ...], str], Pool] = {}  # of layers and what they read
+        self.pools: dict[tuple[tuple[int, ...], str], Pool] = {}  # of layers and a name of what is pooled
+
+    def gradients(self, model: nn.Module, advance: Any) -> str:
+        """What a method wants to know of gradients, and a note on what that took."""
+        names = {
+            self.architecture.full_name(layer, path): (layer, role)
+            for layer in range(len(self.architecture.blocks))
+            for role, path in self.architecture.roles.items()
+        }
+        linears = {name: self.architecture.linear(*at) for name, at in names.items()}
+        found = squared_gradients(model, linears, self.batches, advance)
+        self.channels |= {names[name]: values for name, values in found.items()}
+        longest = max(batch.input_ids.shape[1] for batch in self.batches)
+        vocabulary = getattr(getattr(model, "config", None), "vocab_size", 0)
+        size = backward_bytes(list(linears.values()), longest, vocabulary)
+        return (
+            f"{sum(batch.input_ids.shape[0] for batch in self.batches)} backward passes through the whole model, of up "
+            f"to {longest} tokens, with an estimated {size:,} bytes of activations and gradients beside the weights"
+        )
 
     def spectra(self, advance: Any) -> list[Tensor]:
         """Squared singular values of each group.
@@ -546,14 +571,19 @@ class _Work:
         weights = [weight.to(device) for weight in weights]
         source = group.sites[0].source
         grams = [self.grams[layer, source].to(device) for layer in group.layers]
-        key = tuple(group.layers), source
+        name = self._channel(group.sites[0])
+        key = tuple(group.layers), name
         if key not in self.pools:
             known = self.rule.channels is not None
-            channels = [self.channels[layer, source].to(device) for layer in group.layers] if known else None
+            channels = [self.channels[layer, name].to(device) for layer in group.layers] if known else None
             self.pools[key] = self.rule.pool(grams, self.tokens, channels)
         pool = self.pools[key]
         at = [group.layers.index(site.layer) for site in group.sites]
         return _Metric(weights, grams, pool, self.rule.block_weights(weights, [pool.scales[i] for i in at]))
+
+    def _channel(self, site: _Site) -> str:
+        """The role under which what is known of its channels stands: all but gradients belongs to the input."""
+        return site.role if self.rule.channels == "gradient" else site.source
 
     def _factor(self, group: _Group, own: bool, measure: bool) -> None:
         metric = self._metric(group)
@@ -641,7 +671,7 @@ class _Work:
             self.architecture.full_name(site.layer, self.architecture.roles[site.role])
             for group in self.groups
             for site in group.sites
-            if self.rule.channels is not None and not bool(self.channels[site.layer, site.source].any())
+            if self.rule.channels is not None and not bool(self.channels[site.layer, self._channel(site)].any())
         ]
         if not blank:
             return []

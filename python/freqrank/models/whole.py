@@ -1,0 +1,165 @@
+"""What takes the whole model at once: its next-token loss on calibration tokens, and the gradients of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from freqrank.lowrank.statistics import Batch
+
+# Logits of sequences that run together stay below this many elements (256 MiB in fp32), or one runs alone.
+_LOGITS = 1 << 26
+
+
+def next_token_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """Mean next-token loss in nats over all tokens that count and come after one that does.
+
+    Args:
+        model: a causal language model of `transformers`, in evaluation mode.
+
+    Raises:
+        ValueError: the model has no language-model head, or no token comes after another one.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16,
+        ...                                      num_hidden_layers=1, num_attention_heads=1))
+        >>> _ = model.lm_head.weight.data.zero_()  # every token equally likely
+        >>> round(next_token_loss(model, [Batch(torch.tensor([[1, 2, 3]]))]) - torch.tensor(8.0).log().item(), 6)
+        0.0
+    """
+    total, count = 0.0, 0
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", 1 << 15)
+    with torch.no_grad():
+        for batch in batches:
+            rows = max(1, _LOGITS // (batch.input_ids.shape[1] * vocabulary))
+            for start in range(0, batch.input_ids.shape[0], rows):
+                losses = _losses(model, _rows(batch, start, start + rows))
+                total += float(losses.sum(dtype=torch.float64))
+                count += losses.numel()
+    if count == 0:
+        raise ValueError("calibration must hold sequences of two tokens or more, of which the second is predicted")
+    return total / count
+
+
+def squared_gradients(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    batches: Sequence[Batch],
+    advance: Callable[[str], None] = lambda what: None,
+) -> dict[str, Tensor]:
+    """sum_n sum_o (d L_n / d W[o, j])^2 for each input channel j of each linear: the empirical Fisher, row-summed.
+
+    L_n is the negative log-likelihood of sequence n, the sum of its next-token losses: a sequence is one sample, as a
+    text is in FWSVD (Hsu et al., ICLR 2022, arXiv 2207.00112). A token as a sample has the same expectation under the
+    model's own distribution, but would take a backward pass a token. Squares are summed in float64.
+
+    One backward pass a sequence, through the whole model at once. Beside the weights it takes what
+    :func:`backward_bytes` says. Gradients are squared as they come, one weight's at a time. The model's own parameters
+    take no part: neither their gradients nor ``requires_grad`` nor hooks on them. Padding before and after a sequence
+    is cut off.
+
+    Args:
+        model: a causal language model of `transformers`, in evaluation mode, of any floating dtype.
+        linears: by a name for messages.
+        advance: called after each batch.
+
+    Returns:
+        [in_features] of each linear, float64, on its device; zeros where no gradient arrives.
+
+    Raises:
+        ValueError: no language-model head, no sequence of two tokens, NaN or Inf in a gradient (its linear is named).
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16,
+        ...                                      num_hidden_layers=1, num_attention_heads=1))
+        >>> up = model.model.layers[0].mlp.up_proj
+        >>> squared_gradients(model, {"up": up}, [Batch(torch.tensor([[1, 2, 3]]))])["up"].shape, up.weight.grad
+        (torch.Size([16]), None)
+    """
+    sums = {
+        linear.weight: torch.zeros(linear.in_features, dtype=torch.float64, device=linear.weight.device)
+        for linear in linears.values()
+    }
+    # Leaves of our own in the parameters' place, so that nothing is left behind in the model.
+    leaves = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    followed = []
+    for name, parameter in model.named_parameters():
+        if parameter in sums:
+            leaves[name].requires_grad_().register_post_accumulate_grad_hook(_take(sums[parameter]))
+            followed.append(leaves[name])
+    seen = False
+    for batch in batches:
+        for sequence in _sequences(batch):
+            with torch.enable_grad():
+                losses = _losses(model, sequence, leaves)
+                if losses.numel() and losses.requires_grad:
+                    losses.sum().backward(inputs=followed)
+            seen |= losses.numel() > 0
+        advance("gradients")
+    if not seen:
+        raise ValueError("calibration must hold sequences of two tokens or more, of which the second is predicted")
+    for name, linear in linears.items():
+        if not bool(sums[linear.weight].isfinite().all()):
+            raise ValueError(f"the gradient of {name} has NaN or Inf on the calibration tokens")
+    return {name: sums[linear.weight] for name, linear in linears.items()}
+
+
+def _take(sums: Tensor) -> Callable[[Tensor], None]:
+    def add(leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        sums.add_(leaf.grad.double().square_().sum(0))
+        leaf.grad = None
+
+    return add
+
+
+def backward_bytes(linears: Sequence[nn.Linear], tokens: int, vocabulary: int) -> int:
+    """An estimate of what a backward pass holds beside the weights, for a sequence of so many tokens.
+
+    The inputs and outputs of the linears, the logits in the model's dtype and twice in float32, and one gradient with
+    its square in float64. Where attention makes scores [heads, T, T], these come on top.
+
+    >>> backward_bytes([nn.Linear(16, 32)], tokens=10, vocabulary=8)
+    9024
+    """
+    size = linears[0].weight.element_size()
+    features = sum(linear.in_features + linear.out_features for linear in linears)
+    largest = max(linear.weight.numel() for linear in linears)
+    return tokens * (size * features + (size + 8) * vocabulary) + (size + 8) * largest
+
+
+def _losses(model: nn.Module, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Next-token losses of all tokens that count and whose predecessor does, one after the other."""
+    device = next(model.parameters()).device
+    ids = batch.input_ids.to(device)
+    mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask.to(device)
+    options = {"input_ids": ids, "attention_mask": None if batch.mask is None else mask.long(), "use_cache": False}
+    out = model(**options) if parameters is None else torch.func.functional_call(model, dict(parameters), (), options)
+    logits = getattr(out, "logits", None)
+    if logits is None:
+        raise ValueError(f"{type(model).__name__} has no language-model head, so it has no next-token loss")
+    counts = (mask[:, 1:] & mask[:, :-1]).to(logits.device)
+    scores = logits[:, :-1][counts]
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return nn.functional.cross_entropy(scores, ids.to(logits.device)[:, 1:][counts], reduction="none")
+
+
+def _rows(batch: Batch, start: int, stop: int) -> Batch:
+    return Batch(batch.input_ids[start:stop], None if batch.mask is None else batch.mask[start:stop])
+
+
+def _sequences(batch: Batch) -> Iterator[Batch]:
+    """One row after the other, without the padding at its ends."""
+    for row in range(batch.input_ids.shape[0]):
+        if batch.mask is None:
+            yield _rows(batch, row, row + 1)
+            continue
+        at = batch.mask[row].nonzero().flatten()
+        if at.numel():
+            part = slice(int(at[0]), int(at[-1]) + 1)
+            mask = batch.mask[row : row + 1, part]
+            yield Batch(batch.input_ids[row : row + 1, part], None if bool(mask.all()) else mask)

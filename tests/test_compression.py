@@ -695,8 +695,10 @@ def test_no_allocation_exceeds_the_target(data, ratio):
         torch.exp(-decay * torch.arange(min(s.inputs, s.outputs), dtype=torch.float64))
         for s, decay in zip(shapes, decays, strict=True)
     ]
+    numbers = st.one_of(st.floats(0, 9), st.sampled_from([1.0, math.nan, math.inf]))
+    losses = [{rank: data.draw(numbers) for rank in al.trial_ranks(shape, ratio)} for shape in shapes]
     for kind in al.ALLOCATIONS:
-        ranks = al.allocate(kind, shapes, ratio, spectra)
+        ranks = al.allocate(kind, shapes, ratio, spectra, losses)
         cost = [s.dense if k is None else k * s.per_rank for s, k in zip(shapes, ranks, strict=True)]
         assert sum(cost) <= (1 - ratio) * sum(s.dense for s in shapes) + 1e-6
         for s, k, c in zip(shapes, ranks, cost, strict=True):
@@ -708,6 +710,53 @@ def test_auto_leaves_a_flat_matrix_dense():
     ranks = al.allocate("auto", [al.Shape(40, 40), al.Shape(40, 40)], 0.2, [1000 * flat, steep])
     assert ranks[0] is None
     assert ranks[1] is not None
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.6])
+def test_sensitivity_is_the_search_of_asvd(ratio):
+    model, ids = build(num_hidden_layers=2), tokens()
+    ours, report = compressed(model, method="asvd", ratio=ratio, allocation="sensitivity")
+    magnitudes = all_magnitudes(model, ids)
+    trials, size = [], {}
+    for name, a in magnitudes.items():
+        copied = copy.deepcopy(model)
+        linear = copied.get_submodule(name)
+        weight, s = linear.weight.detach().clone(), a.sqrt() + 1e-6 * a.sqrt().mean()
+        size[name] = weight.shape
+        for keep in sorted({1 - ratio, *(i / 10 for i in range(1, 10))}):
+            if math.floor(weight.numel() * keep / sum(weight.shape) + 1e-9) > 0:
+                with torch.no_grad():
+                    linear.weight.copy_(scaled_svd(weight, s, keep))
+                trials.append((loss(copied, ids), name, math.floor(weight.numel() * keep / sum(weight.shape) + 1e-9)))
+    budget = (1 - ratio) * sum(d1 * d2 for d1, d2 in size.values())
+    for threshold in sorted(value for value, _, _ in trials):  # one threshold after the other, lowest first
+        ranks = dict.fromkeys(size)
+        for value, name, rank in trials:
+            if value <= threshold:
+                ranks[name] = rank if ranks[name] is None else min(ranks[name], rank)
+        cost = {n: math.prod(size[n]) if k is None else k * sum(size[n]) for n, k in ranks.items()}
+        if sum(cost.values()) <= budget:
+            break
+    assert {layer.module: layer.rank for layer in report.layers} == ranks
+    assert len(set(ranks.values())) > 2
+    assert report.parameters_after == sum(cost.values()) <= budget
+    for name, rank in ranks.items():
+        if rank is None:
+            assert torch.equal(ours.get_submodule(name).weight, model.get_submodule(name).weight)
+    (note,) = [note for note in report.notes if note.startswith("sensitivity:")]
+    assert f"{len({(name, rank) for _, name, rank in trials})} runs of the whole model over 288 tokens" in note
+    assert f"{loss(model, ids):.4f} nats a token" in note
+
+
+def test_sensitivity_takes_a_sample_and_needs_a_head(monkeypatch):
+    from freqrank.models import compression
+
+    model = build(num_hidden_layers=1)
+    monkeypatch.setattr(compression, "_TRIAL_TOKENS", 100)
+    _, report = compressed(model, allocation="sensitivity")
+    assert any("runs of the whole model over 96 tokens" in note for note in report.notes)
+    with pytest.raises(ValueError, match="LlamaModel has no language-model head"):
+        freqrank.compress(model.model, tokens(), allocation="sensitivity", progress=False)
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -729,6 +778,9 @@ def count(model):
         {"share": "both", "refit": "own"},
         {"allocation": "auto"},
         {"allocation": "effective-rank"},
+        {"allocation": "sensitivity", "method": "asvd", "ratio": 0.3},
+        {"allocation": "sensitivity", "share": "both", "refit": "cross"},
+        {"allocation": "sensitivity", "method": "fwsvd", "ratio": 0.75},
         {"ratio": 0.03, "allocation": "auto"},
     ],
     ids=str,
@@ -745,7 +797,7 @@ def test_the_report_counts_what_is_there(options):
     assert report.parameters_before - report.parameters_after == count(model)[0] - count(small)[0]
     assert report.bytes_before - report.bytes_after == count(model)[1] - count(small)[1]
     ratio = options.get("ratio", 0.4)
-    assert ratio <= report.block_ratio < ratio + 0.05
+    assert ratio <= report.block_ratio < ratio + (0.1 if options.get("allocation") == "sensitivity" else 0.05)
     assert report.model_ratio == pytest.approx(1 - count(small)[0] / count(model)[0])
     for layer in report.layers:
         module = small.get_submodule(layer.module)
@@ -1140,7 +1192,25 @@ def test_nan_in_padding_is_no_nan():
         assert "has NaN or Inf" in str(error)  # noqa: PT017
 
 
-@pytest.mark.parametrize("stage", ["attach", "factors", "interrupt"])
+def test_next_token_loss_is_the_models_own(monkeypatch):
+    from freqrank.models import whole
+
+    model = build()
+    ids, mask = tokens(6, 10), torch.ones(6, 10, dtype=torch.long)
+    mask[2, 7:] = 0
+    mask[4, 3] = 0
+    batches = read_calibration({"input_ids": ids, "attention_mask": mask})
+    logits = torch.log_softmax(model(ids, attention_mask=mask).logits, -1)
+    pairs = [(row, t) for row in range(6) for t in range(1, 10) if mask[row, t] and mask[row, t - 1]]
+    expected = sum(-logits[row, t - 1, ids[row, t]].item() for row, t in pairs) / len(pairs)
+    for elements in (1, 3 * 10 * VOCAB, 1 << 26):
+        monkeypatch.setattr(whole, "_LOGITS", elements)
+        assert whole.next_token_loss(model, batches) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="sequences of two tokens or more"):
+        whole.next_token_loss(model, read_calibration(tokens(3, 1)))
+
+
+@pytest.mark.parametrize("stage", ["attach", "factors", "interrupt", "trial"])
 def test_a_failure_leaves_the_model_as_it_was(stage, monkeypatch):
     model = build()
     before = snapshot(model)
@@ -1154,7 +1224,8 @@ def test_a_failure_leaves_the_model_as_it_was(stage, monkeypatch):
     else:
         from freqrank.models import compression
 
-        original, calls = compression.factorize, []
+        where = "next_token_loss" if stage == "trial" else "factorize"
+        original, calls = getattr(compression, where), []
 
         def fail(*args):
             calls.append(args)
@@ -1162,9 +1233,12 @@ def test_a_failure_leaves_the_model_as_it_was(stage, monkeypatch):
                 raise (KeyboardInterrupt if stage == "interrupt" else RuntimeError)("no")
             return original(*args)
 
-        monkeypatch.setattr(compression, "factorize", fail)
-    with pytest.raises({"attach": OSError, "factors": RuntimeError, "interrupt": KeyboardInterrupt}[stage]):
-        freqrank.compress(model, tokens(), refit="cross", progress=False)
+        monkeypatch.setattr(compression, where, fail)
+    errors = {"attach": OSError, "factors": RuntimeError, "interrupt": KeyboardInterrupt, "trial": RuntimeError}
+    with pytest.raises(errors[stage]):
+        freqrank.compress(
+            model, tokens(), refit="cross", allocation="sensitivity" if stage == "trial" else "uniform", progress=False
+        )
     assert_untouched(model, before)
     assert not hasattr(model, "freqrank_report")
 

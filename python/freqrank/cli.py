@@ -330,7 +330,7 @@ def compress(
     ] = None,
     block_weight: Annotated[str | None, typer.Option(help="Weight of a layer's block: norm or sqrt-scale.")] = None,
     refit: Annotated[str | None, typer.Option(help="Refit of the coefficients: own, sequential or cross.")] = None,
-    allocation: Annotated[str, typer.Option(help="Ranks: uniform, effective-rank or auto.")] = "uniform",
+    allocation: Annotated[str, typer.Option(help="Ranks: uniform, effective-rank, auto or sensitivity.")] = "uniform",
     samples: Annotated[int, typer.Option(help="Calibration samples.", min=1)] = 256,
     length: Annotated[
         int | None, typer.Option(help="Tokens in a calibration sample; default: as --window.", min=2)

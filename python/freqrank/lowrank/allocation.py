@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-ALLOCATIONS = ("uniform", "effective-rank", "auto")
+ALLOCATIONS = ("uniform", "effective-rank", "auto", "sensitivity")
+
+# What "sensitivity" tries to keep of each group, beside the target itself: ASVD's grid.
+_KEEPS = tuple(Fraction(tenths, 10) for tenths in range(1, 10))
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,22 @@ def uniform_rank(shape: Shape, ratio: float) -> int:
     return math.floor(kept(ratio) * shape.dense / shape.per_rank)
 
 
+def trial_ranks(shape: Shape, ratio: float) -> list[int]:
+    """The ranks of a group whose loss "sensitivity" wants to know: a tenth to nine tenths kept, and the target.
+
+    >>> trial_ranks(Shape(16, 16), 0.75)
+    [1, 2, 3, 4, 5, 6, 7]
+    """
+    ranks = {math.floor(keep * shape.dense / shape.per_rank) for keep in (*_KEEPS, kept(ratio))}
+    return sorted(rank for rank in ranks if rank > 0)
+
+
 def allocate(
-    kind: str, shapes: Sequence[Shape], ratio: float, spectra: Sequence[Tensor] | None = None
+    kind: str,
+    shapes: Sequence[Shape],
+    ratio: float,
+    spectra: Sequence[Tensor] | None = None,
+    losses: Sequence[Mapping[int, float]] | None = None,
 ) -> list[int | None]:
     """Rank of each group, or None where it stays dense; the parameters never exceed the target.
 
@@ -64,9 +82,13 @@ def allocate(
             exponential of the entropy of the normalised singular values, w_g the parameters of one direction.
             "auto": spends parameters where they remove the largest share of a group's squared error, each group
             keeping at least half of its uniform rank; a group that reaches the cost of its dense weights stays dense.
+            "sensitivity": ASVD's search (arXiv 2312.05821): each group takes the least of its ``trial_ranks`` that
+            alone costs no more than a loss which all groups have in common, or stays dense where there is none; that
+            loss is as low as the target allows. What a step of a tenth leaves over is not spent.
         shapes: sizes of the groups.
         ratio: fraction of their parameters that is removed.
-        spectra: squared singular values of each group, largest first; "uniform" needs none.
+        spectra: squared singular values of each group, largest first, for "effective-rank" and "auto".
+        losses: the model's loss with each group alone cut off at each of its :func:`trial_ranks`, for "sensitivity".
 
     Raises:
         ValueError: the ratio leaves a group without a single direction.
@@ -78,6 +100,9 @@ def allocate(
     [26, 5]
     >>> allocate("auto", [Shape(64, 64), Shape(64, 64)], 0.5, [flat, steep])
     [24, 8]
+    >>> robust, touchy = ({rank: x / rank for rank in trial_ranks(Shape(64, 64), 0.5)} for x in (1, 5))
+    >>> allocate("sensitivity", [Shape(64, 64), Shape(64, 64)], 0.5, losses=[robust, touchy])
+    [6, 25]
     """
     ranks = [uniform_rank(shape, ratio) for shape in shapes]
     for shape, rank in zip(shapes, ranks, strict=True):
@@ -88,8 +113,11 @@ def allocate(
             )
     if kind == "uniform":
         return list(ranks)
-    assert spectra is not None
     budget = math.floor(kept(ratio) * sum(shape.dense for shape in shapes))
+    if kind == "sensitivity":
+        assert losses is not None
+        return _sensitivity(shapes, losses, budget)
+    assert spectra is not None
     if kind == "effective-rank":
         return _effective_rank(shapes, spectra, budget)
     return _auto(shapes, spectra, budget, [max(1, rank // 2) for rank in ranks])
@@ -155,3 +183,28 @@ def _auto(shapes: Sequence[Shape], spectra: Sequence[Tensor], budget: int, least
         left -= cost
         ranks[g] = rank + 1 if rank + 1 < shapes[g].break_even else None
     return ranks
+
+
+def _sensitivity(shapes: Sequence[Shape], losses: Sequence[Mapping[int, float]], budget: int) -> list[int | None]:
+    # What is no number (an overflow) comes last; of equal losses the larger rank comes first.
+    trials = sorted(
+        (loss if math.isfinite(loss) else math.inf, -rank, g)
+        for g, found in enumerate(losses)
+        for rank, loss in found.items()
+    )
+
+    def ranks(allowed: int) -> list[int | None]:
+        least: list[int | None] = [None] * len(shapes)
+        for _, negative, g in trials[:allowed]:
+            least[g] = min(-negative, least[g] or -negative)
+        return least
+
+    def fits(allowed: int) -> bool:
+        cost = (
+            shape.dense if rank is None else rank * shape.per_rank
+            for shape, rank in zip(shapes, ranks(allowed), strict=True)
+        )
+        return sum(cost) <= budget
+
+    # With every trial allowed no group has more than its uniform rank, so this finds one that fits.
+    return ranks(bisect_left(range(len(trials)), True, key=fits))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,10 @@ class Batch:
     def tokens(self) -> int:
         """How many tokens count."""
         return self.input_ids.numel() if self.mask is None else int(self.mask.sum())
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Some of the sequences."""
+        return Batch(self.input_ids[start:stop], None if self.mask is None else self.mask[start:stop])
 
 
 def read_calibration(calibration: object, vocab_size: int | None = None) -> list[Batch]:
@@ -100,7 +104,24 @@ def _split(ids: Tensor, mask: Tensor | None) -> Iterator[Batch]:
         return
     rows = max(1, _TOKENS_PER_BATCH // ids.shape[1])
     for start in range(0, ids.shape[0], rows):
-        yield Batch(ids[start : start + rows], None if mask is None else mask[start : start + rows])
+        yield Batch(ids, mask).rows(start, start + rows)
+
+
+def first_tokens(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """The first sequences: as many as hold at most so many tokens, padding among them, but at least one.
+
+    >>> batches = read_calibration([torch.zeros(3, 5, dtype=torch.long), torch.zeros(3, 7, dtype=torch.long)])
+    >>> [tuple(batch.input_ids.shape) for batch in first_tokens(batches, 23)]
+    [(3, 5), (1, 7)]
+    """
+    taken: list[Batch] = []
+    for batch in batches:
+        rows = tokens // batch.input_ids.shape[1]
+        if rows == 0 and taken:
+            break
+        taken.append(batch.rows(0, max(1, rows)))
+        tokens -= taken[-1].input_ids.numel()
+    return taken
 
 
 @contextmanager

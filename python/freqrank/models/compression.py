@@ -6,27 +6,33 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from freqrank import _progress
-from freqrank.lowrank.allocation import ALLOCATIONS, Shape, allocate, kept
-from freqrank.lowrank.factorize import factorize, refit, squared_norm, squared_singular_values
+from freqrank.lowrank.allocation import ALLOCATIONS, Shape, allocate, kept, trial_ranks
+from freqrank.lowrank.factorize import decompose, factorize, refit, squared_norm, squared_singular_values
 from freqrank.lowrank.methods import METHODS, Method, Pool
 from freqrank.lowrank.modules import LowRankLinear, install_lowrank, linear_weight
 from freqrank.lowrank.scales import BLOCK_WEIGHTS, SCALES, input_scale
-from freqrank.lowrank.statistics import Batch, Grams, Magnitudes, read_calibration
+from freqrank.lowrank.statistics import Batch, Grams, Magnitudes, first_tokens, read_calibration
 from freqrank.models.architectures import Architecture, find_architecture
 from freqrank.models.streaming import BlockStream, evaluating
-from freqrank.models.whole import backward_bytes, squared_gradients
+from freqrank.models.whole import backward_bytes, next_token_loss, squared_gradients
 
 __all__ = ["CompressionReport", "GroupReport", "LayerReport", "compress", "install"]
 
 REFITS = (None, "own", "sequential", "cross")
 SHARES = ("layers", "modules", "both")
+
+# The search for sensitive groups scores the model on the first calibration sequences of about so many tokens.
+_TRIAL_TOKENS = 8192
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -233,9 +239,11 @@ def compress(
     """Replace a model's linears by calibrated low-rank ones that share bases between layers, in place.
 
     The model runs over the calibration tokens one decoder block at a time; the Gram matrices X^T X of the inputs of a
-    group of layers, in float64, and one block's activations are what it needs in memory. Only "fwsvd" takes the whole
-    model at once: a backward pass a sequence, each with all its activations
-    (`freqrank.models.whole.backward_bytes` estimates them, the report says how many). Nothing of the model changes
+    group of layers, in float64, and one block's activations are what it needs in memory. Two options take the whole
+    model at once: "fwsvd" a backward pass a sequence, each with all its activations
+    (`freqrank.models.whole.backward_bytes` estimates them, the report says how many), and allocation "sensitivity"
+    about ten runs a group over up to 8,192 calibration tokens: 7 x 32 linears of a 7B model are 2,000 runs, or
+    2,000 x 8,192 x 14 GFLOP = 2 x 10^17 operations. Nothing of the model changes
     before everything has been computed: if anything fails it is as it was. Embeddings, norms, biases and the language
     model head stay.
 
@@ -262,8 +270,8 @@ def compress(
         refit: how coefficients are fitted again to the bases: None; "own": to each layer's own inputs; "sequential": to
             the inputs it gets in the compressed model (with "svd-llm", that method's closed-form update); "cross": to
             these, aiming at the outputs of the original model. The last two run each block eight times more.
-        allocation: "uniform", "effective-rank" (D-Rank) or "auto"; see `freqrank.lowrank.allocation.allocate`. The last
-            two run the calibration twice.
+        allocation: "uniform", "effective-rank" (D-Rank), "auto" or "sensitivity" (ASVD's search, with any method); see
+            `freqrank.lowrank.allocation.allocate`. All but the first run the calibration twice.
         seed: for methods that draw random numbers; no present one does.
         progress: show a bar on standard error.
 
@@ -313,11 +321,15 @@ def compress(
     work = _Work(architecture, batches, rule, groups, report.tokens)
     passes = 1 + (allocation != "uniform") + (refit in ("sequential", "cross"))
     steps = passes * len(architecture.blocks) + (len(batches) if rule.channels == "gradient" else 0)
+    if allocation == "sensitivity":
+        steps += sum(len(trial_ranks(group.shape, ratio)) for group in groups)
     with evaluating(model), _progress.bar(method, steps, progress) as advance:
         if rule.channels == "gradient":
-            report.notes.append(work.gradients(model, advance))
-        spectra = work.spectra(advance) if allocation != "uniform" else None
-        for group, rank in zip(groups, allocate(allocation, [g.shape for g in groups], ratio, spectra), strict=True):
+            work.gradients(model, advance, report.notes)
+        spectra = work.spectra(advance) if allocation in ("effective-rank", "auto") else None
+        losses = work.losses(model, ratio, advance, report.notes) if allocation == "sensitivity" else None
+        shapes = [group.shape for group in groups]
+        for group, rank in zip(groups, allocate(allocation, shapes, ratio, spectra, losses), strict=True):
             group.rank = rank
         work.factor(refit, advance)
 
@@ -477,7 +489,7 @@ class _Work:
         self.channels: dict[tuple[int, str], Tensor] = {}  # vectors, few enough to stay
         self.pools: dict[tuple[tuple[int, ...], str], Pool] = {}  # of layers and a name of what is pooled
 
-    def gradients(self, model: nn.Module, advance: Any) -> str:
+    def gradients(self, model: nn.Module, advance: Any, notes: list[str]) -> None:
         """What a method wants to know of gradients, and a note on what that took."""
         names = {
             self.architecture.full_name(layer, path): (layer, role)
@@ -490,26 +502,59 @@ class _Work:
         longest = max(batch.input_ids.shape[1] for batch in self.batches)
         vocabulary = getattr(getattr(model, "config", None), "vocab_size", 0)
         size = backward_bytes(list(linears.values()), longest, vocabulary)
-        return (
+        notes.append(
             f"{sum(batch.input_ids.shape[0] for batch in self.batches)} backward passes through the whole model, of up "
             f"to {longest} tokens, with an estimated {size:,} bytes of activations and gradients beside the weights"
         )
 
     def spectra(self, advance: Any) -> list[Tensor]:
-        """Squared singular values of each group.
+        """Squared singular values of each group."""
 
-        Ranks need those of all groups, and factors need the ranks: eigenvectors kept in between would weigh several
-        times what the model does, so they are found when the blocks come by again.
+        def spectrum(group: _Group) -> Tensor:
+            metric = self._metric(group)
+            return squared_singular_values(metric.weights, metric.pool.root, metric.block_weights)
+
+        return self._each(spectrum, advance, "spectra")
+
+    def losses(self, model: nn.Module, ratio: float, advance: Any, notes: list[str]) -> list[dict[int, float]]:
+        """The model's loss with each group alone cut off at each of its trial ranks, and a note on what that took."""
+        start = time.perf_counter()
+        sample = first_tokens(self.batches, _TRIAL_TOKENS)
+        dense = next_token_loss(model, sample)
+
+        def losses(group: _Group) -> dict[int, float]:
+            metric, found = self._metric(group), {}
+            ranks = trial_ranks(group.shape, ratio)
+            linears = [self.architecture.linear(site.layer, site.role) for site in group.sites]
+            parts = decompose(metric.weights, metric.pool.root, metric.block_weights, rank=ranks[-1])
+            for rank in ranks:
+                factors = parts.truncate(rank)
+                with _in_place_of(linears, [factors.basis @ c for c in factors.coefficients]):
+                    found[rank] = next_token_loss(model, sample)
+                advance(f"{group.sites[0].role} of block {group.layers[-1]}: rank {rank}")
+            return found
+
+        found = self._each(losses, advance, "sensitivity")
+        notes.append(
+            f"sensitivity: {sum(map(len, found))} runs of the whole model over {sum(b.tokens for b in sample):,} "
+            f"tokens in {time.perf_counter() - start:.0f} s; its loss on them is {dense:.4f} nats a token"
+        )
+        return found
+
+    def _each(self, look: Callable[[_Group], T], advance: Any, what: str) -> list[T]:
+        """What ``look`` sees of each group in a first pass over the blocks.
+
+        Ranks need it of all groups, and factors need the ranks: eigenvectors kept in between would weigh several times
+        what the model does, so they are found when the blocks come by again.
         """
-        found: dict[int, Tensor] = {}
+        found: dict[int, T] = {}
         stream = BlockStream(self.architecture, self.batches)
         for layer in range(len(self.architecture.blocks)):
             self._collect(stream)
             for group in self._complete(layer):
-                metric = self._metric(group)
-                found[id(group)] = squared_singular_values(metric.weights, metric.pool.root, metric.block_weights)
+                found[id(group)] = look(group)
             self._release(layer)
-            advance(f"block {layer}: spectra")
+            advance(f"block {layer}: {what}")
         return [found[id(group)] for group in self.groups]
 
     def factor(self, how: str | None, advance: Any) -> None:
@@ -676,6 +721,19 @@ class _Work:
         if not blank:
             return []
         return [f"no {self.rule.channels} is above zero, so that channels weigh the same, for: {', '.join(blank)}"]
+
+
+@contextmanager
+def _in_place_of(linears: Sequence[nn.Linear], products: Sequence[Tensor]) -> Iterator[None]:
+    """The linears with these weights [in, out] instead of their own, which come back afterwards."""
+    before = [linear.weight.data for linear in linears]
+    try:
+        for linear, product in zip(linears, products, strict=True):
+            linear.weight.data = product.mT.to(linear.weight.device, linear.weight.dtype)
+        yield
+    finally:
+        for linear, weight in zip(linears, before, strict=True):
+            linear.weight.data = weight
 
 
 def _stored(group: _Group, site: _Site, architecture: Architecture) -> tuple[Tensor, Tensor]:

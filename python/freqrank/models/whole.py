@@ -36,7 +36,7 @@ def next_token_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
         for batch in batches:
             rows = max(1, _LOGITS // (batch.input_ids.shape[1] * vocabulary))
             for start in range(0, batch.input_ids.shape[0], rows):
-                losses = _losses(model, _rows(batch, start, start + rows))
+                losses = _losses(model, batch.rows(start, start + rows))
                 total += float(losses.sum(dtype=torch.float64))
                 count += losses.numel()
     if count == 0:
@@ -148,15 +148,11 @@ def _losses(model: nn.Module, batch: Batch, parameters: Mapping[str, Tensor] | N
     return nn.functional.cross_entropy(scores, ids.to(logits.device)[:, 1:][counts], reduction="none")
 
 
-def _rows(batch: Batch, start: int, stop: int) -> Batch:
-    return Batch(batch.input_ids[start:stop], None if batch.mask is None else batch.mask[start:stop])
-
-
 def _sequences(batch: Batch) -> Iterator[Batch]:
     """One row after the other, without the padding at its ends."""
     for row in range(batch.input_ids.shape[0]):
         if batch.mask is None:
-            yield _rows(batch, row, row + 1)
+            yield batch.rows(row, row + 1)
             continue
         at = batch.mask[row].nonzero().flatten()
         if at.numel():

@@ -517,6 +517,48 @@ def test_alpha_flattens_the_errors_where_only_inputs_are_scaled():
     assert max(calibrated) < max(half) < max(plain)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"method": "basis-sharing"}, {"method": "lisc", "block_weight": "norm"}], ids=str)
+def test_depth_weight_is_a_power_of_its_base(options):
+    model = build()
+    ours, report = compressed(model, group_size=3, depth_weight=2.0, ratio=0.6, **options)
+    _, before = compressed(model, group_size=3, ratio=0.6, **options)
+    assert report.settings["depth_weight"] == 2.0
+    assert "depth weight 2.0" in str(report)
+    assert "depth weight" not in str(before)
+    for group, other in zip(report.groups, before.groups, strict=True):
+        b, undeep = ([layer.block_weight for layer in g.layers] for g in (group, other))
+        assert sum(b) == pytest.approx(len(b))
+        ratios = [(x / y) / (b[0] / undeep[0]) for x, y in zip(b, undeep, strict=True)]
+        assert ratios == pytest.approx([0.5**i for i in range(len(b))])
+    # early layers of a group are nearer to the original than without, the last one is further from it
+    q = [[layer.error for layer in r.layers if layer.role == "q"][:3] for r in (report, before)]
+    assert q[0][0] < q[1][0]
+    assert q[0][2] > q[1][2]
+    # written out for one group: alpha pools the Grams, b weights the columns
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(3)]
+    _, grams = all_grams(model, tokens())
+    up = [layer for layer in before.layers if layer.module in names]
+    s = torch.linalg.cholesky(sum(layer.alpha * grams[layer.module] for layer in up)).T
+    w = torch.cat([model.get_submodule(x.module).weight.T * x.block_weight * 0.5**i for i, x in enumerate(up)], 1)
+    u, sigma, vt = torch.linalg.svd(s @ w, full_matrices=False)
+    k = up[0].rank
+    basis = torch.linalg.inv(s) @ u[:, :k] * sigma[:k]
+    for i, (x, rows) in enumerate(zip(up, vt[:k].split(56, 1), strict=True)):
+        expected = (basis @ rows).T / (x.block_weight * 0.5**i)
+        assert_close(ours.get_submodule(x.module).dense_weight(torch.float64), expected, 1e-7)
+
+
+def test_depth_weight_changes_nothing_where_nothing_is_shared():
+    model = build()
+    plain, _ = compressed(model, group_size=1)
+    assert_same(compressed(model, group_size=1, depth_weight=3.0)[0], plain)
+    assert_same(compressed(model, share="modules", depth_weight=3.0)[0], compressed(model, share="modules")[0])
+    assert_same(compressed(model, group_size=2, depth_weight=1.0)[0], compressed(model, group_size=2)[0])
+    with pytest.warns(UserWarning, match="'svd' factors each weight alone, so depth_weight changes nothing"):
+        compressed(model, method="svd", depth_weight=2.0)
+
+
 # --- the decomposition ------------------------------------------------------------------------------------------------
 
 
@@ -1090,6 +1132,8 @@ def test_install_takes_the_settings_that_compress_leaves():
         ({"allocation": "equal"}, "allocation must be one of 'uniform'"),
         ({"exponent": -1.0}, "exponent must be finite and not negative"),
         ({"exponent": float("inf")}, "exponent must be finite and not negative"),
+        ({"depth_weight": 0.0}, "depth_weight must be finite and above 0; got 0.0"),
+        ({"depth_weight": float("nan")}, "depth_weight must be finite and above 0; got nan"),
         ({"ids": torch.zeros(0, 4, dtype=torch.long)}, "calibration is empty"),
         ({"ids": []}, "calibration is empty"),
         ({"ids": torch.zeros(4, dtype=torch.long)}, r"calibration must have shape \[N, T\]; got \(4,\)"),
@@ -1119,6 +1163,7 @@ def test_wrong_values(options, message):
         ({"group_size": 2.0}, "group_size must be an integer; got float"),
         ({"seed": "1"}, "seed must be an integer; got str"),
         ({"exponent": "1"}, "exponent must be a number or None; got str"),
+        ({"depth_weight": "2"}, "depth_weight must be a number or None; got str"),
         ({"ids": "some text"}, "calibration must be a LongTensor.*; got str"),
         ({"ids": 7}, "calibration must be a LongTensor.*; got int"),
         ({"ids": [[1, 2, 3]]}, "item 0 must be a LongTensor.*; got list"),

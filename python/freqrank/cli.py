@@ -331,6 +331,9 @@ def compress(
     block_weight: Annotated[str | None, typer.Option(help="Weight of a layer's block: norm or sqrt-scale.")] = None,
     refit: Annotated[str | None, typer.Option(help="Refit of the coefficients: own, sequential or cross.")] = None,
     allocation: Annotated[str, typer.Option(help="Ranks: uniform, effective-rank, auto or sensitivity.")] = "uniform",
+    depth_weight: Annotated[
+        float | None, typer.Option(help="g of a weight g^-l for block l of a group; above 1 early blocks count more.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.", min=1)] = 256,
     length: Annotated[
         int | None, typer.Option(help="Tokens in a calibration sample; default: as --window.", min=2)
@@ -371,6 +374,7 @@ def compress(
         allocation=allocation,
         seed=seed,
         progress=True,
+        depth_weight=depth_weight,
     )
     if held_out is not None:
         losses["after"] = evaluate.loss(network, held_out, window=window, progress=True)

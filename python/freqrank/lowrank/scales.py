@@ -73,6 +73,17 @@ def block_weights(weights: Sequence[Tensor], scales: Sequence[float], kind: str 
     return [1.0 if math.isnan(value) else value / mean for value in raw]  # zero weights or inputs: no influence
 
 
+def by_depth(weights: Sequence[float], layers: Sequence[int], base: float) -> list[float]:
+    """b_l base^-l of the layers of a group, of mean 1.
+
+    >>> by_depth([1.0, 1.0], [4, 5], 3.0)
+    [1.5, 0.5]
+    """
+    raw = [weight * base ** (layers[0] - layer) for weight, layer in zip(weights, layers, strict=True)]
+    mean = sum(raw) / len(raw)
+    return [value / mean for value in raw]
+
+
 def channel_weights(values: Tensor, exponent: float) -> Tensor:
     """Weight of each input channel: (values / max)^exponent, plus 1e-6 of their mean; 1 where every value is zero.
 

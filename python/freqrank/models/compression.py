@@ -18,7 +18,7 @@ from freqrank.lowrank.allocation import ALLOCATIONS, Shape, allocate, kept, tria
 from freqrank.lowrank.factorize import decompose, factorize, refit, squared_norm, squared_singular_values
 from freqrank.lowrank.methods import METHODS, Method, Pool
 from freqrank.lowrank.modules import LowRankLinear, install_lowrank, linear_weight
-from freqrank.lowrank.scales import BLOCK_WEIGHTS, SCALES, input_scale
+from freqrank.lowrank.scales import BLOCK_WEIGHTS, SCALES, by_depth, input_scale
 from freqrank.lowrank.statistics import Batch, Grams, Magnitudes, first_tokens, read_calibration
 from freqrank.models.architectures import Architecture, find_architecture
 from freqrank.models.streaming import BlockStream, evaluating
@@ -145,9 +145,10 @@ class CompressionReport:
 
     def __str__(self) -> str:
         s = self.settings
+        deep = "" if s["depth_weight"] is None else f", depth weight {s['depth_weight']}"
         lines = [
             f"{s['method']} (group size {s['group_size']}, scale {s['scale']}, exponent {s['exponent']}, block weight "
-            f"{s['block_weight']}, refit {s['refit']}, share {s['share']}, allocation {s['allocation']}), "
+            f"{s['block_weight']}{deep}, refit {s['refit']}, share {s['share']}, allocation {s['allocation']}), "
             f"{self.tokens:,} calibration tokens, {self.seconds:.1f} s",
             f"compressed linears: {self.parameters_before:,} -> {self.parameters_after:,} parameters, "
             f"{self.bytes_before:,} -> {self.bytes_after:,} bytes, {self.block_ratio:.2%} removed "
@@ -235,6 +236,7 @@ def compress(
     allocation: str = "uniform",
     seed: int = 0,
     progress: bool = True,
+    depth_weight: float | None = None,
 ) -> CompressionReport:
     """Replace a model's linears by calibrated low-rank ones that share bases between layers, in place.
 
@@ -274,6 +276,9 @@ def compress(
             `freqrank.lowrank.allocation.allocate`. All but the first run the calibration twice.
         seed: for methods that draw random numbers; no present one does.
         progress: show a bar on standard error.
+        depth_weight: g > 0 multiplies the weight of block l in its group by g^-l, with any method that shares: above 1
+            early layers count more, since what they lose goes through all that follow. On top of ``block_weight``;
+            None: 1. A linear that is factored alone is the same for any g.
 
     Returns:
         A :class:`CompressionReport`, also left as ``model.freqrank_report``.
@@ -299,9 +304,13 @@ def compress(
     """
     start = time.perf_counter()
     architecture = find_architecture(model)
-    _check_options(method, ratio, group_size, share, scale, exponent, block_weight, refit, allocation, seed)
+    _check_options(
+        method, ratio, group_size, share, scale, exponent, block_weight, refit, allocation, seed, depth_weight
+    )
     own = {} if exponent is None else {"exponent": float(exponent)}
     rule = METHODS[method](scale=scale, block_weight=block_weight, **own)
+    if depth_weight is not None and not rule.shares:
+        warnings.warn(f"{method!r} factors each weight alone, so depth_weight changes nothing", stacklevel=2)
     unused = {"block_weight": block_weight is not None, "exponent": exponent not in (None, 1.0)}
     for name in [name for name, given in unused.items() if given and name not in rule.switches]:
         users = ", ".join(repr(other) for other, known in METHODS.items() if name in known.switches)
@@ -312,13 +321,13 @@ def compress(
     settings = {
         "method": method, "ratio": float(ratio), "group_size": group_size, "share": share, "scale": scale,
         "exponent": rule.exponent, "block_weight": block_weight, "refit": refit, "allocation": allocation,
-        "seed": seed,
+        "seed": seed, "depth_weight": None if depth_weight is None else float(depth_weight),
     }  # fmt: skip
     report = CompressionReport(settings, architecture.name, sum(batch.tokens for batch in batches))
     groups = _group(architecture, rule.shares, group_size, share)
     _warn_if_few(report, groups, architecture)
 
-    work = _Work(architecture, batches, rule, groups, report.tokens)
+    work = _Work(architecture, batches, rule, groups, report.tokens, depth_weight)
     passes = 1 + (allocation != "uniform") + (refit in ("sequential", "cross"))
     steps = passes * len(architecture.blocks) + (len(batches) if rule.channels == "gradient" else 0)
     if allocation == "sensitivity":
@@ -375,7 +384,7 @@ def install(model: nn.Module, spec: Mapping[str, Any]) -> dict[str, LowRankLinea
 
 def _check_options(
     method: object, ratio: object, group_size: object, share: object, scale: object, exponent: object,
-    block_weight: object, refit: object, allocation: object, seed: object,
+    block_weight: object, refit: object, allocation: object, seed: object, depth_weight: object,
 ) -> None:  # fmt: skip
     for name, value, allowed in (
         ("method", method, tuple(METHODS)),
@@ -395,6 +404,10 @@ def _check_options(
         raise TypeError(f"exponent must be a number or None; got {type(exponent).__name__}")
     if exponent is not None and not 0 <= exponent < math.inf:
         raise ValueError(f"exponent must be finite and not negative; got {exponent}")
+    if isinstance(depth_weight, bool) or not isinstance(depth_weight, (int, float, type(None))):
+        raise TypeError(f"depth_weight must be a number or None; got {type(depth_weight).__name__}")
+    if depth_weight is not None and not 0 < depth_weight < math.inf:
+        raise ValueError(f"depth_weight must be finite and above 0; got {depth_weight}")
     for name, value in (("group_size", group_size), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
@@ -480,11 +493,16 @@ class _Work:
     """Streams the calibration tokens through the model and decomposes each group once its statistics are there."""
 
     def __init__(
-        self, architecture: Architecture, batches: Sequence[Batch], rule: Method, groups: Sequence[_Group], tokens: int
+        self,
+        architecture: Architecture,
+        batches: Sequence[Batch],
+        rule: Method,
+        groups: Sequence[_Group],
+        tokens: int,
+        depth_weight: float | None,
     ) -> None:
-        self.architecture, self.batches, self.rule, self.groups, self.tokens = (
-            architecture, batches, rule, groups, tokens,
-        )  # fmt: skip
+        self.architecture, self.batches, self.rule = architecture, batches, rule
+        self.groups, self.tokens, self.depth_weight = groups, tokens, depth_weight
         self.grams: dict[tuple[int, str], Tensor] = {}
         self.channels: dict[tuple[int, str], Tensor] = {}  # vectors, few enough to stay
         self.pools: dict[tuple[tuple[int, ...], str], Pool] = {}  # of layers and a name of what is pooled
@@ -624,7 +642,10 @@ class _Work:
             self.pools[key] = self.rule.pool(grams, self.tokens, channels)
         pool = self.pools[key]
         at = [group.layers.index(site.layer) for site in group.sites]
-        return _Metric(weights, grams, pool, self.rule.block_weights(weights, [pool.scales[i] for i in at]))
+        given = self.rule.block_weights(weights, [pool.scales[i] for i in at])
+        if self.depth_weight is not None:
+            given = by_depth(given, [site.layer for site in group.sites], self.depth_weight)
+        return _Metric(weights, grams, pool, given)
 
     def _channel(self, site: _Site) -> str:
         """The role under which what is known of its channels stands: all but gradients belongs to the input."""

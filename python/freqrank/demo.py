@@ -110,6 +110,7 @@ SectionFunction = Callable[[Demo, Tick], Section]
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "SVD": (COLOURS["grey"], {"method": "svd", "group_size": 1}),
+    "ASVD": (COLOURS["green"], {"method": "asvd", "group_size": 1}),
     "SVD-LLM": (COLOURS["sky"], {"method": "svd-llm", "group_size": 1}),
     "Basis Sharing": (COLOURS["blue"], {"method": "basis-sharing"}),
     "LISC": (COLOURS["orange"], {"method": "lisc"}),

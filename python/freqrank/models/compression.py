@@ -853,7 +853,7 @@ def _notes(groups: Sequence[_Group]) -> list[str]:
     notes = []
     dense = [layer.module for group in reports if group.rank is None for layer in group.layers]
     if dense:
-        notes.append(f"left dense, since their factors would cost as much: {', '.join(dense)}")
+        notes.append(f"left dense, as the ranks were allocated: {', '.join(dense)}")
     eigh = [group.layers[0].module for group in reports if group.whitening == "eigh"]
     if eigh:
         notes.append(f"singular beyond any damping, so whitened by eigenvalues: {', '.join(eigh)}")

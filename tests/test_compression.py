@@ -925,9 +925,10 @@ def test_odd_last_group_uses_its_own_size():
 # --- refit ------------------------------------------------------------------------------------------------------------
 
 
-def test_own_refit_lowers_every_layer_error():
+@pytest.mark.parametrize("method", ["lisc", "asvd", "fwsvd"])
+def test_own_refit_lowers_every_layer_error(method):
     model = build()
-    options = {"group_size": 5, "ratio": 0.6}
+    options = {"method": method, "group_size": 5, "ratio": 0.6}
     _, plain = compressed(model, **options)
     _, refitted = compressed(model, refit="own", **options)
     for a, b in zip(plain.layers, refitted.layers, strict=True):
@@ -1356,5 +1357,7 @@ def test_linearised_models_compress():
     assert settings.lowrank is not None
     assert small(tokens()).logits.isfinite().all()
     plain, _ = compressed(model, method="svd")
+    _, weighted = compressed(model, method="fwsvd", allocation="sensitivity")
+    assert not any("no gradient" in note for note in weighted.notes)
     logits = model(tokens()).logits
     assert (small(tokens()).logits - logits).norm() < 0.8 * (plain(tokens()).logits - logits).norm()

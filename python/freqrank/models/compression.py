@@ -278,7 +278,8 @@ def compress(
         progress: show a bar on standard error.
         depth_weight: g > 0 multiplies the weight of block l in its group by g^-l, with any method that shares: above 1
             early layers count more, since what they lose goes through all that follow. On top of ``block_weight``;
-            None: 1. A linear that is factored alone is the same for any g.
+            None: 1. A linear that is factored alone is the same for any g. 1.5 lowered the bundled model's loss in
+            groups of 6; beside a refit, which does more, 2 raised it.
 
     Returns:
         A :class:`CompressionReport`, also left as ``model.freqrank_report``.

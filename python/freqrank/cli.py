@@ -342,6 +342,12 @@ def compress(
     window: Window = None,
     limit: Limit = None,
     dtype: Dtype = "auto",
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps what is finished: a run that was stopped goes on there.", show_default=False
+        ),
+    ] = None,
     seed: Seed = 0,
     download: Download = False,
     as_json: AsJson = False,

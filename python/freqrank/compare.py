@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import hashlib
 import io
 import itertools
 import json
@@ -26,6 +25,7 @@ import freqrank
 from freqrank import _progress, evaluate, report
 from freqrank.lowrank.methods import METHODS
 from freqrank.models.architectures import find_architecture
+from freqrank.models.checkpoint import fingerprint
 from freqrank.models.compression import REFITS, compress
 from freqrank.report import COLOURS, Picture, Report, Section, Table
 
@@ -306,7 +306,7 @@ def compare(
         "test_tokens": test.numel(),
         "window": window,
         "seed": seed,
-        "data": _fingerprint(model, calibration, validation, test),
+        "data": fingerprint(model, calibration, validation, test),
         "version": freqrank.__version__,
     }
     done = Comparison(settings)
@@ -374,14 +374,6 @@ def _measure(
 
 
 # --- on disk ----------------------------------------------------------------------------------------------------------
-
-
-def _fingerprint(model: nn.Module, *texts: Tensor) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in [*model.state_dict().items(), *((str(i), text) for i, text in enumerate(texts))]:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

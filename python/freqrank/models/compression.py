@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,8 +12,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+import freqrank
 from freqrank import _progress
 from freqrank.lowrank.allocation import ALLOCATIONS, Shape, allocate, kept, trial_ranks
 from freqrank.lowrank.factorize import decompose, factorize, refit, squared_norm, squared_singular_values
@@ -21,6 +24,7 @@ from freqrank.lowrank.modules import LowRankLinear, install_lowrank, linear_weig
 from freqrank.lowrank.scales import BLOCK_WEIGHTS, SCALES, by_depth, input_scale
 from freqrank.lowrank.statistics import Batch, Grams, Magnitudes, first_tokens, read_calibration
 from freqrank.models.architectures import Architecture, find_architecture
+from freqrank.models.checkpoint import Checkpoint, fingerprint
 from freqrank.models.streaming import BlockStream, evaluating
 from freqrank.models.whole import backward_bytes, next_token_loss, squared_gradients
 
@@ -237,6 +241,7 @@ def compress(
     seed: int = 0,
     progress: bool = True,
     depth_weight: float | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> CompressionReport:
     """Replace a model's linears by calibrated low-rank ones that share bases between layers, in place.
 
@@ -280,6 +285,9 @@ def compress(
             early layers count more, since what they lose goes through all that follow. On top of ``block_weight``;
             None: 1. A linear that is factored alone is the same for any g. 1.5 lowered the bundled model's loss in
             groups of 6; beside a refit, which does more, 2 raised it.
+        checkpoint: a folder that keeps every group's factors as soon as they are found, in float64 and so up to four
+            times as large as the compressed model. A run that was killed goes on there, given the same model, tokens
+            and options, and ends with the same bytes. It stays when all is done: delete it once the model is saved.
 
     Returns:
         A :class:`CompressionReport`, also left as ``model.freqrank_report``.
@@ -288,7 +296,9 @@ def compress(
         TypeError: model, calibration, or an option of the wrong type.
         ValueError: an unknown option or architecture, a ratio outside (0, 1), a group size below 1, wrong calibration
             shapes or values, NaN or Inf in activations, gradients or weights (the message names the layer), a model
-            that is compressed already, or has no language-model head where its loss is wanted.
+            that is compressed already, or has no language-model head where its loss is wanted, a checkpoint of another
+            run.
+        OSError: the checkpoint does not fit on the disk.
 
     Warns:
         UserWarning: fewer calibration tokens than a Gram matrix has rows.
@@ -328,7 +338,13 @@ def compress(
     groups = _group(architecture, rule.shares, group_size, share)
     _warn_if_few(report, groups, architecture)
 
-    work = _Work(architecture, batches, rule, groups, report.tokens, depth_weight)
+    store = None
+    if checkpoint is not None:
+        texts = [t for batch in batches for t in (batch.input_ids, batch.mask) if t is not None]
+        store = Checkpoint(
+            checkpoint, {**settings, "data": fingerprint(model, *texts), "version": freqrank.__version__}
+        )
+    work = _Work(architecture, batches, rule, groups, report.tokens, depth_weight, store)
     passes = 1 + (allocation != "uniform") + (refit in ("sequential", "cross"))
     steps = passes * len(architecture.blocks) + (len(batches) if rule.channels == "gradient" else 0)
     if allocation == "sensitivity":
@@ -501,12 +517,14 @@ class _Work:
         groups: Sequence[_Group],
         tokens: int,
         depth_weight: float | None,
+        store: Checkpoint | None = None,
     ) -> None:
         self.architecture, self.batches, self.rule = architecture, batches, rule
         self.groups, self.tokens, self.depth_weight = groups, tokens, depth_weight
         self.grams: dict[tuple[int, str], Tensor] = {}
         self.channels: dict[tuple[int, str], Tensor] = {}  # vectors, few enough to stay
         self.pools: dict[tuple[tuple[int, ...], str], Pool] = {}  # of layers and a name of what is pooled
+        self.store = store
 
     def gradients(self, model: nn.Module, advance: Any, notes: list[str]) -> None:
         """What a method wants to know of gradients, and a note on what that took."""
@@ -533,7 +551,7 @@ class _Work:
             metric = self._metric(group)
             return squared_singular_values(metric.weights, metric.pool.root, metric.block_weights)
 
-        return self._each(spectrum, advance, "spectra")
+        return self._each(lambda group: self._remember("spectrum", group, spectrum), advance, "spectra")
 
     def losses(self, model: nn.Module, ratio: float, advance: Any, notes: list[str]) -> list[dict[int, float]]:
         """The model's loss with each group alone cut off at each of its trial ranks, and a note on what that took."""
@@ -541,19 +559,23 @@ class _Work:
         sample = first_tokens(self.batches, _TRIAL_TOKENS)
         dense = next_token_loss(model, sample)
 
-        def losses(group: _Group) -> dict[int, float]:
-            metric, found = self._metric(group), {}
+        def losses(group: _Group) -> Tensor:
+            metric, found = self._metric(group), []
             ranks = trial_ranks(group.shape, ratio)
-            linears = [self.architecture.linear(site.layer, site.role) for site in group.sites]
+            own = [self.architecture.weight(site.layer, site.role) for site in group.sites]
             parts = decompose(metric.weights, metric.pool.root, metric.block_weights, rank=ranks[-1])
             for rank in ranks:
                 factors = parts.truncate(rank)
-                with _in_place_of(linears, [factors.basis @ c for c in factors.coefficients]):
-                    found[rank] = next_token_loss(model, sample)
+                with _in_place_of(own, [factors.basis @ c for c in factors.coefficients]):
+                    found.append(next_token_loss(model, sample))
                 advance(f"{group.sites[0].role} of block {group.layers[-1]}: rank {rank}")
-            return found
+            return torch.tensor(found, dtype=torch.float64)
 
-        found = self._each(losses, advance, "sensitivity")
+        def by_rank(group: _Group) -> dict[int, float]:
+            ranks = trial_ranks(group.shape, ratio)
+            return dict(zip(ranks, self._remember("losses", group, losses).tolist(), strict=True))
+
+        found = self._each(by_rank, advance, "sensitivity")
         notes.append(
             f"sensitivity: {sum(map(len, found))} runs of the whole model over {sum(b.tokens for b in sample):,} "
             f"tokens in {time.perf_counter() - start:.0f} s; its loss on them is {dense:.4f} nats a token"
@@ -584,7 +606,9 @@ class _Work:
         for layer in range(len(self.architecture.blocks)):
             self._collect(stream)
             for group in self._complete(layer):
-                self._factor(group, own=how == "own", measure=prefix is None)
+                if not self._recall(group):
+                    self._factor(group, own=how == "own", measure=prefix is None)
+                    self._keep(group)
                 waiting.append(group)
             advance(f"block {layer}")
             if prefix is not None:
@@ -597,6 +621,45 @@ class _Work:
                     self._measure(group, self._metric(group))
                     waiting.remove(group)
             self._release(layer if prefix is None else prefix.layer - 1)
+
+    def _name(self, what: str, group: _Group) -> str:
+        return f"{what}-{self.groups.index(group):05d}"
+
+    def _remember(self, what: str, group: _Group, make: Callable[[_Group], Tensor]) -> Tensor:
+        """What ``make`` finds for a group, or an earlier run has found."""
+        name = self._name(what, group)
+        kept = None if self.store is None else self.store.load(name)
+        if kept is not None:
+            return kept[0][what]
+        found = make(group)
+        if self.store is not None:
+            self.store.save(name, {what: found}, {})
+        return found
+
+    def _keep(self, group: _Group) -> None:
+        """The group as it was found; refits to compressed inputs are done again, with the same result."""
+        if self.store is None:
+            return
+        assert group.report is not None
+        tensors = {str(i): group.coefficients[site] for i, site in enumerate(group.sites) if group.coefficients}
+        if group.basis is not None:
+            tensors["basis"] = group.basis
+        self.store.save(self._name("group", group), tensors, {"report": asdict(group.report), "energy": group.energy})
+
+    def _recall(self, group: _Group) -> bool:
+        """Whether an earlier run has found the group; it then is as that run left it."""
+        kept = None if self.store is None else self.store.load(self._name("group", group))
+        if kept is None:
+            return False
+        tensors, about = kept
+        device = self.architecture.weight(group.sites[0].layer, group.sites[0].role).device
+        group.energy = about["energy"]
+        layers = [LayerReport(**layer) for layer in about["report"].pop("layers")]
+        group.report = GroupReport(**about["report"], layers=layers)
+        if "basis" in tensors:
+            group.basis = tensors.pop("basis").to(device)
+            group.coefficients = {site: tensors[str(i)].to(device) for i, site in enumerate(group.sites)}
+        return True
 
     def _collect(self, stream: BlockStream) -> None:
         """Statistics of the next block's inputs."""
@@ -746,16 +809,16 @@ class _Work:
 
 
 @contextmanager
-def _in_place_of(linears: Sequence[nn.Linear], products: Sequence[Tensor]) -> Iterator[None]:
-    """The linears with these weights [in, out] instead of their own, which come back afterwards."""
-    before = [linear.weight.data for linear in linears]
+def _in_place_of(weights: Sequence[Tensor], products: Sequence[Tensor]) -> Iterator[None]:
+    """Weights [out, in] with products [in, out] instead of their own values, which come back afterwards."""
+    before = [weight.detach().clone() for weight in weights]
     try:
-        for linear, product in zip(linears, products, strict=True):
-            linear.weight.data = product.mT.to(linear.weight.device, linear.weight.dtype)
+        for weight, product in zip(weights, products, strict=True):
+            weight.detach().copy_(product.mT)
         yield
     finally:
-        for linear, weight in zip(linears, before, strict=True):
-            linear.weight.data = weight
+        for weight, own in zip(weights, before, strict=True):
+            weight.detach().copy_(own)
 
 
 def _stored(group: _Group, site: _Site, architecture: Architecture) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from freqrank.lowrank.modules import linear_weight
 from freqrank.lowrank.statistics import Batch
 
 # Logits of sequences that run together stay below this many elements (256 MiB in fp32), or one runs alone.
@@ -46,7 +47,7 @@ def next_token_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
 
 def squared_gradients(
     model: nn.Module,
-    linears: Mapping[str, nn.Linear],
+    linears: Mapping[str, nn.Module],
     batches: Sequence[Batch],
     advance: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Tensor]:
@@ -80,16 +81,19 @@ def squared_gradients(
         >>> squared_gradients(model, {"up": up}, [Batch(torch.tensor([[1, 2, 3]]))])["up"].shape, up.weight.grad
         (torch.Size([16]), None)
     """
-    sums = {
-        linear.weight: torch.zeros(linear.in_features, dtype=torch.float64, device=linear.weight.device)
-        for linear in linears.values()
-    }
+    parameters = {name: linear.get_parameter("weight") for name, linear in linears.items()}
+    sums: dict[nn.Parameter, Tensor] = {}
+    outputs: dict[nn.Parameter, int] = {}  # the dimension of a stored weight that runs over outputs
+    for name, linear in linears.items():
+        weight = linear_weight(linear)
+        sums[parameters[name]] = weight.new_zeros(weight.shape[1], dtype=torch.float64)
+        outputs[parameters[name]] = 0 if weight is parameters[name] else 1
     # Leaves of our own in the parameters' place, so that nothing is left behind in the model.
     leaves = {name: parameter.detach() for name, parameter in model.named_parameters()}
     followed = []
     for name, parameter in model.named_parameters():
         if parameter in sums:
-            leaves[name].requires_grad_().register_post_accumulate_grad_hook(_take(sums[parameter]))
+            leaves[name].requires_grad_().register_post_accumulate_grad_hook(_take(sums[parameter], outputs[parameter]))
             followed.append(leaves[name])
     seen = False
     for batch in batches:
@@ -102,22 +106,22 @@ def squared_gradients(
         advance("gradients")
     if not seen:
         raise ValueError("calibration must hold sequences of two tokens or more, of which the second is predicted")
-    for name, linear in linears.items():
-        if not bool(sums[linear.weight].isfinite().all()):
+    for name, parameter in parameters.items():
+        if not bool(sums[parameter].isfinite().all()):
             raise ValueError(f"the gradient of {name} has NaN or Inf on the calibration tokens")
-    return {name: sums[linear.weight] for name, linear in linears.items()}
+    return {name: sums[parameter] for name, parameter in parameters.items()}
 
 
-def _take(sums: Tensor) -> Callable[[Tensor], None]:
+def _take(sums: Tensor, outputs: int) -> Callable[[Tensor], None]:
     def add(leaf: Tensor) -> None:
         assert leaf.grad is not None
-        sums.add_(leaf.grad.double().square_().sum(0))
+        sums.add_(leaf.grad.double().square_().sum(outputs))
         leaf.grad = None
 
     return add
 
 
-def backward_bytes(linears: Sequence[nn.Linear], tokens: int, vocabulary: int) -> int:
+def backward_bytes(linears: Sequence[nn.Module], tokens: int, vocabulary: int) -> int:
     """An estimate of what a backward pass holds beside the weights, for a sequence of so many tokens.
 
     The inputs and outputs of the linears, the logits in the model's dtype and twice in float32, and one gradient with
@@ -126,9 +130,10 @@ def backward_bytes(linears: Sequence[nn.Linear], tokens: int, vocabulary: int) -
     >>> backward_bytes([nn.Linear(16, 32)], tokens=10, vocabulary=8)
     9024
     """
-    size = linears[0].weight.element_size()
-    features = sum(linear.in_features + linear.out_features for linear in linears)
-    largest = max(linear.weight.numel() for linear in linears)
+    weights = [linear_weight(linear) for linear in linears]
+    size = weights[0].element_size()
+    features = sum(sum(weight.shape) for weight in weights)
+    largest = max(weight.numel() for weight in weights)
     return tokens * (size * features + (size + 8) * vocabulary) + (size + 8) * largest
 
 

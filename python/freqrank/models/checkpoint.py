@@ -1,0 +1,106 @@
+"""What a long run has finished, on disk: a run that was killed goes on from there and ends with the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+_ABOUT = "checkpoint.json"
+
+
+def fingerprint(model: nn.Module, *texts: Tensor) -> str:
+    """SHA-256 of a model's weights and of some tensors, names, shapes and dtypes among them.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> before = fingerprint(layer)
+    >>> _ = nn.init.constant_(layer.bias, 3.0)
+    >>> fingerprint(layer) == before, len(before)
+    (False, 64)
+    """
+    digest = hashlib.sha256()
+    for name, tensor in [*model.state_dict().items(), *((str(i), text) for i, text in enumerate(texts))]:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class Checkpoint:
+    """Named pieces, tensors and JSON, in a folder. A piece is there whole or not at all.
+
+    Args:
+        folder: absent, empty, or of an earlier run of the same thing.
+        run: what the run is, in JSON types: pieces of another one are not taken.
+
+    Raises:
+        ValueError: the folder holds something else, another run's pieces, or a damaged file.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Checkpoint(folder, {"seed": 0}).save("first", {"x": torch.ones(2)}, {"rank": 3})
+    ...     Checkpoint(folder, {"seed": 0}).load("first"), Checkpoint(folder, {"seed": 0}).load("second")
+    (({'x': tensor([1., 1.])}, {'rank': 3}), None)
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        about = self.folder / _ABOUT
+        run = json.loads(json.dumps(dict(run)))
+        if about.is_file():
+            try:
+                before = json.loads(about.read_text())
+            except ValueError as error:
+                raise ValueError(f"{about} is damaged ({error}): delete {self.folder} to begin anew") from None
+            different = sorted(key for key in run.keys() | before.keys() if run.get(key) != before.get(key))
+            if different:
+                what = ", ".join(different)
+                raise ValueError(f"{self.folder} holds a run that differs in {what}: name another folder, or delete it")
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ValueError(f"{self.folder} is not empty and holds no checkpoint: name another folder")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write(_ABOUT, lambda path: path.write_text(json.dumps(run, indent=1) + "\n"))
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Keep a piece. Raises OSError where it does not fit on the disk; what was there before stays."""
+        held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        metadata = {"about": json.dumps(dict(about))}
+        self._write(f"{name}.safetensors", lambda path: save_file(held, path, metadata=metadata))
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """A piece that was kept, or None."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return tensors, json.loads(file.metadata()["about"])
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it to make it again") from None
+
+    def remove(self) -> None:
+        """Delete the pieces, and the folder if nothing else is in it."""
+        for path in [*self.folder.glob("*.safetensors"), *self.folder.glob("*.part"), self.folder / _ABOUT]:
+            path.unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _write(self, name: str, write: Any) -> None:
+        part = self.folder / f"{name}.part"
+        try:
+            write(part)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        os.replace(part, self.folder / name)

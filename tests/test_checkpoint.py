@@ -193,7 +193,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     assert about == {"n": 1}
     assert store.load("second") is None
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["checkpoint.json", "first.safetensors"]
-    store.remove()
+    Checkpoint.remove(tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
 

@@ -135,6 +135,25 @@ def test_compress(run, folder, tmp_path, method):
     failed(again, "not empty")
 
 
+def test_a_stopped_compression_goes_on(run, folder, tmp_path, monkeypatch):
+    from freqrank.models import compression
+
+    def compress(name):
+        arguments = ["compress", folder / "tiny", "-o", tmp_path / name, "--calibration", folder / "text.txt"]
+        return run(*arguments, "--checkpoint", tmp_path / "pieces", "--samples", "4", "--length", "32")
+
+    real = compression._convert
+    monkeypatch.setattr(compression, "_convert", lambda *_: (_ for _ in ()).throw(ValueError("stopped")))
+    failed(compress("out"), "stopped")
+    assert not (tmp_path / "out").exists()
+    assert len(list((tmp_path / "pieces").glob("group-*"))) > 0
+    monkeypatch.setattr(compression, "_convert", real)
+    monkeypatch.setattr(compression._Work, "_factor", None)  # all of it is there
+    assert compress("out").exit_code == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not (tmp_path / "pieces").exists()
+
+
 def test_merge(run, folder, tmp_path):
     text = folder / "text.txt"
     run("compress", folder / "tiny", "-o", tmp_path / "small", "--calibration", text, "--ratio", "0.4")

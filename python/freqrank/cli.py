@@ -353,6 +353,7 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Replace a model's linears by calibrated low-rank factors that layers share, and save the smaller model."""
+    from freqrank.models.checkpoint import Checkpoint
     from freqrank.models.compression import compress as compress_model
     from freqrank.models.saving import check_output_folder
 
@@ -381,10 +382,13 @@ def compress(
         seed=seed,
         progress=True,
         depth_weight=depth_weight,
+        checkpoint=checkpoint,
     )
     if held_out is not None:
         losses["after"] = evaluate.loss(network, held_out, window=window, progress=True)
     _save(network, output, tokenizer)
+    if checkpoint is not None:
+        Checkpoint.remove(checkpoint)
     after = _count(network)
 
     def show() -> None:

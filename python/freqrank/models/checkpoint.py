@@ -87,12 +87,16 @@ class Checkpoint:
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it to make it again") from None
 
-    def remove(self) -> None:
-        """Delete the pieces, and the folder if nothing else is in it."""
-        for path in [*self.folder.glob("*.safetensors"), *self.folder.glob("*.part"), self.folder / _ABOUT]:
-            path.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+    @staticmethod
+    def remove(folder: str | os.PathLike[str]) -> None:
+        """Delete the pieces in a checkpoint's folder, and the folder if nothing else is in it."""
+        path = Path(folder)
+        if not (path / _ABOUT).is_file():
+            return
+        for piece in [*path.glob("*.safetensors"), *path.glob("*.part"), path / _ABOUT]:
+            piece.unlink(missing_ok=True)
+        if not any(path.iterdir()):
+            path.rmdir()
 
     def _write(self, name: str, write: Any) -> None:
         part = self.folder / f"{name}.part"

@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 from freqrank.models.architectures import find_architecture  # noqa: E402
 from freqrank.models.registration import QUANT_METHOD  # noqa: E402
 from freqrank.models.streaming import BlockStream, evaluating  # noqa: E402
+from freqrank.models.whole import squared_gradients  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
@@ -335,6 +336,31 @@ def test_a_fresh_process_computes_equal_logits(pair, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines() == [f"{case} True" for case in CASES]
+
+
+@pytest.mark.parametrize("case", ["gpt2", "opt", "phi3", "gpt-neox", "gemma"])
+def test_methods_that_need_more_than_grams(case):
+    """Magnitudes, gradients and trials find the linears wherever they are, and leave the model's own weights alone."""
+    model = build(case)
+    for options in ({"method": "fwsvd"}, {"method": "asvd", "allocation": "sensitivity", "ratio": 0.6}):
+        small, report = compressed(model, tokens(6, 12), **options)
+        assert report.block_ratio >= report.settings["ratio"]
+        assert logits(small).isfinite().all()
+        untouched = dict(small.named_parameters())
+        assert all(torch.equal(p, untouched[n]) for n, p in model.named_parameters() if n in untouched and "norm" in n)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    architecture = find_architecture(model)
+    ids = tokens(3, 12)
+    linears = {role: architecture.linear(1, role) for role in architecture.roles}
+    found = squared_gradients(model, linears, read_calibration(ids))
+    for role, linear in linears.items():
+        want = 0
+        for row in ids:
+            loss = nn.functional.cross_entropy(model(row[None]).logits[0, :-1], row[1:], reduction="sum")
+            (grad,) = torch.autograd.grad(loss, linear.weight)
+            want = want + (grad if isinstance(linear, Conv1D) else grad.mT).square().sum(1)
+        torch.testing.assert_close(found[role], want)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 @every

@@ -325,9 +325,8 @@ def compress(
     share: Annotated[str, typer.Option(help="What shares a basis: layers, modules or both.")] = "layers",
     scale: Annotated[str, typer.Option(help="A layer's input scale: trace, frobenius, spectral or none.")] = "trace",
     exponent: Annotated[
-        float | None,
-        typer.Option(help="Power of lisc's scale correction (default 1) or asvd's weights (0.5); 0: none."),
-    ] = None,
+        float, typer.Option(help="Power of lisc's scale correction, twice that of asvd's channel weights; 0 is none.")
+    ] = 1.0,
     block_weight: Annotated[str | None, typer.Option(help="Weight of a layer's block: norm or sqrt-scale.")] = None,
     refit: Annotated[str | None, typer.Option(help="Refit of the coefficients: own, sequential or cross.")] = None,
     allocation: Annotated[str, typer.Option(help="Ranks: uniform, effective-rank, auto or sensitivity.")] = "uniform",

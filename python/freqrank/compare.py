@@ -239,7 +239,7 @@ def compare(
     validation: Tensor,
     test: Tensor,
     *,
-    methods: Sequence[str] = ("svd", "svd-llm", "basis-sharing", "lisc"),
+    methods: Sequence[str] = ("svd", "fwsvd", "asvd", "svd-llm", "basis-sharing", "lisc"),
     ratios: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
     group_sizes: Sequence[int] = (2, 3, 6),
     refits: Sequence[str | None] = (None,),

@@ -116,22 +116,19 @@ class Diagonal(Method):
 
 
 @register
-@dataclass(frozen=True)
 class ASVD(Diagonal):
-    """Activation-aware SVD (Yuan et al., arXiv 2312.05821): s_j = (mean_t |x_tj|)^exponent, and 1e-6 of their mean.
+    """Activation-aware SVD (Yuan et al., arXiv 2312.05821): s_j = (mean_t |x_tj|)^(exponent / 2), and 1e-6 of the mean.
 
-    Its search for ranks is ``allocation="sensitivity"``. The released code truncates by a randomised SVD without
-    oversampling, which loses more; this is the exact one.
+    ``exponent=1``, the root, is what it was published with. Its search for ranks is ``allocation="sensitivity"``. The
+    released code truncates by a randomised SVD without oversampling, which loses more; this is the exact one.
     """
 
     name = "asvd"
     switches = frozenset({"exponent"})
     channels = "magnitude"
 
-    exponent: float = 0.5
-
     def weights(self, values: Tensor) -> Tensor:
-        return channel_weights(values, self.exponent)  # the sum for the mean: a common factor changes nothing
+        return channel_weights(values, self.exponent / 2)  # the sum for the mean: a common factor changes nothing
 
 
 @register

@@ -234,7 +234,7 @@ def compress(
     group_size: int = 2,
     share: str = "layers",
     scale: str = "trace",
-    exponent: float | None = None,
+    exponent: float = 1.0,
     block_weight: str | None = None,
     refit: str | None = None,
     allocation: str = "uniform",
@@ -260,10 +260,9 @@ def compress(
         calibration: token ids, a LongTensor [N, T], or an iterable, consumed once, of such tensors or of dicts with
             ``input_ids`` and maybe ``attention_mask``, whose zeros mark padding.
         method: "svd", "asvd", "fwsvd" and "svd-llm" factor each weight alone, whatever ``group_size`` and ``share``: as
-            it stands, with input channels weighted by (mean |x|)^exponent or by the root of their Fisher information,
-            and whitened by the Gram matrix;
-            "basis-sharing" pools plain Gram matrices; "lisc" pools sum_l alpha_l G_l,
-            alpha_l = (mean(s) / s_l)^exponent. See `freqrank.lowrank.methods`.
+            it stands, with input channels weighted by (mean |x|)^(exponent / 2) or by the root of their Fisher
+            information, and whitened by the Gram matrix; "basis-sharing" pools plain Gram matrices; "lisc" pools
+            sum_l alpha_l G_l, alpha_l = (mean(s) / s_l)^exponent. See `freqrank.lowrank.methods`.
         ratio: fraction of the compressed linears' parameters to remove, in (0, 1). Each basis gets
             floor((1 - ratio) d1 D2 / (d1 + D2)) directions, D2 the outputs of all its linears.
         group_size: consecutive layers that share a basis; the last group may be shorter. What is shared: q, k, v, gate
@@ -271,7 +270,7 @@ def compress(
         share: "layers": a role's weights of neighbouring layers; "modules": q, k, v (and gate, up) of one layer, which
             read the same input, and where one linear computes them are one weight already; "both".
         scale: s_l for "lisc": "trace" (mean square input), "frobenius" or "spectral" norm of G_l, or "none" (all 1).
-        exponent: for "lisc" and "asvd", >= 0; None: the method's own, 1 for "lisc" and 0.5 for "asvd".
+        exponent: for "lisc" and "asvd", >= 0; 1 is what each was published with.
         block_weight: factor on each weight of a group for "lisc": None, "norm" (1 / ||W_l||_F) or "sqrt-scale"
             (sqrt(s_l)). With one of them the result does not depend on how a norm's gain and a weight share a factor.
         refit: how coefficients are fitted again to the bases: None; "own": to each layer's own inputs; "sequential": to
@@ -318,11 +317,10 @@ def compress(
     _check_options(
         method, ratio, group_size, share, scale, exponent, block_weight, refit, allocation, seed, depth_weight
     )
-    own = {} if exponent is None else {"exponent": float(exponent)}
-    rule = METHODS[method](scale=scale, block_weight=block_weight, **own)
+    rule = METHODS[method](scale, float(exponent), block_weight)
     if depth_weight is not None and not rule.shares:
         warnings.warn(f"{method!r} factors each weight alone, so depth_weight changes nothing", stacklevel=2)
-    unused = {"block_weight": block_weight is not None, "exponent": exponent not in (None, 1.0)}
+    unused = {"block_weight": block_weight is not None, "exponent": exponent != 1.0}
     for name in [name for name, given in unused.items() if given and name not in rule.switches]:
         users = ", ".join(repr(other) for other, known in METHODS.items() if name in known.switches)
         warnings.warn(f"{name} is a switch of {users}; {method!r} ignores it", stacklevel=2)
@@ -417,9 +415,9 @@ def _check_options(
         raise TypeError(f"ratio must be a number; got {type(ratio).__name__}")
     if not 0 < ratio < 1:
         raise ValueError(f"ratio must be between 0 and 1, both excluded; got {ratio}")
-    if isinstance(exponent, bool) or not isinstance(exponent, (int, float, type(None))):
-        raise TypeError(f"exponent must be a number or None; got {type(exponent).__name__}")
-    if exponent is not None and not 0 <= exponent < math.inf:
+    if isinstance(exponent, bool) or not isinstance(exponent, (int, float)):
+        raise TypeError(f"exponent must be a number; got {type(exponent).__name__}")
+    if not 0 <= exponent < math.inf:
         raise ValueError(f"exponent must be finite and not negative; got {exponent}")
     if isinstance(depth_weight, bool) or not isinstance(depth_weight, (int, float, type(None))):
         raise TypeError(f"depth_weight must be a number or None; got {type(depth_weight).__name__}")

@@ -124,7 +124,7 @@ def test_info_is_lapacks(n, dtype):
     assert (info[:-1] > 0).all()
     assert torch.equal(L[-1], good[-1])
     assert torch.equal(L, L.tril()) or bool(L.isnan().any())
-    with pytest.raises(torch.linalg.LinAlgError, match=r"\(Batch element 0\): A is not positive-definite"):
+    with pytest.raises(torch.linalg.LinAlgError, match=r"\(Batch element 0\).*not positive-definite"):
         freqrank.cholesky_ex(a, check_errors=True)
 
 

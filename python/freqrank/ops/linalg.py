@@ -240,8 +240,8 @@ def cholesky_ex(A: Tensor, *, upper: bool = False, check_errors: bool = False) -
     Args:
         A: [..., n, n], float32 or float64, any strides. Only the lower triangle is read (the upper one if ``upper``).
         upper: return upper U with ``U.mT @ U = A`` instead of lower L with ``L @ L.mT = A``.
-        check_errors: raise :class:`torch.linalg.LinAlgError` for the first matrix that fails. This looks at ``info``,
-            which synchronises with a GPU.
+        check_errors: raise :class:`torch.linalg.LinAlgError` for the first matrix that fails, in a compiled graph too.
+            This looks at ``info``, which synchronises with a GPU.
 
     Returns:
         A named tuple (L, info). ``L`` [..., n, n] is zero in the other triangle. ``info`` [...] int32 is 0, or the
@@ -271,7 +271,7 @@ def cholesky_ex(A: Tensor, *, upper: bool = False, check_errors: bool = False) -
     _check_bool("check_errors", check_errors)
     L, info = torch.ops.freqrank.cholesky_ex(A, upper)
     if check_errors:
-        _raise_first_failure("cholesky_ex", info)
+        _raise_first_failure(info)
     return CholeskyResult(L, info)
 
 
@@ -288,8 +288,8 @@ def cholesky_solve_ex(A: Tensor, B: Tensor, *, upper: bool = False, check_errors
         B: [..., n, k], of A's dtype, any strides. Leading dimensions broadcast with A's; an A that is repeated is
             factored as often.
         upper: read the upper triangle and return upper U with ``U.mT @ U = A`` in the place of L.
-        check_errors: raise :class:`torch.linalg.LinAlgError` for the first matrix that fails. This looks at ``info``,
-            which synchronises with a GPU.
+        check_errors: raise :class:`torch.linalg.LinAlgError` for the first matrix that fails, in a compiled graph too.
+            This looks at ``info``, which synchronises with a GPU.
 
     Returns:
         A named tuple (X, L, info). ``X`` [..., n, k]; ``L`` [..., n, n] and ``info`` [...] int32 as those of
@@ -324,20 +324,13 @@ def cholesky_solve_ex(A: Tensor, B: Tensor, *, upper: bool = False, check_errors
     A, B = _in_one_batch(A, B)
     X, L, info = torch.ops.freqrank.cholesky_solve_ex(A, B, upper)
     if check_errors:
-        _raise_first_failure("cholesky_solve_ex", info)
+        _raise_first_failure(info)
     return CholeskySolution(X, L, info)
 
 
-def _raise_first_failure(name: str, info: Tensor) -> None:
-    failed = info.reshape(-1).nonzero().reshape(-1)
-    if failed.numel() == 0:
-        return
-    index = int(failed[0])
-    where = f"(Batch element {index}): " if info.dim() > 0 else ""
-    order = int(info.reshape(-1)[index])
-    raise torch.linalg.LinAlgError(
-        f"{name}: {where}A is not positive-definite: its leading minor of order {order} is not positive-definite"
-    )
+def _raise_first_failure(info: Tensor) -> None:
+    # torch's own, because torch.compile, torch.export and vmap know it
+    torch._linalg_check_errors(info, "linalg.cholesky_ex", is_matrix=info.dim() == 0)
 
 
 def solve_triangular(

@@ -382,6 +382,10 @@ def test_cholesky_errors():
         freqrank.cholesky_ex(torch.ones(3, 4))
     with pytest.raises(ValueError, match="at least 2 dimensions"):
         freqrank.cholesky_ex(torch.ones(3))
+    with pytest.raises(ValueError, match=r"A must be dense, of layout torch\.strided; got torch\.sparse_coo"):
+        freqrank.cholesky_ex(torch.eye(3).to_sparse())
+    with pytest.raises(ValueError, match=r"A must be dense, of layout torch\.strided; got a nested tensor"):
+        freqrank.cholesky_ex(torch.nested.nested_tensor([torch.ones(3, 3), torch.ones(2, 3)], layout=torch.jagged))
     with pytest.raises(TypeError, match="upper must be True or False; got 'L'"):
         freqrank.cholesky_ex(torch.eye(3), upper="L")
 
@@ -451,7 +455,8 @@ def test_cholesky_solve(n, upper, dtype):
         if n > 129 and count > 3:
             continue
         A, B = positive_definite(count, n, dtype=dtype), torch.randn(count, n, k).to(dtype)
-        X, L, info = freqrank.cholesky_solve_ex(with_rubbish(A, upper), B, upper=upper)
+        X, L, info = solution = freqrank.cholesky_solve_ex(with_rubbish(A, upper), B, upper=upper)
+        assert isinstance(solution, freqrank.CholeskySolution)
         assert (X.dtype, X.shape) == (dtype, B.shape)
         assert not info.any()
         assert torch.equal(L, freqrank.cholesky_ex(A, upper=upper).L)

@@ -12,6 +12,7 @@ from freqrank.ops.attention import (
 )
 from freqrank.ops.linalg import (
     CholeskyResult,
+    CholeskySolution,
     Whitening,
     cholesky_ex,
     cholesky_solve_ex,
@@ -26,6 +27,7 @@ from freqrank.ops.transforms import dct, dctn, describe_plan, idct, idctn
 
 __all__ = [
     "CholeskyResult",
+    "CholeskySolution",
     "LinearAttentionState",
     "Whitening",
     "cholesky_ex",

@@ -51,6 +51,9 @@ class Whitening(NamedTuple):
 def _check_matrix(name: str, value: object) -> None:
     check_tensor(name, value)
     assert isinstance(value, Tensor)
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "a nested tensor" if value.is_nested else str(value.layout)
+        raise ValueError(f"{name} must be dense, of layout torch.strided; got {layout}")
     if value.dim() < 2:
         raise ValueError(f"{name} must have at least 2 dimensions; got shape {tuple(value.shape)}")
 
@@ -398,10 +401,14 @@ def logdet(L: Tensor) -> Tensor:
     """The log-determinant of A = L L^T (or U^T U) from its Cholesky factor: 2 sum log diag L.
 
     Args:
-        L: [..., n, n], a triangular factor with a positive diagonal, floating point; only the diagonal is read.
+        L: [..., n, n], a triangular factor with a positive diagonal, float32 or float64; only the diagonal is read.
 
     Returns:
         [...] of L's dtype; 0 for n = 0. NaN where the diagonal holds a negative number or NaN.
+
+    Raises:
+        TypeError: L is not float32 or float64.
+        ValueError: L is not square.
 
     >>> import torch
     >>> logdet(cholesky_ex(torch.diag(torch.tensor([1.0, 4.0]))).L)

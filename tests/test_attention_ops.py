@@ -870,6 +870,28 @@ def test_feature_map_step_keeps_nan_to_its_row_and_head(feature):
     assert torch.equal(after.nan_to_num(7), kv.nan_to_num(7))
 
 
+@pytest.mark.parametrize("step", [linear_attention_step, lambda *a: feature_map_attention_step(*a, torch.ones(2, 3))])
+def test_steps_write_where_autograd_sees_it(step):
+    q = torch.ones(1, 1, 2)
+    features = 2 if step is linear_attention_step else 3
+    for saved in range(2):
+        state = LinearAttentionState(torch.zeros(1, 1, features, 2), torch.zeros(1, 1, features))
+        w = torch.ones((), requires_grad=True)
+        loss = (w * state[saved]).sum()
+        step(q, q, q, state)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    with pytest.raises(RuntimeError, match="step has no forward-mode derivative"):
+        torch.func.jvp(lambda q: step(q, q, q, state), (q,), (q,))
+
+
+def test_vmap_over_log_decay():
+    q, log_decay = torch.randn(3, 1, 5, 2, 4), -torch.rand(3, 2)
+    run = lambda q, log_decay: linear_attention(q, q, q, log_decay=log_decay)[0]  # noqa: E731
+    want = torch.stack([run(*each) for each in zip(q, log_decay, strict=True)])
+    assert torch.equal(torch.func.vmap(run)(q, log_decay), want)
+
+
 def test_feature_map_step_is_for_inference_only():
     q = torch.ones(1, 1, 2)
     state = LinearAttentionState(torch.zeros(1, 1, 3, 2))

@@ -137,6 +137,14 @@ def test_gram_accumulates():
     assert relative(acc, reference.gram(x)) < 1e-14
 
 
+def test_gram_accumulating_spoils_what_backward_saved():
+    acc, w = torch.eye(2, dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64, requires_grad=True)
+    loss = (w * acc).sum()
+    freqrank.gram_(acc, torch.ones(3, 2))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_gram_nan_stays_in_its_batch_entry():
     x = torch.randn(4, 50, 60)
     x[1, 3, 7] = float("nan")
@@ -959,6 +967,25 @@ def test_function_transforms_and_forward_mode(name):
             jvp()
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="use reverse mode"):
         run(forward_ad.make_dual(a, a))
+
+
+def test_transforms_of_what_has_no_derivative():
+    a = positive_definite(3)
+    accumulate = lambda a: freqrank.gram_(torch.zeros_like(a), a)  # noqa: E731
+    for run in (lambda a: freqrank.whiten(a).factor, accumulate):
+        inner = lambda a, run=run: torch.func.jvp(lambda s: s * run(a), (a,), (a,))[1]  # noqa: E731
+        for jvp in (lambda f=run: torch.func.jvp(f, (a,), (a,)), lambda f=inner: torch.func.jacfwd(f)(a)):
+            with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+                jvp()
+    hidden = lambda a: torch.func.vmap(lambda s: freqrank.whiten(a * s).factor)(torch.ones(2)).sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match="whiten is not differentiable"):
+        torch.func.grad(hidden)(a)
+    many, scale = positive_definite(4, 3), torch.rand(4) + 0.5
+    white = torch.func.vmap(lambda a, s: freqrank.whiten(a, scale=s))(many, scale)
+    assert torch.equal(white.factor, freqrank.whiten(many, scale=scale).factor)
+    acc = many.clone()
+    torch.func.vmap(freqrank.gram_)(acc, many)
+    torch.testing.assert_close(acc, many + freqrank.gram(many))
 
 
 def test_meta_tensors():

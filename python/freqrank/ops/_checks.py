@@ -30,9 +30,16 @@ def checks_enabled() -> bool:
 
 
 def check_values(tensor: Tensor) -> bool:
-    """Whether to look at the values of ``tensor``: a CPU tensor in eager mode, or any under ``set_checks(True)``."""
+    """Whether to look at the values of ``tensor``: a CPU tensor in eager mode, or any under ``set_checks(True)``.
+
+    Never inside :func:`torch.func.vmap`, which lets nobody see them.
+    """
     if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor) or tensor.is_meta:
         return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor.device.type == "cpu" or _value_checks
 
 

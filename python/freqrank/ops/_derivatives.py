@@ -87,6 +87,13 @@ def register_derivatives(
     _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
 
 
+def carries_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one of ``tensors`` has a tangent, which an op that writes in place would lose."""
+    return forward_ad._current_level >= 0 and any(
+        x is not None and x.is_floating_point() and _unpack_dual(x, level=0)[1] is not None for x in tensors
+    )
+
+
 def _may_be_differentiated(arguments: tuple[Any, ...], *, forward_mode: bool) -> bool:
     """Whether to go through autograd, which takes several times as long."""
     if forward_ad._current_level >= 0 or functorch_level() is not None:

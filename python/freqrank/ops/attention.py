@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from freqrank.ops._checks import check_device, check_dtype, check_option, check_tensor, check_values
-from freqrank.ops._derivatives import register_derivatives
+from freqrank.ops._derivatives import carries_tangent, register_derivatives
 
 MAX_DIM = 256
 MAX_FEATURES = 512
@@ -189,6 +190,8 @@ def _refuse_gradients(scan: str, tensors: dict[str, Tensor | None]) -> None:
                 f"{scan}_step has no gradient, and {', '.join(wanting)} require one: call it under "
                 f"torch.no_grad() (or detach them), or use {scan} with initial_state to train"
             )
+    if carries_tangent(*tensors.values()):
+        raise RuntimeError(f"{scan}_step has no forward-mode derivative: detach its inputs")
 
 
 def _check_step(
@@ -219,6 +222,13 @@ def _check_step(
         if x is not None and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
             raise ValueError(f"{name} is updated in place and must not be expanded; got strides {x.stride()}")
     return kv, z, log_decay
+
+
+def _written(kv: Tensor, z: Tensor | None) -> None:
+    """A backward pass that saved the state must notice that a step has changed it."""
+    increment_version(kv)
+    if z is not None:
+        increment_version(z)
 
 
 # --- the scan -----------------------------------------------------------------------------------------------------
@@ -360,7 +370,7 @@ def linear_attention_step(
 
     Raises:
         TypeError, ValueError: as :func:`linear_attention`.
-        RuntimeError: gradients are being recorded and an input requires one.
+        RuntimeError: gradients are being recorded and an input requires one, or an input has a tangent.
 
     >>> state = LinearAttentionState(torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 2))
     >>> one = torch.ones(1, 1, 2); v = torch.full((1, 1, 1), 3.0)
@@ -371,12 +381,14 @@ def linear_attention_step(
     _check_dim("K, the last dimension of q,", q.shape[-1], MAX_FEATURES)
     _check_dim("V, the last dimension of v,", v.shape[-1], MAX_FEATURES)
     _check_numbers(scale, eps)
-    state_and_decay = _check_step("linear_attention", q, k, v, q.shape[2], state, log_decay, normalize, mask)
+    kv, z, log_decay = _check_step("linear_attention", q, k, v, q.shape[2], state, log_decay, normalize, mask)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return torch.ops.freqrank.linear_attention_step(
-        q, k, v, *state_and_decay, mask, float(scale), bool(normalize), float(eps)
+    o = torch.ops.freqrank.linear_attention_step(
+        q, k, v, kv, z, log_decay, mask, float(scale), bool(normalize), float(eps)
     )
+    _written(kv, z)
+    return o
 
 
 # --- feature maps -------------------------------------------------------------------------------------------------
@@ -564,7 +576,7 @@ def feature_map_attention_step(
 
     Raises:
         TypeError, ValueError: as :func:`feature_map_attention`.
-        RuntimeError: gradients are being recorded and an input requires one.
+        RuntimeError: gradients are being recorded and an input requires one, or an input has a tangent.
 
     Features are float32 (float64 for float64) and made where they are used: one kernel on either device.
 
@@ -582,9 +594,11 @@ def feature_map_attention_step(
         "feature_map_attention", q, k, v, features, state, log_decay, normalize, mask, projection=projection,
         weights=weights,
     )  # fmt: skip
-    return torch.ops.freqrank.feature_map_attention_step(
+    o = torch.ops.freqrank.feature_map_attention_step(
         q, k, v, projection, weights, FEATURES.index(feature), kv, z, log_decay, mask, bool(normalize), float(eps)
     )
+    _written(kv, z)
+    return o
 
 
 def _dct_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -702,7 +716,7 @@ def dijiang_attention_step(
 
     Raises:
         TypeError, ValueError: as :func:`dijiang_attention`.
-        RuntimeError: gradients are being recorded and an input requires one.
+        RuntimeError: gradients are being recorded and an input requires one, or an input has a tangent.
 
     >>> q, v = torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
     >>> o, state = dijiang_attention(q[:, :6], q[:, :6], v[:, :6], torch.ones(8), output_final_state=True)

@@ -6,13 +6,15 @@ from it, because forming it squares the condition number of the activations.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from freqrank.ops._checks import check_device, check_dtype, check_tensor, check_values
-from freqrank.ops._derivatives import register_derivatives
+from freqrank.ops._derivatives import functorch_level, register_derivatives
 
 _SOLVER_FLOATS = (torch.float32, torch.float64)
 _GPU_BATCH_SIZES = 6  # kGramBatchSizes of csrc/whitening/gram_device.h
@@ -174,7 +176,8 @@ def gram_(acc: Tensor, x: Tensor, y: Tensor | None = None, *, weight: Tensor | N
         acc: [..., n, m], the shape of :func:`gram`'s result, float64, any strides without overlap.
         x, y, weight: as for :func:`gram`.
 
-    Not differentiable: raises RuntimeError if a gradient would be needed.
+    Not differentiable: raises RuntimeError if a gradient would be needed, NotImplementedError in forward mode. Inside a
+    transform of :mod:`torch.func` it makes a temporary of ``acc``'s size.
 
     >>> import torch
     >>> acc = torch.zeros(2, 2, dtype=torch.float64)
@@ -195,7 +198,10 @@ def gram_(acc: Tensor, x: Tensor, y: Tensor | None = None, *, weight: Tensor | N
         raise ValueError(f"acc must not overlap itself (an expanded tensor); got strides {acc.stride()}")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (acc, x, y, weight)):
         raise RuntimeError("gram_ is not differentiable: call it under torch.no_grad(), detach its input, or use gram")
+    if forward_ad._current_level >= 0 or functorch_level() is not None:
+        return acc.add_(torch.ops.freqrank.gram(x, y, weight))  # which has a rule for vmap and refuses tangents
     torch.ops.freqrank.gram_(acc, x, y, weight)
+    increment_version(acc)  # a backward pass that saved acc must notice
     return acc
 
 
@@ -563,7 +569,7 @@ def whiten(gram: Tensor, *, scale: float | Tensor | None = None) -> Whitening:
         cures it). A NaN in one matrix fails that matrix alone.
 
     One native call, nothing is copied to the host. Not differentiable: raises RuntimeError if a gradient would be
-    needed.
+    needed, NotImplementedError in forward mode.
 
     On a GPU at most 8 batch dimensions that do not follow each other in memory are allowed.
 
@@ -591,6 +597,14 @@ def _(gram: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         gram.new_empty(batch, dtype=torch.float64),
         gram.new_empty(batch, dtype=torch.int32),
     )
+
+
+def _whiten_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+    raise RuntimeError("whiten is not differentiable: detach its input, or use cholesky_ex")
+
+
+# for transforms of torch.func that hide what requires a gradient, and for tangents
+register_derivatives("whiten", _whiten_backward, setup_context=lambda ctx, inputs, output: None)
 
 
 def whiten_eigh(gram: Tensor, *, scale: float | Tensor | None = None) -> Whitening:

@@ -40,7 +40,7 @@ struct CholeskyMeanKernel {
 template <class T>
 struct CholeskyCopyKernel {
   static constexpr const char* name = sizeof(T) == 8 ? "cholesky_copy_double" : "cholesky_copy";
-  static constexpr int max_threads = 256, min_blocks = 4;
+  static constexpr int max_threads = 256, min_blocks = 3;
   static constexpr int tile = 64, pitch = tile_pitch<T>(tile);
   static constexpr int shared_bytes = tile * pitch * static_cast<int>(sizeof(T));
 

@@ -83,6 +83,17 @@ def _broadcast(named: dict[str, tuple[torch.Size, Tensor]]) -> torch.Size:
         raise ValueError(f"the leading (batch) dimensions must match or broadcast; got {shapes}") from None
 
 
+def _check_system(A: object, B: object) -> None:
+    """What all solvers want of A X = B; sizes are left to them."""
+    _check_square("A", A)
+    _check_matrix("B", B)
+    assert isinstance(A, Tensor)
+    assert isinstance(B, Tensor)
+    check_dtype("A", A, _SOLVER_FLOATS)
+    check_dtype("B", B, (A.dtype,))
+    check_device("B", B, "A", A)
+
+
 def _in_one_batch(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Matrices expanded to common leading dimensions."""
     if A.shape[:-2] == B.shape[:-2]:
@@ -321,11 +332,7 @@ def cholesky_solve_ex(A: Tensor, B: Tensor, *, upper: bool = False, check_errors
     >>> logdet(L).exp()
     tensor(16.)
     """
-    _check_square("A", A)
-    _check_matrix("B", B)
-    check_dtype("A", A, _SOLVER_FLOATS)
-    check_dtype("B", B, (A.dtype,))
-    check_device("B", B, "A", A)
+    _check_system(A, B)
     _check_bool("upper", upper)
     _check_bool("check_errors", check_errors)
     if B.shape[-2] != A.shape[-1]:
@@ -377,11 +384,7 @@ def solve_triangular(
     tensor([[1.],
             [2.]])
     """
-    _check_square("A", A)
-    _check_matrix("B", B)
-    check_dtype("A", A, _SOLVER_FLOATS)
-    check_dtype("B", B, (A.dtype,))
-    check_device("B", B, "A", A)
+    _check_system(A, B)
     _check_bool("upper", upper)
     _check_bool("left", left)
     _check_bool("unitriangular", unitriangular)

@@ -306,12 +306,14 @@ def compare(
         "test_tokens": test.numel(),
         "window": window,
         "seed": seed,
-        "data": fingerprint(model, calibration, validation, test),
         "version": freqrank.__version__,
     }
     done = Comparison(settings)
-    state = None if folder is None else Path(folder) / _STATE
-    known = {} if state is None else _known(state, settings)
+    state, known = None, {}
+    if folder is not None:
+        state = Path(folder) / _STATE
+        settings["data"] = fingerprint(model, calibration, validation, test)
+        known = _known(state, settings)
     wanted = _wanted(methods, ratios, group_sizes, refits, spreads)
     layers = len(architecture.blocks)
     spread_models: dict[str, nn.Module] = {"none": model}

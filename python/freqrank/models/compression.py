@@ -553,11 +553,12 @@ class _Work:
 
     def losses(self, model: nn.Module, ratio: float, advance: Any, notes: list[str]) -> list[dict[int, float]]:
         """The model's loss with each group alone cut off at each of its trial ranks, and a note on what that took."""
-        start = time.perf_counter()
+        start, runs = time.perf_counter(), 0
         sample = first_tokens(self.batches, _TRIAL_TOKENS)
         dense = next_token_loss(model, sample)
 
         def losses(group: _Group) -> Tensor:
+            nonlocal runs
             metric, found = self._metric(group), []
             ranks = trial_ranks(group.shape, ratio)
             own = [self.architecture.weight(site.layer, site.role) for site in group.sites]
@@ -567,6 +568,7 @@ class _Work:
                 with _in_place_of(own, [factors.basis @ c for c in factors.coefficients]):
                     found.append(next_token_loss(model, sample))
                 advance(f"{group.sites[0].role} of block {group.layers[-1]}: rank {rank}")
+            runs += len(found)
             return torch.tensor(found, dtype=torch.float64)
 
         def by_rank(group: _Group) -> dict[int, float]:
@@ -575,7 +577,7 @@ class _Work:
 
         found = self._each(by_rank, advance, "sensitivity")
         notes.append(
-            f"sensitivity: {sum(map(len, found))} runs of the whole model over {sum(b.tokens for b in sample):,} "
+            f"sensitivity: {runs} runs of the whole model over {sum(b.tokens for b in sample):,} "
             f"tokens in {time.perf_counter() - start:.0f} s; its loss on them is {dense:.4f} nats a token"
         )
         return found

@@ -57,6 +57,20 @@ def test_rows_are_what_compress_and_evaluate_give(model, texts):
     assert dense.bytes > eight.bytes > four.bytes
 
 
+def test_switches_stand_behind_a_methods_name(model, texts):
+    methods = ["best", "lisc block_weight=norm depth_weight=2", "basis-sharing share=modules"]
+    done = compare(model, *texts, **{**OPTIONS, "methods": methods, "ratios": [0.5]})
+    rows = [row for row in done.rows if row.ratio]
+    assert [(row.name, row.group_size) for row in rows] == [
+        ("best", 1), (methods[1], 2), (methods[1], 4), (methods[2], 1),
+    ]  # fmt: skip
+    copied = transformers.LlamaForCausalLM(model.config).eval()
+    copied.load_state_dict(model.state_dict())
+    options = {"method": "lisc", "ratio": 0.5, "group_size": 4, "block_weight": "norm", "depth_weight": 2.0}
+    freqrank.compress(copied, texts[0], progress=False, **options)
+    assert rows[2].test == evaluate.loss(copied, texts[2], window=32)
+
+
 def test_the_best_is_chosen_on_validation_and_shown_on_test():
     def row(group_size, validation, test):
         return Row("lisc", "none", 0.4, group_size, None, 100, 0.4, validation, test, 1.0)
@@ -154,7 +168,10 @@ def test_a_folder_of_something_else_is_refused(model, texts, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": ["magic"]}, "methods must be of 'svd'.*got 'magic'"),
+        ({"methods": ["magic"]}, "methods must begin with one of 'svd'.*got 'magic'"),
+        ({"methods": ["lisc norm"]}, "behind a method stand switches NAME=VALUE of allocation, .*; got 'norm'"),
+        ({"methods": ["lisc refit=own"]}, "behind a method stand switches NAME=VALUE of .*; got 'refit=own'"),
+        ({"methods": ["lisc exponent=x"]}, "exponent must be a number; got 'x'"),
         ({"refits": ["again"]}, "refits must be of None, 'own'.*got 'again'"),
         ({"spreads": ["wide"]}, "spreads must be of 'none', 'rising', 'falling'; got 'wide'"),
         ({"ratios": []}, "ratios must not be empty"),

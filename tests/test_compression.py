@@ -490,31 +490,37 @@ def test_lisc_without_block_weight_reweights_the_layers_and_says_so():
     assert q[0].alpha > q[1].alpha > q[2].alpha
 
 
-def test_alpha_flattens_the_errors_where_only_inputs_are_scaled():
+@pytest.mark.parametrize("group_size", [2, 3, 4, 6])
+def test_alpha_flattens_the_errors_where_only_inputs_are_scaled(group_size):
     generator = torch.Generator().manual_seed(0)
-    n, d2, t, layers = 48, 64, 512, (0.05, 0.3, 1.0, 3.0)
+    n, d2, t, scales = 48, 64, 512, (0.05, 1.0, 0.3, 3.0, 0.1, 0.6)
     grams, weights = [], []
     decay = torch.logspace(0, -1.5, n, dtype=torch.float64)
-    for s in layers:
+    for s in scales:
         rotation = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
         x = s * torch.randn(t, n, generator=generator, dtype=torch.float64) * decay @ rotation
         grams.append(x.T @ x)
         weights.append(torch.randn(n, d2, generator=generator, dtype=torch.float64))
 
-    def errors(method, **options):
+    def errors(layers, method, **options):
+        """Relative output error of each layer of a group."""
+        ours, theirs = [grams[i] for i in layers], [weights[i] for i in layers]
         rule = METHODS[method](**options)
-        pool = rule.pool(grams, t)
-        f = fz.factorize(weights, pool.root, 30, rule.block_weights(weights, pool.scales))
-        pairs = (fz.squared_error(w, f.basis @ c, g) for w, c, g in zip(weights, f.coefficients, grams, strict=True))
+        pool = rule.pool(ours, t)
+        f = fz.factorize(theirs, pool.root, 30, rule.block_weights(theirs, pool.scales))
+        pairs = (fz.squared_error(w, f.basis @ c, g) for w, c, g in zip(theirs, f.coefficients, ours, strict=True))
         return [math.sqrt(lost / total) for lost, total in pairs]
 
-    plain, calibrated = errors("basis-sharing"), errors("lisc")
-    assert max(plain) / min(plain) > 3
-    assert max(calibrated) / min(calibrated) < 1.3
-    assert calibrated[0] < 0.6 * plain[0]
-    assert calibrated[3] > plain[3]  # what it costs
-    half = errors("lisc", exponent=0.5)
-    assert max(calibrated) < max(half) < max(plain)
+    for first in range(0, len(scales), group_size):
+        layers = range(first, min(first + group_size, len(scales)))
+        plain, calibrated = errors(layers, "basis-sharing"), errors(layers, "lisc")
+        smallest, largest = (pick(range(len(layers)), key=lambda i: scales[layers[i]]) for pick in (min, max))
+        assert max(plain) / min(plain) > 1.8
+        assert max(calibrated) / min(calibrated) < 1.35
+        assert calibrated[smallest] < 0.7 * plain[smallest]
+        assert calibrated[largest] > plain[largest]  # what it costs
+        half = errors(layers, "lisc", exponent=0.5)
+        assert max(calibrated) < max(half) < max(plain)
 
 
 @torch.no_grad()
@@ -867,9 +873,13 @@ def test_predicted_errors_are_measured(method):
     small, report = compressed(model, method=method, group_size=2, block_weight="norm" if method == "lisc" else None)
     _, grams = all_grams(model, tokens())
     for group in report.groups:
-        assert group.measured_error == pytest.approx(group.predicted_error, rel=1e-6)
+        # "best" fits coefficients again, to what they were found for
+        assert group.measured_error == pytest.approx(group.predicted_error, rel=1e-3 if method == "best" else 1e-6)
         for layer in group.layers:
             weight = model.get_submodule(layer.module).weight.detach()
+            if layer.rank is None:
+                assert layer.error == layer.predicted_error == 0
+                continue
             product = small.get_submodule(layer.module).dense_weight(torch.float64)
             own = [(w @ grams[layer.module] * w).sum() for w in (weight - product, weight)]
             assert layer.error == pytest.approx((own[0] / own[1]).sqrt().item(), rel=1e-6)
@@ -1124,7 +1134,7 @@ def test_install_takes_the_settings_that_compress_leaves():
         ({"ratio": float("nan")}, "ratio must be between 0 and 1"),
         ({"ratio": 0.97}, "ratio 0.97 leaves no direction"),
         ({"group_size": 0}, "group_size must be at least 1; got 0"),
-        ({"method": "magic"}, "method must be one of .*'svd-llm'.*'lisc'; got 'magic'"),
+        ({"method": "magic"}, "method must be one of .*'svd-llm'.*'lisc'.*; got 'magic'"),
         ({"scale": "size"}, "scale must be one of 'trace'"),
         ({"scale": None}, "scale must be one of 'trace'"),
         ({"block_weight": "one"}, "block_weight must be one of None"),
@@ -1187,6 +1197,22 @@ def test_unknown_architectures_say_how_to_add_one():
         freqrank.compress("llama", tokens())
     with pytest.raises(ValueError, match=r"Linear has no decoder of a known architecture.*subclass"):
         freqrank.compress(torch.nn.Linear(2, 2), tokens())
+
+
+@pytest.mark.parametrize("other", ["model.layers.3.mlp.up_proj", "lm_head"])
+def test_tied_linears_are_refused_by_name(other):
+    model = build(intermediate_size=VOCAB)
+    model.get_submodule(other).weight = model.model.layers[1].mlp.up_proj.weight
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"layers.1.mlp.up_proj.weight and {other}.weight are one parameter"):
+        freqrank.compress(model, tokens(), ratio=0.4, progress=False)
+    assert_untouched(model, before)
+
+
+def test_tied_embeddings_stay_tied():
+    model = build(tie_word_embeddings=True)
+    small, _ = compressed(model)
+    assert small.lm_head.weight is small.model.embed_tokens.weight
 
 
 def test_a_compressed_model_is_not_compressed_again():

@@ -319,7 +319,7 @@ def compress(
     model: Model,
     output: Output,
     calibration: Annotated[str, typer.Option(help="Text that the model is measured on: " + _TEXT_HELP)],
-    method: Annotated[str, typer.Option(help="svd, fwsvd, asvd, svd-llm, basis-sharing or lisc.")] = "lisc",
+    method: Annotated[str, typer.Option(help="svd, fwsvd, asvd, svd-llm, basis-sharing, lisc or best.")] = "lisc",
     ratio: Annotated[float, typer.Option(help="Fraction of the compressed linears' parameters to remove.")] = 0.2,
     group_size: Annotated[int, typer.Option(help="Neighbouring layers that share one basis.")] = 2,
     share: Annotated[str, typer.Option(help="What shares a basis: layers, modules or both.")] = "layers",
@@ -329,10 +329,17 @@ def compress(
     ] = 1.0,
     block_weight: Annotated[str | None, typer.Option(help="Weight of a layer's block: norm or sqrt-scale.")] = None,
     refit: Annotated[str | None, typer.Option(help="Refit of the coefficients: own, sequential or cross.")] = None,
-    allocation: Annotated[str, typer.Option(help="Ranks: uniform, effective-rank, auto or sensitivity.")] = "uniform",
+    allocation: Annotated[
+        str, typer.Option(help="Ranks: uniform, effective-rank, auto, sensitivity or loss.")
+    ] = "uniform",
     depth_weight: Annotated[
         float | None, typer.Option(help="g of a weight g^-l for block l of a group; above 1 early blocks count more.")
     ] = None,
+    statistics: Annotated[
+        str, typer.Option(help="Inputs that count: original, or error-aware (of the compressed blocks before).")
+    ] = "original",
+    output_weight: Annotated[str | None, typer.Option(help="Weight of a linear's outputs: fisher.")] = None,
+    grouping: Annotated[str, typer.Option(help="Layers that share a basis: adjacent or similar.")] = "adjacent",
     samples: Annotated[int, typer.Option(help="Calibration samples.", min=1)] = 256,
     length: Annotated[
         int | None, typer.Option(help="Tokens in a calibration sample; default: as --window.", min=2)
@@ -382,6 +389,9 @@ def compress(
         progress=True,
         depth_weight=depth_weight,
         checkpoint=checkpoint,
+        statistics=statistics,
+        output_weight=output_weight,
+        grouping=grouping,
     )
     if held_out is not None:
         losses["after"] = evaluate.loss(network, held_out, window=window, progress=True)
@@ -413,7 +423,9 @@ def compare(
     calibration: Annotated[str, typer.Option(help="Text that the model is measured on: " + _TEXT_HELP)],
     validation: Annotated[str, typer.Option(help="Text that group sizes are chosen on: " + _TEXT_HELP)],
     test: Annotated[str, typer.Option(help="Text whose loss is reported: " + _TEXT_HELP)],
-    methods: Annotated[str, typer.Option(help="Methods, with commas between; all if not given.")] = ",".join(METHODS),
+    methods: Annotated[
+        str, typer.Option(help="Methods, with commas between, switches behind them: 'lisc block_weight=norm'.")
+    ] = ",".join(METHODS),
     ratios: Annotated[str, typer.Option(help="Fractions to remove, with commas between.")] = "0.2,0.4,0.6,0.8",
     group_sizes: Annotated[str, typer.Option(help="Layers a basis, with commas between.")] = "1,2,3,6",
     refits: Annotated[str, typer.Option(help="Refits: none, own, sequential, cross, with commas between.")] = "none",

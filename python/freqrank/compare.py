@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class Row:
     """One model that was measured.
 
     Attributes:
-        name: the method, "dense", or "8-bit rounding".
+        name: the method with its switches, "dense", or "8-bit rounding".
         spread: how the layers' input scales were spread before.
         ratio: fraction of the linears' parameters that was asked to be removed, 0 for what is not compressed.
         group_size: layers a basis, 1 where each weight is factored alone.
@@ -259,7 +259,8 @@ def compare(
         model: as for `freqrank.compress`, in evaluation mode or not.
         calibration: token ids [N, T].
         validation, test: token ids [T] or [N, T]; group sizes are chosen on the first, the second is reported.
-        methods: those that factor each weight alone get one row a ratio, whatever ``group_sizes``.
+        methods: names, or names with other switches of `freqrank.compress` behind them: "lisc block_weight=norm
+            depth_weight=1.5". Those that factor each weight alone get one row a ratio, whatever ``group_sizes``.
         ratios, group_sizes: as ``ratio`` and ``group_size`` of `freqrank.compress`.
         refits: refits of `freqrank.compress`; None is none.
         spreads: "none": the model as it is; "rising", "falling": its layers' input scales spread by powers of two from
@@ -286,8 +287,9 @@ def compare(
         >>> [row.name for row in done.rows]
         ['dense', '8-bit rounding', '4-bit rounding', 'svd', 'lisc']
     """
+    for method in methods:
+        _parse(method)
     for name, values, allowed in (
-        ("methods", methods, tuple(METHODS)),
         ("refits", refits, REFITS),
         ("spreads", spreads, SPREADS),
     ):
@@ -335,6 +337,32 @@ def compare(
 
 
 Key = tuple[str, str, float, int, "str | None"]
+#: Switches that may stand behind a method's name, and how their values are read.
+SWITCHES: dict[str, Callable[[str], Any]] = {
+    "allocation": str, "block_weight": str, "depth_weight": float, "exponent": float, "grouping": str,
+    "output_weight": str, "scale": str, "share": str, "statistics": str,
+}  # fmt: skip
+
+
+def _parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """A method and its switches.
+
+    >>> _parse("lisc block_weight=norm depth_weight=1.5")
+    ('lisc', {'block_weight': 'norm', 'depth_weight': 1.5})
+    """
+    if not isinstance(spec, str) or not spec.split() or spec.split()[0] not in METHODS:
+        raise ValueError(f"methods must begin with one of {', '.join(map(repr, METHODS))}; got {spec!r}")
+    method, *parts = spec.split()
+    switches = {}
+    for part in parts:
+        name, _, value = part.partition("=")
+        if name not in SWITCHES or not value:
+            raise ValueError(f"behind a method stand switches NAME=VALUE of {', '.join(SWITCHES)}; got {part!r}")
+        try:
+            switches[name] = SWITCHES[name](value)
+        except ValueError:
+            raise ValueError(f"{name} must be a number; got {value!r}") from None
+    return method, switches
 
 
 def _wanted(
@@ -347,7 +375,9 @@ def _wanted(
     keys: list[Key] = [("dense", "none", 0.0, 1, None)]
     keys += [(f"{bits}-bit rounding", "none", 0.0, 1, None) for bits in ROUNDINGS]
     for spread, method, refit in itertools.product(spreads, methods, refits):
-        sizes = group_sizes if METHODS[method].shares else (1,)
+        name, switches = _parse(method)
+        spans = METHODS[name].spans_layers() and switches.get("share") != "modules"
+        sizes = group_sizes if spans else (1,)
         keys += [(method, spread, float(ratio), size, refit) for size in sizes for ratio in ratios]
     return list(dict.fromkeys(keys))
 
@@ -365,9 +395,10 @@ def _measure(
         if ratio == 0:
             size = round_to_bits(measured, int(name.split("-")[0]))
         else:
+            method, switches = _parse(name)
             done = compress(
-                measured, calibration, method=name, ratio=ratio, group_size=group_size, refit=refit, seed=seed,
-                progress=False,
+                measured, calibration, method=method, ratio=ratio, group_size=group_size, refit=refit, seed=seed,
+                progress=False, **switches,
             )  # fmt: skip
             size, removed = model_bytes(measured), done.block_ratio
     seconds = time.perf_counter() - start

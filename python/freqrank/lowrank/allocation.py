@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-ALLOCATIONS = ("uniform", "effective-rank", "auto", "sensitivity")
+ALLOCATIONS = ("uniform", "effective-rank", "auto", "sensitivity", "loss")
 
 # What "sensitivity" tries to keep of each group, beside the target itself: ASVD's grid.
 _KEEPS = tuple(Fraction(tenths, 10) for tenths in range(1, 10))
@@ -82,12 +82,16 @@ def allocate(
             exponential of the entropy of the normalised singular values, w_g the parameters of one direction.
             "auto": spends parameters where they remove the largest share of a group's squared error, each group
             keeping at least half of its uniform rank; a group that reaches the cost of its dense weights stays dense.
+            "loss": spends parameters where they lower the loss most: as "auto", but with squared singular values in
+            units of the loss, so that groups compare as they are, and at least a quarter of each uniform rank.
             "sensitivity": ASVD's search (arXiv 2312.05821): each group takes the least of its ``trial_ranks`` that
             alone costs no more than a loss which all groups have in common, or stays dense where there is none; that
             loss is as low as the target allows. What a step of a tenth leaves over is not spent.
         shapes: sizes of the groups.
         ratio: fraction of their parameters that is removed.
-        spectra: squared singular values of each group, largest first, for "effective-rank" and "auto".
+        spectra: squared singular values of each group, largest first, for all but "uniform" and
+            "sensitivity"; for "loss" those of S [b_1 W_1 T_1 | ...] per token, T the root of the outputs' Fisher
+            information (`freqrank.lowrank.outputs`).
         losses: the model's loss with each group alone cut off at each of its :func:`trial_ranks`, for "sensitivity".
 
     Raises:
@@ -100,6 +104,8 @@ def allocate(
     [26, 5]
     >>> allocate("auto", [Shape(64, 64), Shape(64, 64)], 0.5, [flat, steep])
     [24, 8]
+    >>> allocate("loss", [Shape(64, 64), Shape(64, 64)], 0.5, [flat, 5 * flat])
+    [4, 28]
     >>> robust, touchy = ({rank: x / rank for rank in trial_ranks(Shape(64, 64), 0.5)} for x in (1, 5))
     >>> allocate("sensitivity", [Shape(64, 64), Shape(64, 64)], 0.5, losses=[robust, touchy])
     [6, 25]
@@ -120,7 +126,9 @@ def allocate(
     assert spectra is not None
     if kind == "effective-rank":
         return _effective_rank(shapes, spectra, budget)
-    return _auto(shapes, spectra, budget, [max(1, rank // 2) for rank in ranks])
+    floor = 4 if kind == "loss" else 2
+    totals = [1.0 if kind == "loss" else float(spectrum.double().clamp(min=0).sum()) for spectrum in spectra]
+    return _steepest(shapes, spectra, totals, budget, [max(1, rank // floor) for rank in ranks])
 
 
 def effective_rank(spectrum: Tensor) -> float:
@@ -161,13 +169,15 @@ def _effective_rank(shapes: Sequence[Shape], spectra: Sequence[Tensor], budget: 
     return ranks
 
 
-def _auto(shapes: Sequence[Shape], spectra: Sequence[Tensor], budget: int, least: Sequence[int]) -> list[int | None]:
+def _steepest(
+    shapes: Sequence[Shape], spectra: Sequence[Tensor], totals: Sequence[float], budget: int, least: Sequence[int]
+) -> list[int | None]:
+    """Directions in the order of what they hold of their group's total a parameter, until the budget is spent."""
     left = budget - sum(shape.per_rank * rank for shape, rank in zip(shapes, least, strict=True))
     gains, owners = [], []
     for g, (shape, spectrum) in enumerate(zip(shapes, spectra, strict=True)):
         tail = spectrum.double().cpu().clamp(min=0)[least[g] : shape.break_even]
-        total = float(spectrum.double().clamp(min=0).sum())
-        gains.append(tail / (total * shape.per_rank) if total > 0 else torch.zeros_like(tail))
+        gains.append(tail / (totals[g] * shape.per_rank) if totals[g] > 0 else torch.zeros_like(tail))
         owners.append(torch.full((tail.numel(),), g))
     gain, owner = torch.cat(gains), torch.cat(owners)
     ranks: list[int | None] = list(least)

@@ -373,6 +373,27 @@ def refit(basis: Tensor, coefficient: Tensor, gram: Tensor, moment: Tensor) -> T
     return coefficient + step / scale[:, None]
 
 
+def adapted(weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
+    """The dense weight that gives on other inputs X' what W gives on X: argmin_V ||X W - X' V||_F, from V = W.
+
+    What is decomposed where statistics are error-aware (AA-SVD, arXiv 2604.02119): ||X W - X' B C||_F is least where
+    ||X' (V - B C)||_F is. As in :func:`refit`, V leaves W along the directions only that X' excites.
+
+    Args:
+        weight: W [d1, d2].
+        gram: X'^T X' [d1, d1].
+        cross: X'^T X [d1, d1].
+
+    >>> x = torch.tensor([[1.0, 2.0], [3.0, 5.0]], dtype=torch.float64)
+    >>> w = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    >>> adapted(w, 4 * x.T @ x, 2 * x.T @ x).round(decimals=3)
+    tensor([[0.5000],
+            [1.0000]], dtype=torch.float64)
+    """
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return refit(identity, weight, gram, cross @ weight)
+
+
 def squared_error(weight: Tensor, approximation: Tensor, gram: Tensor | None) -> tuple[float, float]:
     """tr(D^T G D) of D = weight - approximation, and tr(W^T G W): squared output error, squared output."""
     return squared_norm(weight - approximation, gram), squared_norm(weight, gram)

@@ -5,9 +5,9 @@ To add a method, subclass :class:`Method` and decorate it with :func:`register`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -47,6 +47,7 @@ class Method:
         channels: what it needs to know of the input channels beside Gram matrices: None; "magnitude", sum_t |x_tj|;
             "gradient", the squared gradients of the loss by the weights that read channel j, summed. The last differs
             between linears that read the same input, and takes backward passes through the whole model.
+        preset: switches of ``freqrank.compress`` that the method sets itself.
         scale, exponent, block_weight: the switches of ``freqrank.compress``.
     """
 
@@ -54,10 +55,16 @@ class Method:
     shares: ClassVar[bool]
     switches: ClassVar[frozenset[str]] = frozenset()
     channels: ClassVar[str | None] = None
+    preset: ClassVar[Mapping[str, Any]] = {}
 
     scale: str = "trace"
     exponent: float = 1.0
     block_weight: str | None = None
+
+    @classmethod
+    def spans_layers(cls) -> bool:
+        """Whether ``group_size`` matters."""
+        return cls.shares and cls.preset.get("share") != "modules"
 
     def pool(self, grams: Sequence[Tensor], tokens: int, channels: Sequence[Tensor] | None = None) -> Pool:
         """Of the Gram matrices [d1, d1] of some layers' inputs, sums over so many tokens.
@@ -190,6 +197,24 @@ class LISC(Method):
 
     def block_weights(self, weights: Sequence[Tensor], scales: Sequence[float]) -> list[float]:
         return block_weights(weights, scales, self.block_weight)
+
+
+@register
+class Best(BasisSharing):
+    """The combination of switches that lost least on the bundled model's validation text: docs/compression.md.
+
+    Both metrics at once, inputs as the compressed model gives them and outputs by their Fisher information, ranks where
+    they lower the loss most, one basis for the linears of a layer that read the same input.
+    """
+
+    name = "best"
+    preset: ClassVar[Mapping[str, Any]] = {
+        "share": "modules",
+        "statistics": "error-aware",
+        "output_weight": "fisher",
+        "allocation": "loss",
+        "refit": "cross",
+    }
 
 
 def pooled(grams: Sequence[Tensor], alpha: Sequence[float]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import os
 import time
@@ -18,25 +19,39 @@ from torch import Tensor, nn
 import freqrank
 from freqrank import _progress
 from freqrank.lowrank.allocation import ALLOCATIONS, Shape, allocate, kept, trial_ranks
-from freqrank.lowrank.factorize import decompose, factorize, refit, squared_norm, squared_singular_values
-from freqrank.lowrank.methods import METHODS, Method, Pool
+from freqrank.lowrank.factorize import (
+    Root,
+    adapted,
+    decompose,
+    factorize,
+    refit,
+    squared_norm,
+    squared_singular_values,
+)
+from freqrank.lowrank.grouping import GROUPINGS, similar_groups, similarity, sketch
+from freqrank.lowrank.methods import METHODS, Method, Pool, pooled
 from freqrank.lowrank.modules import LowRankLinear, install_lowrank, linear_weight
+from freqrank.lowrank.outputs import OUTPUT_WEIGHTS, OutputRoot
 from freqrank.lowrank.scales import BLOCK_WEIGHTS, SCALES, by_depth, input_scale
 from freqrank.lowrank.statistics import Batch, Grams, Magnitudes, first_tokens, read_calibration
 from freqrank.models.architectures import Architecture, find_architecture
 from freqrank.models.checkpoint import Checkpoint, fingerprint
 from freqrank.models.streaming import BlockStream, evaluating
-from freqrank.models.whole import backward_bytes, next_token_loss, squared_gradients
+from freqrank.models.whole import backward_bytes, next_token_loss, output_fisher, squared_gradients
 
 __all__ = ["CompressionReport", "GroupReport", "LayerReport", "compress", "install"]
 
 REFITS = (None, "own", "sequential", "cross")
 SHARES = ("layers", "modules", "both")
+STATISTICS = ("original", "error-aware")
 
 # The search for sensitive groups scores the model on the first calibration sequences of about so many tokens.
 _TRIAL_TOKENS = 8192
 
 T = TypeVar("T")
+
+# X'^T X' and X'^T X of an input, by block and the first role that reads it: X' in the compressed model, X in the dense.
+Seen = Mapping[tuple[int, str], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -150,6 +165,9 @@ class CompressionReport:
     def __str__(self) -> str:
         s = self.settings
         deep = "" if s["depth_weight"] is None else f", depth weight {s['depth_weight']}"
+        deep += "" if s["output_weight"] is None else f", output weight {s['output_weight']}"
+        deep += "" if s["statistics"] == "original" else f", {s['statistics']} statistics"
+        deep += "" if s["grouping"] == "adjacent" else f", {s['grouping']} layers"
         lines = [
             f"{s['method']} (group size {s['group_size']}, scale {s['scale']}, exponent {s['exponent']}, block weight "
             f"{s['block_weight']}{deep}, refit {s['refit']}, share {s['share']}, allocation {s['allocation']}), "
@@ -215,14 +233,15 @@ class _Group:
     coefficients: dict[_Site, Tensor] = field(default_factory=dict)
     energy: list[float] = field(default_factory=list)  # ||S b W||_F^2 of each linear
     report: GroupReport | None = None
+    seen: _Metric | None = None  # what an error-aware decomposition was made in
 
     @property
     def layers(self) -> list[int]:
         return sorted({site.layer for site in self.sites})
 
     @property
-    def inputs(self) -> set[tuple[int, str]]:
-        return {(site.layer, site.source) for site in self.sites}
+    def inputs(self) -> dict[tuple[int, str], None]:
+        return dict.fromkeys((site.layer, site.source) for site in self.sites)
 
 
 def compress(
@@ -242,17 +261,19 @@ def compress(
     progress: bool = True,
     depth_weight: float | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    statistics: str = "original",
+    output_weight: str | None = None,
+    grouping: str = "adjacent",
 ) -> CompressionReport:
     """Replace a model's linears by calibrated low-rank ones that share bases between layers, in place.
 
     The model runs over the calibration tokens one decoder block at a time; the Gram matrices X^T X of the inputs of a
-    group of layers, in float64, and one block's activations are what it needs in memory. Two options take the whole
-    model at once: "fwsvd" a backward pass a sequence, each with all its activations
-    (`freqrank.models.whole.backward_bytes` estimates them, the report says how many), and allocation "sensitivity"
-    about ten runs a group over up to 8,192 calibration tokens: 7 x 32 linears of a 7B model are 2,000 runs, or
-    2,000 x 8,192 x 14 GFLOP = 2 x 10^17 operations. Nothing of the model changes
-    before everything has been computed: if anything fails it is as it was. Embeddings, norms, biases and the language
-    model head stay.
+    group of layers, in float64, and one block's activations are what it needs in memory. Some options take the whole
+    model at once: "fwsvd", output weight "fisher" and allocation "loss" run the calibration backwards, with all its
+    activations (`freqrank.models.whole.backward_bytes` estimates them, the report says how many); allocation
+    "sensitivity" makes about ten runs a group over up to 8,192 calibration tokens: 7 x 32 linears of a 7B model are
+    2,000 runs, or 2,000 x 8,192 x 14 GFLOP = 2 x 10^17 operations. Nothing of the model changes before everything has
+    been computed: if anything fails it is as it was. Embeddings, norms, biases and the language model head stay.
 
     Args:
         model: a decoder of `transformers` (Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, GPT-NeoX, OPT, GPT-2 and others
@@ -262,7 +283,10 @@ def compress(
         method: "svd", "asvd", "fwsvd" and "svd-llm" factor each weight alone, whatever ``group_size`` and ``share``: as
             it stands, with input channels weighted by (mean |x|)^(exponent / 2) or by the root of their Fisher
             information, and whitened by the Gram matrix; "basis-sharing" pools plain Gram matrices; "lisc" pools
-            sum_l alpha_l G_l, alpha_l = (mean(s) / s_l)^exponent. See `freqrank.lowrank.methods`.
+            sum_l alpha_l G_l, alpha_l = (mean(s) / s_l)^exponent. See `freqrank.lowrank.methods`. "best" is basis
+            sharing between the linears of one layer with share="modules", statistics="error-aware",
+            output_weight="fisher", allocation="loss" and refit="cross", which it sets itself: of all combinations that
+            were tried the one with the least loss on the bundled model's validation text (docs/compression.md).
         ratio: fraction of the compressed linears' parameters to remove, in (0, 1). Each basis gets
             floor((1 - ratio) d1 D2 / (d1 + D2)) directions, D2 the outputs of all its linears.
         group_size: consecutive layers that share a basis; the last group may be shorter. What is shared: q, k, v, gate
@@ -276,9 +300,10 @@ def compress(
         refit: how coefficients are fitted again to the bases: None; "own": to each layer's own inputs; "sequential": to
             the inputs it gets in the compressed model (with "svd-llm", that method's closed-form update); "cross": to
             these, aiming at the outputs of the original model. The last two run each block eight times more.
-        allocation: "uniform", "effective-rank" (D-Rank), "auto" or "sensitivity" (ASVD's search, with any method); see
-            `freqrank.lowrank.allocation.allocate`. All but the first run the calibration twice.
-        seed: for methods that draw random numbers; no present one does.
+        allocation: "uniform", "effective-rank" (D-Rank), "auto", "sensitivity" (ASVD's search, with any method) or
+            "loss" (where a K-FAC estimate of the loss falls most); see `freqrank.lowrank.allocation.allocate`. All but
+            the first run the calibration twice.
+        seed: of the next tokens that are drawn for Fisher information, and of sketches for grouping "similar".
         progress: show a bar on standard error.
         depth_weight: g > 0 multiplies the weight of block l in its group by g^-l, with any method that shares: above 1
             early layers count more, since what they lose goes through all that follow. On top of ``block_weight``;
@@ -287,13 +312,21 @@ def compress(
         checkpoint: a folder that keeps every group's factors as soon as they are found, in float64 and so up to four
             times as large as the compressed model. A run that was killed goes on there, given the same model, tokens
             and options, and ends with the same bytes. It stays when all is done: delete it once the model is saved.
+        statistics: of which inputs groups are decomposed: "original", those in the dense model; "error-aware", those
+            that the compressed blocks before give, aiming at the original outputs: argmin ||X W - X' B C|| as AA-SVD
+            (arXiv 2604.02119) has it. Of a group that spans blocks the first and its like are taken as dense.
+        output_weight: how the outputs of each linear are weighted: None, alike; "fisher", by the Kronecker-factored
+            Fisher information (`freqrank.lowrank.outputs`), so that what is dropped is what the loss least depends on.
+        grouping: which layers share a basis: "adjacent" ones, or those that are most "similar"
+            (`freqrank.lowrank.grouping`), which takes another run over the calibration.
 
     Returns:
         A :class:`CompressionReport`, also left as ``model.freqrank_report``.
 
     Raises:
         TypeError: model, calibration, or an option of the wrong type.
-        ValueError: an unknown option or architecture, a ratio outside (0, 1), a group size below 1, wrong calibration
+        ValueError: an unknown option or architecture, options that contradict one another, a ratio outside (0, 1), a
+            group size below 1, wrong calibration
             shapes or values, NaN or Inf in activations, gradients or weights (the message names the layer), a model
             that is compressed already, or has no language-model head where its loss is wanted, a checkpoint of another
             run.
@@ -315,15 +348,23 @@ def compress(
     start = time.perf_counter()
     architecture = find_architecture(model)
     _check_options(
-        method, ratio, group_size, share, scale, exponent, block_weight, refit, allocation, seed, depth_weight
-    )
+        method, ratio, group_size, share, scale, exponent, block_weight, refit, allocation, seed, depth_weight,
+        statistics, output_weight, grouping,
+    )  # fmt: skip
     rule = METHODS[method](scale, float(exponent), block_weight)
+    given = {
+        "refit": refit, "allocation": allocation, "share": share, "statistics": statistics,
+        "output_weight": output_weight,
+    }  # fmt: skip
+    refit, allocation, share, statistics, output_weight = _preset(rule, given).values()
     if depth_weight is not None and not rule.shares:
         warnings.warn(f"{method!r} factors each weight alone, so depth_weight changes nothing", stacklevel=2)
     unused = {"block_weight": block_weight is not None, "exponent": exponent != 1.0}
     for name in [name for name, given in unused.items() if given and name not in rule.switches]:
         users = ", ".join(repr(other) for other, known in METHODS.items() if name in known.switches)
         warnings.warn(f"{name} is a switch of {users}; {method!r} ignores it", stacklevel=2)
+    if grouping != "adjacent" and not (rule.shares and share != "modules"):
+        warnings.warn(f"no layers share a basis here, so grouping={grouping!r} changes nothing", stacklevel=2)
     _check_model(model, architecture)
     config = getattr(model, "config", None)
     batches = read_calibration(calibration, getattr(config, "vocab_size", None))
@@ -331,9 +372,12 @@ def compress(
         "method": method, "ratio": float(ratio), "group_size": group_size, "share": share, "scale": scale,
         "exponent": rule.exponent, "block_weight": block_weight, "refit": refit, "allocation": allocation,
         "seed": seed, "depth_weight": None if depth_weight is None else float(depth_weight),
+        "statistics": statistics, "output_weight": output_weight, "grouping": grouping,
     }  # fmt: skip
     report = CompressionReport(settings, architecture.name, sum(batch.tokens for batch in batches))
-    groups = _group(architecture, rule.shares, group_size, share)
+    with evaluating(model):
+        clusters = _clusters(architecture, batches, rule.shares, group_size, share, grouping, seed)
+    groups = _group(architecture, rule.shares, share, clusters)
     _warn_if_few(report, groups, architecture)
 
     store = None
@@ -342,20 +386,26 @@ def compress(
         store = Checkpoint(
             checkpoint, {**settings, "data": fingerprint(model, *texts), "version": freqrank.__version__}
         )
-    work = _Work(architecture, batches, rule, groups, report.tokens, depth_weight, store)
-    passes = 1 + (allocation != "uniform") + (refit in ("sequential", "cross"))
-    steps = passes * len(architecture.blocks) + (len(batches) if rule.channels == "gradient" else 0)
+    work = _Work(architecture, batches, rule, groups, report.tokens, depth_weight, output_weight == "fisher", store)
+    aware = statistics == "error-aware"
+    fisher = output_weight == "fisher" or allocation == "loss"
+    passes = 1 + (allocation != "uniform") + (aware or refit in ("sequential", "cross"))
+    steps = passes * len(architecture.blocks) + len(batches) * ((rule.channels == "gradient") + fisher)
     if allocation == "sensitivity":
         steps += sum(len(trial_ranks(group.shape, ratio)) for group in groups)
     with evaluating(model), _progress.bar(method, steps, progress) as advance:
         if rule.channels == "gradient":
             work.gradients(model, advance, report.notes)
-        spectra = work.spectra(advance) if allocation in ("effective-rank", "auto") else None
+        if fisher:
+            work.fisher(model, seed, advance, report.notes)
+        spectra = None
+        if allocation in ("effective-rank", "auto", "loss"):
+            spectra = work.spectra(advance, of_loss=allocation == "loss")
         losses = work.losses(model, ratio, advance, report.notes) if allocation == "sensitivity" else None
         shapes = [group.shape for group in groups]
         for group, rank in zip(groups, allocate(allocation, shapes, ratio, spectra, losses), strict=True):
             group.rank = rank
-        work.factor(refit, advance)
+        work.factor(refit, aware, advance)
 
     _count(report, groups, architecture)
     report.notes += _notes(groups) + work.notes()
@@ -400,6 +450,7 @@ def install(model: nn.Module, spec: Mapping[str, Any]) -> dict[str, LowRankLinea
 def _check_options(
     method: object, ratio: object, group_size: object, share: object, scale: object, exponent: object,
     block_weight: object, refit: object, allocation: object, seed: object, depth_weight: object,
+    statistics: object, output_weight: object, grouping: object,
 ) -> None:  # fmt: skip
     for name, value, allowed in (
         ("method", method, tuple(METHODS)),
@@ -408,6 +459,9 @@ def _check_options(
         ("block_weight", block_weight, BLOCK_WEIGHTS),
         ("refit", refit, REFITS),
         ("allocation", allocation, ALLOCATIONS),
+        ("statistics", statistics, STATISTICS),
+        ("output_weight", output_weight, OUTPUT_WEIGHTS),
+        ("grouping", grouping, GROUPINGS),
     ):
         if not isinstance(value, (str, type(None))) or value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
@@ -428,6 +482,23 @@ def _check_options(
             raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
     if group_size < 1:  # type: ignore[operator]
         raise ValueError(f"group_size must be at least 1; got {group_size}")
+    if statistics == "error-aware" and refit == "own":
+        raise ValueError(
+            "refit='own' fits coefficients to the original inputs, which statistics='error-aware' replaces by those "
+            "of the compressed blocks before: use refit='cross', or None"
+        )
+
+
+def _preset(rule: Method, given: dict[str, Any]) -> dict[str, Any]:
+    """The switches, where a method sets some itself. ValueError where it sets one that was given otherwise."""
+    chosen = {**given, **rule.preset}
+    for name, default in inspect.signature(compress).parameters.items():
+        if name in rule.preset and given[name] not in (default.default, rule.preset[name]):
+            raise ValueError(
+                f"method {rule.name!r} sets {name}={rule.preset[name]!r} itself; got {given[name]!r}. Take another "
+                "method to choose switches one by one"
+            )
+    return chosen
 
 
 def _check_model(model: nn.Module, architecture: Architecture) -> None:
@@ -437,10 +508,19 @@ def _check_model(model: nn.Module, architecture: Architecture) -> None:
     present = getattr(getattr(model, "config", None), "quantization_config", None)
     if present is not None and getattr(present, "quant_method", None) != "freqrank":
         raise ValueError(f"model is quantized by another method: {present}; start from the model in full precision")
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     for layer in range(len(architecture.blocks)):
         for role, path in architecture.roles.items():
             weight = architecture.weight(layer, role)
             name = architecture.full_name(layer, path)
+            tied = names[id(architecture.linear(layer, role).get_parameter("weight"))]
+            if len(tied) > 1:
+                raise ValueError(
+                    f"{' and '.join(tied)} are one parameter: linears that are tied cannot each get factors of their "
+                    "own; untie them (model.set_submodule with a copy) first"
+                )
             if weight.is_meta:
                 raise ValueError(f"{name} has no data (meta device): load the model without offloading to disk")
             if not weight.dtype.is_floating_point or weight.element_size() < 2:
@@ -465,13 +545,47 @@ def _warn_if_few(report: CompressionReport, groups: Sequence[_Group], architectu
 # --- groups -----------------------------------------------------------------------------------------------------------
 
 
-def _group(architecture: Architecture, shares: bool, group_size: int, share: str) -> list[_Group]:
-    """The linears of the model in groups that get one basis each, ordered by the last block they need."""
-    source = {role: group[0] for group in architecture.inputs for role in group}
-    siblings = {role for group in architecture.inputs if len(group) > 1 for role in group}
+def _roles_sharing(architecture: Architecture, shares: bool, share: str) -> tuple[frozenset[str], bool]:
+    """Roles that share a basis with others, and whether those of one input share one."""
+    siblings = frozenset(role for group in architecture.inputs if len(group) > 1 for role in group)
     across = architecture.shared_roles()
     shared = {"layers": across, "modules": siblings, "both": siblings | across}[share] if shares else frozenset()
+    return shared, share != "layers"
+
+
+def _clusters(
+    architecture: Architecture, batches: Sequence[Batch], shares: bool, group_size: int, share: str, grouping: str,
+    seed: int,
+) -> Callable[[int, str], int]:  # fmt: skip
+    """``cluster(layer, name)``: layers of one number share; ``name`` is a role, or the first of those of one input."""
     span = 1 if share == "modules" else group_size
+    if grouping == "adjacent" or not shares or span == 1:
+        return lambda layer, name: layer // span
+    shared, together = _roles_sharing(architecture, shares, share)
+    parts: dict[tuple[str, int], list[Tensor]] = {}
+    stream = BlockStream(architecture, batches)
+    for layer in range(len(architecture.blocks)):
+        grams = Grams()
+        stream.advance(grams.add)
+        for roles in architecture.inputs:
+            for role in roles:
+                if role in shared:
+                    weight = architecture.weight(layer, role).detach().double().mT
+                    moment = sketch(grams.of[roles[0]] @ weight, seed)
+                    parts.setdefault((roles[0] if together else role, layer), []).append(moment)
+    names = dict.fromkeys(name for name, _ in parts)
+    cluster: dict[tuple[int, str], int] = {}
+    for name in names:
+        moments = [torch.cat(parts[name, layer], 1) for layer in range(len(architecture.blocks))]
+        for number, layers in enumerate(similar_groups(similarity(moments), span)):
+            cluster |= {(layer, name): number for layer in layers}
+    return lambda layer, name: cluster[layer, name]
+
+
+def _group(architecture: Architecture, shares: bool, share: str, cluster: Callable[[int, str], int]) -> list[_Group]:
+    """The linears of the model in groups that get one basis each, ordered by the last block they need."""
+    source = {role: group[0] for group in architecture.inputs for role in group}
+    shared, together = _roles_sharing(architecture, shares, share)
     buckets: dict[tuple[Any, ...], list[_Site]] = {}
     for layer in range(len(architecture.blocks)):
         for role in architecture.roles:
@@ -479,10 +593,10 @@ def _group(architecture: Architecture, shares: bool, group_size: int, share: str
             key: tuple[Any, ...]
             if role not in shared:
                 key = (layer, role)
-            elif share == "layers":  # linears of another shape, should an architecture have them, stay apart
-                key = ("shared", layer // span, role, *weight.shape)
-            else:
-                key = ("shared", layer // span, source[role], weight.shape[1])
+            elif together:
+                key = ("shared", cluster(layer, source[role]), source[role], weight.shape[1])
+            else:  # linears of another shape, should an architecture have them, stay apart
+                key = ("shared", cluster(layer, role), role, *weight.shape)
             buckets.setdefault(key, []).append(_Site(layer, role, source[role]))
     groups = []
     for sites in buckets.values():
@@ -496,12 +610,31 @@ def _group(architecture: Architecture, shares: bool, group_size: int, share: str
 
 @dataclass(frozen=True)
 class _Metric:
-    """What a group is decomposed with: weights in float64, each layer's Gram matrix, their pool, b of each weight."""
+    """What a group is decomposed with: weights in float64, each layer's Gram matrix, their pool, b of each weight.
+
+    ``outputs`` weigh the outputs of each linear, None: alike.
+    """
 
     weights: list[Tensor]
     grams: list[Tensor]
     pool: Pool
     block_weights: list[float]
+    outputs: list[OutputRoot] | None = None
+
+    @property
+    def weighted(self) -> list[Tensor]:
+        """The weights as they are decomposed."""
+        return [self.output(i, weight) for i, weight in enumerate(self.weights)]
+
+    def output(self, i: int, weight: Tensor) -> Tensor:
+        """``weight`` [.., out of linear i] with its outputs weighted."""
+        return weight if self.outputs is None else self.outputs[i].weighted(weight)
+
+    def restored(self, coefficients: Sequence[Tensor]) -> list[Tensor]:
+        """Coefficients of the weighted weights, as they are for the weights."""
+        if self.outputs is None:
+            return list(coefficients)
+        return [root.restored(c) for root, c in zip(self.outputs, coefficients, strict=True)]
 
 
 class _Work:
@@ -515,6 +648,7 @@ class _Work:
         groups: Sequence[_Group],
         tokens: int,
         depth_weight: float | None,
+        weigh_outputs: bool = False,
         store: Checkpoint | None = None,
     ) -> None:
         self.architecture, self.batches, self.rule = architecture, batches, rule
@@ -522,34 +656,73 @@ class _Work:
         self.grams: dict[tuple[int, str], Tensor] = {}
         self.channels: dict[tuple[int, str], Tensor] = {}  # vectors, few enough to stay
         self.pools: dict[tuple[tuple[int, ...], str], Pool] = {}  # of layers and a name of what is pooled
+        self.weigh_outputs = weigh_outputs
+        self.outputs: dict[tuple[int, str], OutputRoot] = {}
         self.store = store
 
     def gradients(self, model: nn.Module, advance: Any, notes: list[str]) -> None:
         """What a method wants to know of gradients, and a note on what that took."""
-        names = {
+        names = self._names()
+        linears = {name: self.architecture.linear(*at) for name, at in names.items()}
+        found = squared_gradients(model, linears, self.batches, advance)
+        self.channels |= {names[name]: values for name, values in found.items()}
+        rows = sum(batch.input_ids.shape[0] for batch in self.batches)
+        notes.append(f"{rows} backward passes through the whole model, {self._backward_cost(model)}")
+
+    def fisher(self, model: nn.Module, seed: int, advance: Any, notes: list[str]) -> None:
+        """How much each linear's outputs matter, and a note on what that took."""
+        names = self._names()
+        linears = {name: self.architecture.linear(*at) for name, at in names.items()}
+        found = output_fisher(model, linears, self.architecture.blocks[0], self.batches, seed, advance)
+        for name in list(found):
+            self.outputs[names[name]] = OutputRoot(found.pop(name))
+        unknown = [name for name, at in names.items() if not self.outputs[at].known]
+        if unknown:
+            notes.append(f"no gradient arrived, so that outputs weigh the same, for: {', '.join(unknown)}")
+        size = sum(8 * block * block for at in names.values() for block in self.outputs[at].sizes)
+        notes.append(
+            f"Fisher information of outputs from backward passes through the whole model, {self._backward_cost(model)}"
+            f", and {size:,} bytes of matrices"
+        )
+
+    def _names(self) -> dict[str, tuple[int, str]]:
+        return {
             self.architecture.full_name(layer, path): (layer, role)
             for layer in range(len(self.architecture.blocks))
             for role, path in self.architecture.roles.items()
         }
-        linears = {name: self.architecture.linear(*at) for name, at in names.items()}
-        found = squared_gradients(model, linears, self.batches, advance)
-        self.channels |= {names[name]: values for name, values in found.items()}
+
+    def _backward_cost(self, model: nn.Module) -> str:
+        linears = [self.architecture.linear(*at) for at in self._names().values()]
         longest = max(batch.input_ids.shape[1] for batch in self.batches)
-        vocabulary = getattr(getattr(model, "config", None), "vocab_size", 0)
-        size = backward_bytes(list(linears.values()), longest, vocabulary)
-        notes.append(
-            f"{sum(batch.input_ids.shape[0] for batch in self.batches)} backward passes through the whole model, of up "
-            f"to {longest} tokens, with an estimated {size:,} bytes of activations and gradients beside the weights"
+        size = backward_bytes(linears, longest, getattr(getattr(model, "config", None), "vocab_size", 0))
+        return (
+            f"of up to {longest} tokens a sequence, with an estimated {size:,} bytes of activations and gradients "
+            "beside the weights for one"
         )
 
-    def spectra(self, advance: Any) -> list[Tensor]:
-        """Squared singular values of each group."""
+    def spectra(self, advance: Any, of_loss: bool) -> list[Tensor]:
+        """Squared singular values of each group, as it will be decomposed or in units of the loss."""
 
         def spectrum(group: _Group) -> Tensor:
+            if of_loss:
+                weights = [self.outputs[s.layer, s.role].weighted(self._weight(s)) for s in group.sites]
+                return squared_singular_values(weights, self._mean_root(group))
             metric = self._metric(group)
-            return squared_singular_values(metric.weights, metric.pool.root, metric.block_weights)
+            return squared_singular_values(metric.weighted, metric.pool.root, metric.block_weights)
 
         return self._each(lambda group: self._remember("spectrum", group, spectrum), advance, "spectra")
+
+    def _mean_root(self, group: _Group) -> Root:
+        """Of the mean over layers and tokens of x x^T."""
+        key = tuple(group.layers), f"{group.sites[0].source} per token"
+        if key not in self.pools:
+            grams = [self.grams[at] for at in group.inputs]
+            root = Root(pooled(grams, [1.0] * len(grams)) / (len(grams) * self.tokens))
+            self.pools[key] = Pool(root, [1.0] * len(grams), [])
+        root_or_none = self.pools[key].root
+        assert root_or_none is not None
+        return root_or_none
 
     def losses(self, model: nn.Module, ratio: float, advance: Any, notes: list[str]) -> list[dict[int, float]]:
         """The model's loss with each group alone cut off at each of its trial ranks, and a note on what that took."""
@@ -562,10 +735,10 @@ class _Work:
             metric, found = self._metric(group), []
             ranks = trial_ranks(group.shape, ratio)
             own = [self.architecture.weight(site.layer, site.role) for site in group.sites]
-            parts = decompose(metric.weights, metric.pool.root, metric.block_weights, rank=ranks[-1])
+            parts = decompose(metric.weighted, metric.pool.root, metric.block_weights, rank=ranks[-1])
             for rank in ranks:
                 factors = parts.truncate(rank)
-                with _in_place_of(own, [factors.basis @ c for c in factors.coefficients]):
+                with _in_place_of(own, [factors.basis @ c for c in metric.restored(factors.coefficients)]):
                     found.append(next_token_loss(model, sample))
                 advance(f"{group.sites[0].role} of block {group.layers[-1]}: rank {rank}")
             runs += len(found)
@@ -598,27 +771,30 @@ class _Work:
             advance(f"block {layer}: {what}")
         return [found[id(group)] for group in self.groups]
 
-    def factor(self, how: str | None, advance: Any) -> None:
+    def factor(self, how: str | None, aware: bool, advance: Any) -> None:
         """Factors and report of every group."""
         stream = BlockStream(self.architecture, self.batches)
-        prefix = _PrefixRefit(self.architecture, self.batches, how) if how in ("sequential", "cross") else None
+        prefix = None
+        if aware or how in ("sequential", "cross"):
+            prefix = _Prefix(self.architecture, self.batches, how, self._factor_seen if aware else None)
         waiting: list[_Group] = []
         for layer in range(len(self.architecture.blocks)):
             self._collect(stream)
             for group in self._complete(layer):
-                if not self._recall(group):
-                    self._factor(group, own=how == "own", measure=prefix is None)
+                if not aware and not self._recall(group):
+                    self._factor(group, self._metric(group), own=how == "own", measure=prefix is None)
                     self._keep(group)
                 waiting.append(group)
             advance(f"block {layer}")
             if prefix is not None:
                 while prefix.layer <= layer and all(
-                    group.report is not None for group in self.groups if prefix.layer in group.layers
+                    group.layers[-1] <= layer for group in self.groups if prefix.layer in group.layers
                 ):
                     prefix.block([group for group in waiting if prefix.layer in group.layers])
                     advance(f"block {prefix.layer - 1}: refit")
                 for group in [group for group in waiting if group.layers[-1] < prefix.layer]:
-                    self._measure(group, self._metric(group))
+                    self._measure(group, group.seen or self._metric(group))
+                    group.seen = None
                     waiting.remove(group)
             self._release(layer if prefix is None else prefix.layer - 1)
 
@@ -692,47 +868,62 @@ class _Work:
     def _weight(self, site: _Site) -> Tensor:
         return self.architecture.weight(site.layer, site.role).detach().double().mT
 
-    def _metric(self, group: _Group) -> _Metric:
+    def _factor_seen(self, group: _Group, seen: Seen) -> None:
+        """Factors of a group for inputs X' of the compressed model: ``seen`` has X'^T X' and X'^T X of each."""
+        group.seen = self._metric(group, seen)
+        if not self._recall(group):
+            self._factor(group, group.seen)
+            self._keep(group)
+
+    def _metric(self, group: _Group, seen: Seen | None = None) -> _Metric:
         weights = [self._weight(site) for site in group.sites]
         device = weights[0].device
         weights = [weight.to(device) for weight in weights]
         source = group.sites[0].source
-        grams = [self.grams[layer, source].to(device) for layer in group.layers]
+        known = self.grams if seen is None else {at: gram for at, (gram, _) in seen.items()}
+        grams = [known[layer, source].to(device) for layer in group.layers]
+        if seen is not None:
+            crosses = [seen[site.layer, source][1].to(device) for site in group.sites]
+            at = [group.layers.index(site.layer) for site in group.sites]
+            weights = [adapted(w, grams[i], cross) for w, i, cross in zip(weights, at, crosses, strict=True)]
         name = self._channel(group.sites[0])
         key = tuple(group.layers), name
         if key not in self.pools:
-            known = self.rule.channels is not None
-            channels = [self.channels[layer, name].to(device) for layer in group.layers] if known else None
+            channels = None
+            if self.rule.channels is not None:
+                channels = [self.channels[layer, name].to(device) for layer in group.layers]
             self.pools[key] = self.rule.pool(grams, self.tokens, channels)
         pool = self.pools[key]
         at = [group.layers.index(site.layer) for site in group.sites]
         given = self.rule.block_weights(weights, [pool.scales[i] for i in at])
         if self.depth_weight is not None:
             given = by_depth(given, [site.layer for site in group.sites], self.depth_weight)
-        return _Metric(weights, grams, pool, given)
+        outputs = [self.outputs[site.layer, site.role] for site in group.sites] if self.weigh_outputs else None
+        return _Metric(weights, grams, pool, given, outputs)
 
     def _channel(self, site: _Site) -> str:
         """The role under which what is known of its channels stands: all but gradients belongs to the input."""
         return site.role if self.rule.channels == "gradient" else site.source
 
-    def _factor(self, group: _Group, own: bool, measure: bool) -> None:
-        metric = self._metric(group)
+    def _factor(self, group: _Group, metric: _Metric, own: bool = False, measure: bool = False) -> None:
         weights, grams, pool = metric.weights, metric.grams, metric.pool
+        weighted = metric.weighted
         shape = group.shape
         scales = pool.scales
         if self.rule.scale == "none":  # a report says something all the same
             scales = [input_scale(gram, self.tokens, "trace") for gram in grams]
         traces = [a * float(gram.trace()) for a, gram in zip(pool.alpha, grams, strict=True)]
         layers = []
-        factors = None if group.rank is None else factorize(weights, pool.root, group.rank, metric.block_weights)
+        factors = None if group.rank is None else factorize(weighted, pool.root, group.rank, metric.block_weights)
         if factors is None:
             energy = [
-                b * b * squared_norm(weight, pool.gram) for weight, b in zip(weights, metric.block_weights, strict=True)
+                b * b * squared_norm(weight, pool.gram)
+                for weight, b in zip(weighted, metric.block_weights, strict=True)
             ]
         else:
             energy = factors.energy
             group.basis = factors.basis
-            group.coefficients = dict(zip(group.sites, factors.coefficients, strict=True))
+            group.coefficients = dict(zip(group.sites, metric.restored(factors.coefficients), strict=True))
         group.energy = energy
         for i, site in enumerate(group.sites):
             at = group.layers.index(site.layer)
@@ -757,7 +948,7 @@ class _Work:
             )
             if own and factors is not None:
                 group.coefficients[site] = refit(
-                    factors.basis, factors.coefficients[i], grams[at], grams[at] @ weights[i]
+                    factors.basis, group.coefficients[site], grams[at], grams[at] @ weights[i]
                 )
         element = self.architecture.weight(group.sites[0].layer, group.sites[0].role).element_size()
         after = shape.dense if group.rank is None else group.rank * shape.per_rank
@@ -782,14 +973,16 @@ class _Work:
         if group.rank is None:
             return
         assert group.report is not None
-        pooled, lost = metric.pool.gram, 0.0
-        for i, (site, weight) in enumerate(zip(group.sites, metric.weights, strict=True)):
+        pool, lost = metric.pool.gram, 0.0
+        for i, site in enumerate(group.sites):
             basis, coefficient = self._stored(group, site)
-            wrong = weight - basis.double().mT @ coefficient.double().mT
-            own = metric.grams[group.layers.index(site.layer)]
-            error = squared_norm(wrong, own)
+            product = basis.double().mT @ coefficient.double().mT
+            weight, own = self._weight(site), self.grams[site.layer, site.source].to(product.device)
+            error = squared_norm(weight - product, own)
             group.report.layers[i].error = _relative(error, squared_norm(weight, own))
-            lost += (error if pooled is own else squared_norm(wrong, pooled)) * metric.block_weights[i] ** 2
+            if pool is not own or metric.outputs is not None:
+                error = squared_norm(metric.output(i, metric.weights[i] - product), pool)
+            lost += error * metric.block_weights[i] ** 2
         group.report.measured_error = _relative(lost, sum(group.energy))
 
     def _stored(self, group: _Group, site: _Site) -> tuple[Tensor, Tensor]:
@@ -844,11 +1037,23 @@ def _share(part: float, parts: Sequence[float]) -> float:
     return part / sum(parts) if sum(parts) > 0 else 1 / len(parts)
 
 
-class _PrefixRefit:
-    """Fits coefficients again, block by block, to the inputs that they get from the compressed blocks before."""
+class _Prefix:
+    """Goes through the compressed model block by block: decomposes and refits for the inputs that it gives.
 
-    def __init__(self, architecture: Architecture, batches: Sequence[Batch], how: str | None) -> None:
-        self.architecture, self.how = architecture, how
+    Args:
+        how: the refit, None, "sequential" or "cross".
+        decompose: finds the factors of a group from X'^T X' and X'^T X of the inputs of its layers, X' in the
+            compressed model and X in the original one; None where groups have theirs already.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        batches: Sequence[Batch],
+        how: str | None,
+        decompose: Callable[[_Group, Seen], None] | None,
+    ) -> None:
+        self.architecture, self.how, self.decompose = architecture, how, decompose
         self.original = BlockStream(architecture, batches)
         self.compressed = BlockStream(architecture, batches)
 
@@ -858,47 +1063,68 @@ class _PrefixRefit:
         return self.compressed.layer
 
     def block(self, groups: Sequence[_Group]) -> None:
-        """Refit one block's linears, one input after the other, and move on to the next block."""
-        block = copy.deepcopy(self.architecture.blocks[self.layer])
+        """Compress one block's linears, one input after the other, and move on to the next block."""
+        layer = self.layer
+        block = copy.deepcopy(self.architecture.blocks[layer])
+        ahead = self._ahead([group for group in groups if group.layers[0] == layer and group.rank is not None])
         for roles in self.architecture.inputs:
-            sites = [
-                (group, site)
-                for group in groups
-                for site in group.sites
-                if site.layer == self.layer and site.role in roles and group.rank is not None
+            here = [
+                (group, site) for group in groups for site in group.sites if site.layer == layer and site.role in roles
             ]
-            if not sites:
+            if not here:
                 continue
             gram, cross = self._statistics(block, roles[0])
-            for group, site in sites:
+            for group, site in here:
+                if self.decompose is not None and group.layers[0] == layer and group.report is None:
+                    self.decompose(group, {**ahead, (layer, roles[0]): (gram, cross)})
+                if group.rank is None:
+                    continue
                 linear: Any = self.architecture.linear(site.layer, site.role)
-                weight = linear_weight(linear).detach().double().mT
                 assert group.basis is not None
-                group.coefficients[site] = refit(
-                    group.basis.to(gram.device), group.coefficients[site].to(gram.device), gram, cross @ weight
-                )
+                if self.how is not None:
+                    weight = linear_weight(linear).detach().double().mT
+                    aim = cross if self.how == "cross" else gram
+                    group.coefficients[site] = refit(
+                        group.basis.to(gram.device), group.coefficients[site].to(gram.device), gram, aim @ weight
+                    )
                 basis, coefficient = _stored(group, site, self.architecture)
                 factors = LowRankLinear.from_factors(basis, coefficient, linear.bias)
                 block.set_submodule(self.architecture.roles[site.role], factors)
         self.original.advance()
         self.compressed.advance(block=block)
 
-    def _statistics(self, block: nn.Module, source: str) -> tuple[Tensor, Tensor]:
-        """X'^T X' and X'^T X, X' the input in the compressed model and X ("cross") the original one; else X' too."""
-        grams = Grams()
-        for i in range(len(self.compressed)):
-            x = self._input(self.compressed, block, i, source)
-            grams.add("gram", x)
-            if self.how == "cross":
-                grams.add("cross", x, self._input(self.original, None, i, source))
-        return grams.of["gram"], grams.of.get("cross", grams.of["gram"])
+    def _ahead(self, groups: Sequence[_Group]) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
+        """Statistics of the later inputs of groups that begin at this block, which itself and what follows is dense."""
+        found: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        last = max((group.layers[-1] for group in groups), default=self.layer)
+        if self.decompose is None or last == self.layer:
+            return found
+        wanted = {at for group in groups for at in group.inputs}
+        original, compressed = self.original.fork(), self.compressed.fork()
+        for layer in range(self.layer, last + 1):
+            sums = Grams()
+            for i in range(len(compressed)):
+                ours, theirs = compressed.step(i), original.step(i)
+                for source in [source for at, source in wanted if at == layer > self.layer]:
+                    sums.add(source, ours[source])
+                    sums.add(f"{source} cross", ours[source], theirs[source])
+            found |= {
+                (layer, source): (sums.of[source], sums.of[f"{source} cross"])
+                for at, source in wanted
+                if at == layer > self.layer
+            }
+        return found
 
-    @staticmethod
-    def _input(stream: BlockStream, block: nn.Module | None, i: int, source: str) -> Tensor:
-        seen: dict[str, Tensor] = {}
-        with stream.runner(block) as run:
-            run(i, lambda role, x: seen.__setitem__(role, x))
-        return seen[source]
+    def _statistics(self, block: nn.Module, source: str) -> tuple[Tensor, Tensor]:
+        """X'^T X' and X'^T X, X' the input in the compressed model and X the original one; X' twice if not needed."""
+        grams = Grams()
+        both = self.how == "cross" or self.decompose is not None
+        for i in range(len(self.compressed)):
+            x = self.compressed.input(i, source, block)
+            grams.add("gram", x)
+            if both:
+                grams.add("cross", x, self.original.input(i, source))
+        return grams.of["gram"], grams.of["cross" if both else "gram"]
 
 
 # --- the result -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from freqrank.lowrank.statistics import Batch, observe
 from freqrank.models.architectures import Architecture
+
+
+class _Enough(Exception):
+    """Ends a forward pass of which no more is needed."""
 
 
 class BlockStream:
@@ -78,6 +82,39 @@ class BlockStream:
             for i in range(len(self)):
                 self._hidden[i] = run(i, callback)
         self.layer += 1
+
+    def step(self, i: int) -> dict[str, Tensor]:
+        """Move batch i through the next block: the inputs of its linears, as ``callback`` of :meth:`runner` gets them.
+
+        After the last batch the stream is at the block after that, as after :meth:`advance`.
+        """
+        seen: dict[str, Tensor] = {}
+        with self.runner() as run:
+            self._hidden[i] = run(i, seen.__setitem__)
+        self.layer += i == len(self) - 1
+        return seen
+
+    def input(self, i: int, role: str, block: nn.Module | None = None) -> Tensor:
+        """What batch i gives to one linear of the next block, or of ``block``, as :meth:`runner` hands it out.
+
+        The stream does not move, and nothing is computed beyond that linear's input.
+        """
+        seen: list[Tensor] = []
+
+        def stop(name: str, x: Tensor) -> None:
+            if name == role:
+                seen.append(x)
+                raise _Enough
+
+        with self.runner(block) as run, suppress(_Enough):
+            run(i, stop)
+        return seen[0]
+
+    def fork(self) -> BlockStream:
+        """Another stream at the same place: what runs on from here moves this one no further."""
+        other = BlockStream(self.architecture, self.batches)
+        other.layer, other._wraps, other._hidden = self.layer, self._wraps, list(self._hidden)
+        return other
 
     def _hand_on(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         return (hidden,) if self._wraps else hidden

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from freqrank.lowrank.modules import linear_weight
+from freqrank.lowrank.outputs import output_blocks
 from freqrank.lowrank.statistics import Batch
+from freqrank.ops import gram_
 
 # Logits of sequences that run together stay below this many elements (256 MiB in fp32), or one runs alone.
 _LOGITS = 1 << 26
+# The same where a graph is kept, so that activations of all layers are held besides.
+_GRADIENT_LOGITS = 1 << 21
 
 
 def next_token_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
@@ -112,6 +117,107 @@ def squared_gradients(
     return {name: sums[parameter] for name, parameter in parameters.items()}
 
 
+def output_fisher(
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    first_block: nn.Module,
+    batches: Sequence[Batch],
+    seed: int = 0,
+    advance: Callable[[str], None] = lambda what: None,
+) -> dict[str, list[Tensor]]:
+    """E[g g^T] of each linear, g [out] the gradient of one token's negative log-likelihood by the linear's outputs.
+
+    The output side of the Kronecker-factored Fisher information (K-FAC, Martens & Grosse, arXiv 1503.05671): the next
+    token is drawn from the model's own prediction, once a token. Sequences of a batch run together as long as their
+    logits stay small. The model's parameters take no part, and padding does not count.
+
+    Args:
+        model: a causal language model of `transformers`, in evaluation mode, of any floating dtype.
+        linears: by a name for messages.
+        first_block: the decoder's: gradients go back to its input.
+        seed: of the draws.
+        advance: called after each batch.
+
+    Returns:
+        The diagonal blocks of each linear's matrix that `freqrank.lowrank.outputs.output_blocks` cuts it into, float64,
+        on its device.
+
+    Raises:
+        ValueError: no language-model head, NaN or Inf in the logits or in a gradient (its linear is named).
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16,
+        ...                                      num_hidden_layers=1, num_attention_heads=1))
+        >>> up = model.model.layers[0].mlp.up_proj
+        >>> found = output_fisher(model, {"up": up}, model.model.layers[0], [Batch(torch.tensor([[1, 2, 3]]))])
+        >>> [block.shape for block in found["up"]]
+        [torch.Size([16, 16])]
+    """
+    sums: dict[str, list[Tensor]] = {}
+    for name, linear in linears.items():
+        weight = linear_weight(linear)
+        sums[name] = [weight.new_zeros(size, size, dtype=torch.float64) for size in output_blocks(weight.shape[0])]
+    counts: list[Tensor] = []  # which tokens of the running sequences count; none: all
+    first: list[Tensor] = []
+
+    def into_graph(module: nn.Module, args: tuple[Any, ...]) -> None:
+        first[:] = [args[0].requires_grad_()]
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def on_output(module: nn.Module, args: Any, output: Tensor) -> None:
+            def on_gradient(gradient: Tensor) -> None:
+                g = gradient.reshape(-1, gradient.shape[-1])
+                g = g if not counts else g[counts[0].to(g.device).flatten()]
+                for block, part in zip(sums[name], g.split([len(b) for b in sums[name]], dim=1), strict=True):
+                    gram_(block, part)
+
+            output.register_hook(on_gradient)
+
+        return on_output
+
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", 1 << 15)
+    leaves = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    handles = [first_block.register_forward_pre_hook(into_graph)]
+    handles += [linear.register_forward_hook(watch(name)) for name, linear in linears.items()]
+    try:
+        for batch in batches:
+            rows = max(1, _GRADIENT_LOGITS // (batch.input_ids.shape[1] * vocabulary))
+            for start in range(0, batch.input_ids.shape[0], rows):
+                part = batch.rows(start, start + rows)
+                if part.tokens == 0:
+                    continue
+                counts[:] = [] if part.mask is None else [part.mask]
+                with torch.enable_grad():
+                    _drawn_losses(model, part, leaves, generator).backward(inputs=first)
+            advance("Fisher information")
+    finally:
+        for handle in handles:
+            handle.remove()
+    tokens = sum(batch.tokens for batch in batches)
+    for name, found in sums.items():
+        for block in found:
+            if not bool(block.diagonal().isfinite().all()):
+                raise ValueError(f"the gradient by the output of {name} has NaN or Inf on the calibration tokens")
+            block.div_(tokens)
+    return sums
+
+
+def _drawn_losses(
+    model: nn.Module, batch: Batch, parameters: Mapping[str, Tensor], generator: torch.Generator
+) -> Tensor:
+    """Negative log-likelihood of a next token drawn after each token that counts, summed."""
+    scores = _logits(model, batch, parameters)
+    scores = scores.flatten(0, 1) if batch.mask is None else scores[batch.mask.to(scores.device)]
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if not bool(scores.isfinite().all()):
+        raise ValueError("the model's logits have NaN or Inf on the calibration tokens")
+    # drawn on the CPU: the same tokens on every device
+    drawn = torch.multinomial(scores.detach().softmax(-1).cpu(), 1, generator=generator).flatten()
+    return nn.functional.cross_entropy(scores, drawn.to(scores.device), reduction="sum")
+
+
 def _take(sums: Tensor, outputs: int) -> Callable[[Tensor], None]:
     def add(leaf: Tensor) -> None:
         assert leaf.grad is not None
@@ -139,18 +245,25 @@ def backward_bytes(linears: Sequence[nn.Module], tokens: int, vocabulary: int) -
 
 def _losses(model: nn.Module, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
     """Next-token losses of all tokens that count and whose predecessor does, one after the other."""
+    logits = _logits(model, batch, parameters)
+    ids = batch.input_ids.to(logits.device)
+    mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask.to(logits.device)
+    counts = mask[:, 1:] & mask[:, :-1]
+    scores = logits[:, :-1][counts]
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return nn.functional.cross_entropy(scores, ids[:, 1:][counts], reduction="none")
+
+
+def _logits(model: nn.Module, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    """[N, T, vocabulary], of the model or of it with other parameters."""
     device = next(model.parameters()).device
-    ids = batch.input_ids.to(device)
-    mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask.to(device)
-    options = {"input_ids": ids, "attention_mask": None if batch.mask is None else mask.long(), "use_cache": False}
+    mask = None if batch.mask is None else batch.mask.long().to(device)
+    options = {"input_ids": batch.input_ids.to(device), "attention_mask": mask, "use_cache": False}
     out = model(**options) if parameters is None else torch.func.functional_call(model, dict(parameters), (), options)
     logits = getattr(out, "logits", None)
     if logits is None:
         raise ValueError(f"{type(model).__name__} has no language-model head, so it has no next-token loss")
-    counts = (mask[:, 1:] & mask[:, :-1]).to(logits.device)
-    scores = logits[:, :-1][counts]
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return nn.functional.cross_entropy(scores, ids.to(logits.device)[:, 1:][counts], reduction="none")
+    return logits
 
 
 def _sequences(batch: Batch) -> Iterator[Batch]:

@@ -25,6 +25,7 @@ _LAZY = {
     "FreqrankConfig": "freqrank.models.quantizer",
     "FreqrankQuantizer": "freqrank.models.quantizer",
     "merge": "freqrank.models.merging",
+    "Reproduction": "freqrank.reproduce",
     "save_model": "freqrank.models.saving",
 }
 

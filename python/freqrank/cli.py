@@ -64,7 +64,9 @@ def _fail(error: Exception) -> NoReturn:
         _say("stopped")
         sys.exit(1)
     names = {base.__name__ for base in type(error).__mro__}
-    if isinstance(error, ImportError) and not (error.name or "").startswith("freqrank"):
+    if isinstance(error, ImportError) and error.name is None:  # it says itself what to install
+        _say(str(error))
+    elif isinstance(error, ImportError) and not (error.name or "").startswith("freqrank"):
         _say(f"{error}; pip install 'freqrank[cli]' installs what the command line needs")
     elif isinstance(error, (ValueError, TypeError, OSError)) or "SafetensorError" in names:
         _say(str(error) or type(error).__name__)
@@ -473,6 +475,142 @@ def _listed(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
         return [kind(part.strip()) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} must be values with commas between; got {text!r}") from None
+
+
+@app.command()
+def reproduce(
+    row: Annotated[
+        str | None,
+        typer.Argument(help="PAPER/TABLE/ROW; with --list, a part of the names to show.", show_default=False),
+    ] = None,
+    list_rows: Annotated[bool, typer.Option("--list", help="Print the published rows there are.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be run and what it takes; no network, no weights.")
+    ] = False,
+    on: Annotated[
+        str | None, typer.Option("--data", help="Texts to evaluate, with commas between; all of the row if not given.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model in place of the pinned one: a folder, bundled:base or bundled:linear.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A text file to calibrate on in place of the pinned data; a line is a row.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A text file to evaluate in place of the pinned data; a line is a row.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences, in place of the protocol's.", min=1)
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens in a sequence and in a window, in place of the protocol's.", min=2)
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for a page and the numbers.", show_default=False)
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps what is finished: a run that was stopped goes on there.", show_default=False
+        ),
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Allow fetching the pinned model and data from the Hugging Face hub.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a row of a published table again, by that paper's own protocol, beside the published value.
+
+    A model, a text or a size given here stands in for what the paper used; then the published value does not apply, and
+    the output says so.
+    """
+    from freqrank import reproduce as reproducing
+    from freqrank.models.checkpoint import Checkpoint
+
+    if list_rows:
+        _list_rows(row or "", as_json)
+        return
+    if row is None:
+        raise ValueError("name a row, PAPER/TABLE/ROW; `freqrank reproduce --list` shows what there is")
+    chosen = None if on is None else _listed(on, str, "--data")
+    if dry_run:
+        given = {
+            "--model": model,
+            "--calibration": calibration,
+            "--text": text,
+            "--samples": samples,
+            "--window": window,
+        }
+        for option, value in given.items():
+            if value is not None:
+                raise ValueError(f"--dry-run describes the published run; leave out {option}")
+        planned = reproducing.plan(row, chosen)
+
+        def tell() -> None:
+            for table in planned.tables():
+                table.print(out)
+
+        _emit(planned.to_dict(), as_json, tell)
+        return
+    reproducing.plan(row, chosen)  # a wrong name is not worth loading a model
+    if output is not None:
+        report.check_folder(output)
+    network = tokenizer = None
+    rows = {
+        option: None if path is None else reproducing.lines_of(path)
+        for option, path in (("calibration", calibration), ("text", text))
+    }
+    if model is not None:
+        network, tokenizer = _load(model, dtype="auto")
+        network.to(device)
+    done = reproducing.reproduce(
+        row,
+        data=chosen,
+        model=network,
+        tokenizer=tokenizer,
+        calibration=rows["calibration"],
+        text=rows["text"],
+        samples=samples,
+        window=window,
+        device=device,
+        download=download,
+        checkpoint=checkpoint,
+    )
+    if output is not None:
+        done.write(output)
+    if checkpoint is not None:
+        Checkpoint.remove(checkpoint)
+    if not done.applies and as_json:
+        _say(f"warning: {done.warning}")
+
+    def show() -> None:
+        if not done.applies:
+            out.print(done.warning, style="bold red", markup=False, soft_wrap=True)
+        for table in done.tables():
+            table.print(out)
+        for note in done.notes:
+            out.print(f"note: {note}", markup=False, soft_wrap=True)
+        if output is not None:
+            out.print(f"Written: {output}", markup=False, soft_wrap=True)
+
+    _emit(done.to_dict(), as_json, show)
+
+
+def _list_rows(text: str, as_json: bool) -> None:
+    from freqrank import reproduce as reproducing
+    from freqrank.published import ROWS
+
+    found = {name: dict(ROWS[name].values) for name in reproducing.names(text)}
+    if not found:
+        raise ValueError(f"no published row has {text!r} in its name; `freqrank reproduce --list` shows all")
+
+    def show() -> None:
+        for name, values in found.items():
+            shown = ", ".join(f"{where} {value:,}" for where, value in values.items())
+            out.print(f"{name}  {shown}", markup=False, soft_wrap=True)
+
+    _emit(found, as_json, show)
 
 
 @app.command()

@@ -226,15 +226,31 @@ def test_offsets_against_the_released_loop(bos, length, with_bos, without_bos):
         if before is not None:
             expected.append(before)
         before = ids[:length]
-    found = sample_offsets(rows, encoder(tokenizer, bos), samples=6, length=length, seed=3)
+    found = sample_offsets(rows, encoder(tokenizer, 0 if bos else None), samples=6, length=length, seed=3)
     assert found.tolist() == expected
     assert found.shape == (len(expected), length)
     assert bool((found[:, 0] == 0).all()) == bos
 
 
+def test_offsets_tokenise_ten_characters_a_token():
+    """Whatever more of the text would be needed is not looked at."""
+    row = "".join(chr(0x4E00 + i) for i in range(2000))
+
+    def encode(text):
+        return [ord(text[i]) - 0x4E00 for i in range(0, len(text), 10)]
+
+    found = sample_offsets([row], encode, samples=5, length=8, seed=3)
+    draw = random.Random(3)
+    starts = [draw.randint(0, 2000 - 8 - 1) for _ in range(6)]
+    assert max(starts) <= 2000 - 80  # none is left out
+    assert found.tolist() == [[start + 10 * i for i in range(8)] for start in starts[:5]]
+    with pytest.raises(ValueError, match="only 0 have 8 tokens in the 80 characters"):
+        sample_offsets([row], lambda text: encode(text)[1:], samples=5, length=8, seed=3)
+
+
 def test_offsets_with_too_little_behind_them_are_left_out(with_bos):
     """A text of blanks but for its end: few offsets have enough tokens, and none is drawn again."""
-    encode = encoder(with_bos, True)
+    encode = encoder(with_bos, 0)
     rows = ["x" * 60]
     found = sample_offsets(rows, lambda text: encode(text)[: max(0, len(text) - 30)], samples=20, length=8, seed=3)
     draw = random.Random(3)
@@ -262,7 +278,9 @@ def test_chunks_against_a_plain_derivation(bos, lines, batch, with_bos, without_
                 together = together[length:]
     torch.manual_seed(2023)
     expected = [chunks[i] for i in torch.randperm(len(chunks))[:12]]
-    found = sample_chunks(rows, encoder(tokenizer, bos), samples=12, length=length, seed=2023, batch=batch)
+    found = sample_chunks(
+        rows, encoder(tokenizer, 0 if bos else None), samples=12, length=length, seed=2023, batch=batch
+    )
     assert found.tolist() == expected
     if bos and lines == 700:  # one a row, wherever it falls in a chunk
         assert len(set((found == 0).nonzero()[:, 1].tolist())) > 4
@@ -278,7 +296,7 @@ def test_chunks_are_those_of_datasets_map(with_bos):
         end = len(together) // 64 * 64
         return {"input_ids": [together[i : i + 64] for i in range(0, end, 64)]}
 
-    encode = encoder(with_bos, True)
+    encode = encoder(with_bos, 0)
     data = datasets.Dataset.from_dict({"input_ids": [encode(row) for row in rows]})
     grouped = data.map(group, num_proc=4, batch_size=1024, batched=True)
     torch.manual_seed(2023)
@@ -287,7 +305,7 @@ def test_chunks_are_those_of_datasets_map(with_bos):
 
 
 def test_texts_that_are_too_short(with_bos):
-    encode = encoder(with_bos, True)
+    encode = encoder(with_bos, 0)
     with pytest.raises(ValueError, match="has 5 characters; more than 8"):
         sample_offsets(["short"], encode, samples=2, length=8, seed=3)
     with pytest.raises(ValueError, match="of 3 places in the calibration text only 0 have 60 tokens"):
@@ -300,13 +318,12 @@ def test_texts_that_are_too_short(with_bos):
 
 def test_the_first_token_is_the_protocols_not_the_tokenizers(with_bos, without_bos):
     plain = without_bos("the text")["input_ids"]
-    assert encoder(with_bos, True)("the text") == [0, *plain] == with_bos("the text")["input_ids"]
-    assert encoder(with_bos, False)("the text") == plain
-    assert encoder(with_bos, True)("") == [0]
-    assert encoder(None, False)("é") == [195, 169]
-    for tokenizer in (without_bos, None):
-        with pytest.raises(ValueError, match="does not have"):
-            encoder(tokenizer, True)
+    assert encoder(with_bos, 0)("the text") == [0, *plain] == with_bos("the text")["input_ids"]
+    assert encoder(with_bos, None)("the text") == plain
+    assert encoder(with_bos, 0)("") == [0]
+    assert encoder(None, None)("é") == [195, 169]
+    assert encoder(without_bos, 7)("the text") == [7, *plain]
+    assert encoder(None, 7)("a") == [7, 97]
 
 
 def test_lines_of_a_file_are_the_hubs_rows(tmp_path):
@@ -386,6 +403,30 @@ def test_a_run_on_stand_ins(protocol, bos, with_bos, without_bos, no_network):
     assert len(missing) == (not bos and protocol != "arena")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["svd-llm/table1/llama-7b-40-svd", "svd-llm/table1/llama-7b-40-fwsvd", "svd-llm/table1/llama-7b-40-asvd",
+     "svd-llm/ablation/llama-7b-40-svd-update", "basis-sharing/table6/llama-7b-40-basis-sharing-n3"],
+)  # fmt: skip
+def test_every_method_of_the_tables_runs(name, with_bos):
+    """As `compress` with the row's options, from the same sequences."""
+    row = ROWS[name]
+    done = reproduce(
+        name, data=["wikitext2"], model=make_model(), tokenizer=with_bos, calibration=TRAIN, text=TEST, samples=6,
+        window=32, progress=False,
+    )  # fmt: skip
+    protocol = PROTOCOLS[row.protocol]
+    sequences = reproducing._sample(protocol, TRAIN, encoder(with_bos, 0), 6, 32)
+    model = make_model()
+    freqrank.compress(model, sequences, progress=False, **row.options)
+    ids = torch.tensor(with_bos("\n\n".join(TEST))["input_ids"])
+    expected = freqrank.evaluate.perplexity(
+        model, ids, window=32, reduction=protocol.reduction, remainder=protocol.remainder
+    )
+    assert done.measurements[0].measured == pytest.approx(expected, rel=1e-4)
+    assert done.measurements[0].measured != pytest.approx(done.measurements[0].dense, rel=1e-3)
+
+
 def test_stand_ins_are_said_loudly(with_bos, tmp_path):
     def run(**changes):
         options = {"model": make_model(), "tokenizer": with_bos, "calibration": TRAIN, "text": TEST, "window": 32}
@@ -422,12 +463,21 @@ def test_a_run_of_the_pinned_things_has_no_brackets(with_bos, monkeypatch):
         asked.append((pin.hub, download, device))
         return make_model(), with_bos
 
+    first = []
+
+    def sampled(rows, encode, **options):
+        first.append(encode("")[0])
+        return sample_offsets(rows, encode, **options)
+
     pin = MODELS["llama-2-7b"]
     monkeypatch.setitem(MODELS, "llama-2-7b", type(pin)(**{**pin.__dict__, "window": 32}))
+    monkeypatch.setattr(reproducing, "sample_offsets", sampled)
     monkeypatch.setattr(reproducing, "_rows", rows)
     monkeypatch.setattr(reproducing, "_load", load)
     done = reproduce("svd-llm/table2/llama-2-7b-20-svd-llm", download=True, progress=False)
     assert asked == [("wikitext2", "train", True), ("wikitext2", "test", True), (pin.hub, True, "cpu")]
+    assert first == [1]  # LLaMA's id as it is pinned, not this tokenizer's 0
+    assert any("texts begin with token 1, as pinned" in note for note in done.notes)
     assert done.applies
     assert done.warning == ""
     [line] = done.tables()[0].rows

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -110,6 +110,7 @@ Window = Annotated[
     int | None, typer.Option(help="Tokens that the model sees at once; default: its context, at most 2048.", min=2)
 ]
 Limit = Annotated[int | None, typer.Option(help="Score only the first so many tokens.", min=2)]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]
 
 
 # ---------------------------------------------------------------- what the commands share
@@ -490,6 +491,9 @@ def reproduce(
     on: Annotated[
         str | None, typer.Option("--data", help="Texts to evaluate, with commas between; all of the row if not given.")
     ] = None,
+    zero_shot: Annotated[
+        bool, typer.Option("--zero-shot", help="Measure the table's accuracy on zero-shot tasks too, by lm-eval.")
+    ] = False,
     model: Annotated[
         str | None, typer.Option(help="A model in place of the pinned one: a folder, bundled:base or bundled:linear.")
     ] = None,
@@ -505,7 +509,7 @@ def reproduce(
     window: Annotated[
         int | None, typer.Option(help="Tokens in a sequence and in a window, in place of the protocol's.", min=2)
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
+    device: Device = "cpu",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for a page and the numbers.", show_default=False)
     ] = None,
@@ -545,7 +549,7 @@ def reproduce(
         for option, value in given.items():
             if value is not None:
                 raise ValueError(f"--dry-run describes the published run; leave out {option}")
-        planned = reproducing.plan(row, chosen)
+        planned = reproducing.plan(row, chosen, zero_shot=zero_shot)
 
         def tell() -> None:
             for table in planned.tables():
@@ -553,7 +557,7 @@ def reproduce(
 
         _emit(planned.to_dict(), as_json, tell)
         return
-    reproducing.plan(row, chosen)  # a wrong name is not worth loading a model
+    reproducing.plan(row, chosen, zero_shot=zero_shot)  # a wrong name is not worth loading a model
     if output is not None:
         report.check_folder(output)
     network = tokenizer = None
@@ -567,6 +571,7 @@ def reproduce(
     done = reproducing.reproduce(
         row,
         data=chosen,
+        zero_shot=zero_shot,
         model=network,
         tokenizer=tokenizer,
         calibration=rows["calibration"],
@@ -711,44 +716,94 @@ def merge(
 @app.command("eval")
 def evaluate_model(
     model: Model,
-    text: Annotated[str, typer.Option(help="Text to score: " + _TEXT_HELP)],
+    text: Annotated[str | None, typer.Option(help="Text to score: " + _TEXT_HELP, show_default=False)] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of lm-evaluation-harness, with commas between: hellaswag,piqa,...", show_default=False
+        ),
+    ] = None,
     window: Window = None,
     stride: Annotated[int | None, typer.Option(help="Distance of two windows; --window if not given.")] = None,
     reduction: Annotated[str, typer.Option(help="Mean over tokens, or over windows: token, window.")] = "token",
     remainder: Annotated[str, typer.Option(help="A shorter last window: keep or drop.")] = "keep",
-    limit: Limit = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Score only the first so many tokens of a text, or examples of each task.", min=2)
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Worked examples before each question; default: what the task says.", min=0)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a task that run together.", min=1)] = 8,
+    include_path: Annotated[
+        Path | None, typer.Option(help="A folder with more tasks, as YAML files.", show_default=False)
+    ] = None,
     dtype: Dtype = "float32",
-    download: Download = False,
+    device: Device = "cpu",
+    download: Annotated[
+        bool, typer.Option("--download", help="Allow fetching a model and tasks' data from the Hugging Face hub.")
+    ] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Held-out loss and perplexity of a model on a text."""
+    """Loss and perplexity of a model on a text, accuracy on tasks of lm-evaluation-harness, or both."""
+    if text is None and tasks is None:
+        raise ValueError("nothing to evaluate on: give --text FILE, --tasks NAME,NAME or both")
+    if text is not None and tasks is not None and limit is not None:
+        raise ValueError("--limit counts tokens of a text and examples of a task: evaluate one of the two at a time")
+    if tasks is None and (num_fewshot is not None or include_path is not None):
+        raise ValueError("--num-fewshot and --include-path are for --tasks, which is not given")
     torch.manual_seed(seed)
     network, tokenizer = _load(model, download=download, dtype=dtype)
-    window = window or _context(network)
-    ids = _read(text, tokenizer, "--text")[:limit]
-    start = time.perf_counter()
-    nats = evaluate.loss(
-        network, ids, window=window, stride=stride, reduction=reduction, remainder=remainder, progress=True
-    )
-    seconds = time.perf_counter() - start
-    perplexity = float(torch.tensor(nats, dtype=torch.float64).exp())
-    conventions = {"window": window, "stride": stride or window, "reduction": reduction, "remainder": remainder}
+    network.to(device)
     size = _count(network)
-    result = {"model": model, "text": text, "tokens": ids.numel(), "loss": nats, "perplexity": perplexity}
-    result |= {**conventions, "seconds": seconds, **size}
+    result: dict[str, Any] = {"model": model}
+    facts: dict[str, str] = {}
+    if text is not None:
+        window = window or _context(network)
+        ids = _read(text, tokenizer, "--text")[:limit]
+        start = time.perf_counter()
+        nats = evaluate.loss(
+            network, ids, window=window, stride=stride, reduction=reduction, remainder=remainder, progress=True
+        )
+        seconds = time.perf_counter() - start
+        perplexity = float(torch.tensor(nats, dtype=torch.float64).exp())
+        conventions = {"window": window, "stride": stride or window, "reduction": reduction, "remainder": remainder}
+        result |= {"text": text, "tokens": ids.numel(), "loss": nats, "perplexity": perplexity}
+        result |= {**conventions, "seconds": seconds}
+        facts = {
+            "loss": f"{nats:.4f} nats a token" + (" (a byte)" if tokenizer is None else ""),
+            "perplexity": f"{perplexity:.4f}",
+            "tokens": f"{ids.numel():,} in {seconds:.1f} s",
+            "conventions": ", ".join(f"{name} {value}" for name, value in conventions.items()),
+        }
+    lines: list[Sequence[str]] = []
+    if tasks is not None:
+        from freqrank.tasks import run_tasks
+
+        found = run_tasks(
+            network,
+            tokenizer,
+            _listed(tasks, str, "--tasks"),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            include_path=include_path,
+            download=download,
+            seed=seed,
+        )
+        result["tasks"] = found
+        for one in found:
+            about = ["-" if n is None else str(n) for n in (one.shots, one.examples)]
+            for metric, value in one.metrics.items():
+                error = one.errors.get(metric)
+                lines.append([one.task, metric, f"{value:.4f}", "-" if error is None else f"{error:.4f}", *about])
+    result |= size
+    facts["model"] = f"{size['parameters']:,} parameters, {report.size(size['bytes'])}"
 
     def show() -> None:
-        _facts(
-            f"{model} on {text}",
-            {
-                "loss": f"{nats:.4f} nats a token" + (" (a byte)" if tokenizer is None else ""),
-                "perplexity": f"{perplexity:.4f}",
-                "tokens": f"{ids.numel():,} in {seconds:.1f} s",
-                "conventions": ", ".join(f"{name} {value}" for name, value in conventions.items()),
-                "model": f"{size['parameters']:,} parameters, {report.size(size['bytes'])}",
-            },
-        )
+        _facts(model if text is None else f"{model} on {text}", facts)
+        if lines:
+            report.Table(["task", "metric", "value", "standard error", "shots", "examples"], lines).print(out)
 
     _emit(result, as_json, show)
 

@@ -25,14 +25,14 @@ class Model:
     Attributes:
         hub: its name on the Hugging Face hub.
         revision: "main" where the papers name none; then the hub may have changed it since.
-        bos: whether its tokenizer puts a beginning-of-text token before every text.
+        bos: id of the beginning-of-text token that its tokenizer puts before every text; None: it puts none.
         config: what `transformers` needs to know its shapes, to count parameters without fetching anything.
         window: tokens in a calibration sequence and in an evaluation window.
         dtype: number format that the originals computed in.
     """
 
     hub: str
-    bos: bool
+    bos: int | None
     config: Mapping[str, Any]
     window: int = 2048
     dtype: str = "float32"
@@ -48,29 +48,29 @@ def _llama(hidden: int, mlp: int, layers: int, heads: int, kv: int | None = None
 
 # "llama-7b-hf" is LLaMA-1. The names of LLaMA are those in the configurations of SVD-LLM and Basis Sharing.
 MODELS: dict[str, Model] = {
-    "llama-7b": Model("jeffwan/llama-7b-hf", True, _llama(4096, 11008, 32, 32)),
-    "llama-13b": Model("jeffwan/llama-13b-hf", True, _llama(5120, 13824, 40, 40)),
-    "llama-30b": Model("jeffwan/llama-30b-hf", True, _llama(6656, 17920, 60, 52), dtype="float16"),
-    "llama-2-7b": Model("meta-llama/Llama-2-7b-hf", True, _llama(4096, 11008, 32, 32)),
-    "llama-3-8b": Model("meta-llama/Meta-Llama-3-8B", True, _llama(4096, 14336, 32, 32, 8, vocab_size=128256)),
-    "llama-3.1-8b": Model("meta-llama/Llama-3.1-8B", True, _llama(4096, 14336, 32, 32, 8, vocab_size=128256)),
+    "llama-7b": Model("jeffwan/llama-7b-hf", 1, _llama(4096, 11008, 32, 32)),
+    "llama-13b": Model("jeffwan/llama-13b-hf", 1, _llama(5120, 13824, 40, 40)),
+    "llama-30b": Model("jeffwan/llama-30b-hf", 1, _llama(6656, 17920, 60, 52), dtype="float16"),
+    "llama-2-7b": Model("meta-llama/Llama-2-7b-hf", 1, _llama(4096, 11008, 32, 32)),
+    "llama-3-8b": Model("meta-llama/Meta-Llama-3-8B", 128000, _llama(4096, 14336, 32, 32, 8, vocab_size=128256)),
+    "llama-3.1-8b": Model("meta-llama/Llama-3.1-8B", 128000, _llama(4096, 14336, 32, 32, 8, vocab_size=128256)),
     "mistral-7b": Model(
-        "mistralai/Mistral-7B-v0.1", True, _llama(4096, 14336, 32, 32, 8, model_type="mistral", head_dim=128)
+        "mistralai/Mistral-7B-v0.1", 1, _llama(4096, 14336, 32, 32, 8, model_type="mistral", head_dim=128)
     ),
     "qwen3-8b-base": Model(
         "Qwen/Qwen3-8B-Base",
-        False,
+        None,
         _llama(4096, 12288, 36, 32, 8, model_type="qwen3", vocab_size=151936, head_dim=128, tie_word_embeddings=False),
     ),
     "opt-6.7b": Model(
         "facebook/opt-6.7b",
-        True,
+        2,
         {
             "model_type": "opt", "vocab_size": 50272, "hidden_size": 4096, "word_embed_proj_dim": 4096,
             "ffn_dim": 16384, "num_hidden_layers": 32, "num_attention_heads": 32,
         },
     ),
-    "gpt-2": Model("openai-community/gpt2", False, {"model_type": "gpt2"}, window=1024),
+    "gpt-2": Model("openai-community/gpt2", None, {"model_type": "gpt2"}, window=1024),
 }  # fmt: skip
 
 

@@ -10,25 +10,25 @@ import difflib
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from freqrank import evaluate, report
+from freqrank._network import network
 from freqrank.lowrank.allocation import Shape, trial_ranks, uniform_rank
 from freqrank.lowrank.methods import METHODS
 from freqrank.models.architectures import find_architecture
 from freqrank.models.compression import _TRIAL_TOKENS, compress
 from freqrank.models.whole import backward_bytes
-from freqrank.published import DATA, MODELS, PAPERS, PROTOCOLS, ROWS, Model, Protocol, Row, TextData
+from freqrank.published import DATA, MODELS, PAPERS, PROTOCOLS, ROWS, ZERO_SHOT, Model, Protocol, Row, TextData
 from freqrank.report import Report, Section, Table
+from freqrank.tasks import TaskResult, run_tasks
 
 __all__ = [
     "Estimate",
@@ -85,26 +85,19 @@ def find_row(name: str) -> Row:
 # --- the protocols ----------------------------------------------------------------------------------------------------
 
 
-def encoder(tokenizer: Any, bos: bool) -> Encode:
+def encoder(tokenizer: Any, bos: int | None) -> Encode:
     """What turns a text into token ids, with one beginning-of-text token or none, whatever the tokenizer would do.
 
     Args:
         tokenizer: of transformers, or None: bytes.
-        bos: put the tokenizer's beginning-of-text token before every text.
+        bos: id to put before every text, or None.
 
-    Raises:
-        ValueError: ``bos`` and a tokenizer without that token.
-
-    >>> encoder(None, bos=False)("ab")
-    [97, 98]
+    >>> encoder(None, bos=None)("ab"), encoder(None, bos=0)("ab")
+    ([97, 98], [0, 97, 98])
     """
-    first: list[int] = []
-    if bos:
-        if getattr(tokenizer, "bos_token_id", None) is None:
-            raise ValueError("the protocol begins texts with a token that this tokenizer does not have")
-        first = [tokenizer.bos_token_id]
+    first = [] if bos is None else [bos]
     if tokenizer is None:
-        return lambda text: list(text.encode())
+        return lambda text: first + list(text.encode())
     # verbose=False: that a whole text is longer than the model's context is no news here
     return lambda text: first + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -387,6 +380,7 @@ class Plan:
     data: tuple[str, ...]
     estimate: Estimate
     differences: tuple[str, ...]
+    zero_shot: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries and lists of JSON types."""
@@ -398,6 +392,7 @@ class Plan:
                 "model": asdict(MODELS[row.model]),
                 "calibration": asdict(DATA[row.calibration]) if row.options else None,
                 "data": {name: asdict(DATA[name]) for name in self.data},
+                "tasks": list(ZERO_SHOT) if self.zero_shot else [],
                 "protocol": asdict(PROTOCOLS[row.protocol]),
                 "compress": dict(row.options),
                 "estimate": asdict(self.estimate),
@@ -410,9 +405,10 @@ class Plan:
         row, cost = self.row, self.estimate
         pin, protocol = MODELS[row.model], PROTOCOLS[row.protocol]
         values: list[Sequence[str]] = [
-            [name, _printed(row.dense.get(name)), _printed(row.values[name])] for name in self.data
+            [_MEASURES.get(name, name), _printed(row.dense.get(name)), _printed(row.values[name])]
+            for name in (*self.data, *["zero-shot"] * self.zero_shot)
         ]
-        bos = pin.bos and protocol.bos == "model"
+        bos = pin.bos is not None and protocol.bos == "model"
         facts = {
             "row": row.name,
             "published in": f"{PAPERS[row.paper]}, {row.table}",
@@ -428,10 +424,13 @@ class Plan:
         for name in self.data:
             first = f", first {DATA[name].documents} rows" if DATA[name].documents else ""
             facts[f"evaluated: {name}"] = _place(DATA[name], DATA[name].test) + first
+        if self.zero_shot:
+            facts["zero-shot tasks"] = ", ".join(ZERO_SHOT)
         facts |= {
             "evaluation": f"rows joined by {protocol.separator!r}, windows of {pin.window} tokens side by side, mean "
             f"over {protocol.reduction}s, a shorter last window is {_KEPT[protocol.remainder]}",
-            "beginning of text": ("one token" if bos else "none") + _BOS[protocol.sampling] * bool(bos and row.options),
+            "beginning of text": (f"one token, id {pin.bos}" if bos else "none")
+            + _BOS[protocol.sampling] * bool(bos and row.options),
             "protocol from": protocol.source,
         }
         facts |= {f"note {i}": note for i, note in enumerate((*protocol.notes, *row.notes, *self.differences), 1)}
@@ -456,6 +455,7 @@ _SAMPLINGS = {
     "offsets": "from random characters of the joined text on, each tokenised again",
     "map-batches": "rows tokenised one by one, concatenated in batches of 1024 rows of each quarter, chunks permuted",
 }
+_MEASURES = {"zero-shot": "accuracy, zero-shot"}
 _KEPT = {"keep": "kept", "drop": "dropped"}
 _BOS = {"offsets": "; calibration: one a sequence", "map-batches": "; calibration: one a row, so many in a sequence"}
 
@@ -488,15 +488,16 @@ def _plain_text(tables: Sequence[Table]) -> str:
     return "\n".join(lines)
 
 
-def plan(row: str | Row, data: Sequence[str] | None = None) -> Plan:
+def plan(row: str | Row, data: Sequence[str] | None = None, *, zero_shot: bool = False) -> Plan:
     """What `reproduce` would do, without the network, weights or data.
 
     Args:
         row: a name, see `names`.
         data: texts to evaluate; None: all that the table has a perplexity for.
+        zero_shot: measure the mean accuracy over `freqrank.published.ZERO_SHOT` too.
 
     Raises:
-        ValueError: no such row, or a text that it has no value for.
+        ValueError: no such row, or a text or an accuracy that it has no value for.
 
     Example:
         >>> planned = plan("basis-sharing/table1/llama-7b-20-basis-sharing-n2", data=["wikitext2"])
@@ -505,7 +506,15 @@ def plan(row: str | Row, data: Sequence[str] | None = None) -> Plan:
     """
     row = find_row(row) if isinstance(row, str) else row
     chosen = tuple(_chosen(row, data))
-    return Plan(row, chosen, estimate(row, chosen), tuple(_differences(row, chosen)))
+    if zero_shot and "zero-shot" not in row.values:
+        raise ValueError(f"{row.name} has no value for the accuracy on zero-shot tasks")
+    differences = _differences(row, chosen)
+    if zero_shot:
+        differences.append(
+            "the tasks are those of the lm-eval that is installed (the original: 0.4.3), and that the mean is of 'acc' "
+            "and not of 'acc_norm' is assumed; the estimate leaves them out"
+        )
+    return Plan(row, chosen, estimate(row, chosen), tuple(differences), zero_shot)
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -513,12 +522,12 @@ def plan(row: str | Row, data: Sequence[str] | None = None) -> Plan:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One text.
+    """One text, or all tasks.
 
     Attributes:
-        data: key of `freqrank.published.DATA`.
-        tokens: that were read.
-        dense, measured: perplexity of the model before and after it was compressed.
+        data: key of `freqrank.published.DATA`, or "zero-shot".
+        tokens: that were read; of tasks, examples.
+        dense, measured: perplexity of the model before and after it was compressed; of tasks, mean accuracy.
         dense_published, published: of the table; None where it has none.
     """
 
@@ -542,6 +551,7 @@ class Reproduction:
         tokens: of the calibration, 0 for the dense model.
         notes: what a reader should know beside the plan's notes.
         report: of `freqrank.compress`, as JSON types; None for the dense model.
+        tasks: results of each task on the model "dense" and "here", if they were asked for.
         seconds: how long it took.
     """
 
@@ -551,6 +561,7 @@ class Reproduction:
     tokens: int = 0
     notes: list[str] = field(default_factory=list)
     report: dict[str, Any] | None = None
+    tasks: dict[str, list[TaskResult]] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -579,6 +590,7 @@ class Reproduction:
                 "seconds": self.seconds,
                 "plan": self.plan.to_dict(),
                 "report": self.report,
+                "tasks": self.tasks,
             }
         )
 
@@ -590,7 +602,9 @@ class Reproduction:
             printed = [_printed(m.dense_published), _printed(m.published)]
             printed = [text if text == "-" else bracket.format(text) for text in printed]
             ratio = f"{m.measured / m.published:.3f}" if self.applies and m.published else "-"
-            lines.append([m.data, f"{m.tokens:,}", printed[0], _shown(m.dense), printed[1], _shown(m.measured), ratio])
+            here = [f"{value:.3f}" if m.data in _MEASURES else _shown(value) for value in (m.dense, m.measured)]
+            label = _MEASURES.get(m.data, m.data)
+            lines.append([label, f"{m.tokens:,}", printed[0], here[0], printed[1], here[1], ratio])
         head = ["perplexity", "tokens", "dense, published", "dense, here", "published", "here", "here / published"]
         return [Table(head, lines, self.plan.row.name)]
 
@@ -609,11 +623,11 @@ class Reproduction:
         return report.write_folder(page, Path(folder))
 
 
-@torch.no_grad()
 def reproduce(
     row: str | Row,
     *,
     data: Sequence[str] | None = None,
+    zero_shot: bool = False,
     model: nn.Module | None = None,
     tokenizer: Any = None,
     calibration: Sequence[str] | None = None,
@@ -633,6 +647,7 @@ def reproduce(
     Args:
         row: a name, see `names`.
         data: texts to evaluate; None: all that the table has a perplexity for.
+        zero_shot: measure the mean accuracy over `freqrank.published.ZERO_SHOT` too, which lm-eval does.
         model: in place of the pinned one; it is compressed in place.
         tokenizer: of ``model``; None: bytes.
         calibration: rows of text to calibrate on, in place of the pinned data (`lines_of` reads a file).
@@ -649,7 +664,7 @@ def reproduce(
     Raises:
         ValueError: no such row or text, a model or data that is not here and may not be fetched, a text or a context
             that is too short; what `freqrank.compress` and `freqrank.evaluate.perplexity` raise.
-        ImportError: pinned data and no `datasets`.
+        ImportError: pinned data and no `datasets`, tasks and no `lm-eval`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -662,7 +677,7 @@ def reproduce(
         (False, 7.94)
     """
     start = time.perf_counter()
-    planned = plan(row, data)
+    planned = plan(row, data, zero_shot=zero_shot)
     row = planned.row
     pin, protocol = MODELS[row.model], PROTOCOLS[row.protocol]
     for name, value, least in (("samples", samples, 1), ("window", window, 2)):
@@ -700,10 +715,15 @@ def reproduce(
         raise ValueError(
             f"the model has a context of {context} tokens and windows have {length}; give a smaller window"
         )
-    bos = pin.bos and protocol.bos == "model"
-    if bos and given and getattr(tokenizer, "bos_token_id", None) is None:
-        done.notes.append("the stand-in has no beginning-of-text token, so none is put where the protocol has one")
-        bos = False
+    bos = pin.bos if protocol.bos == "model" else None
+    if bos is not None and given:
+        bos = getattr(tokenizer, "bos_token_id", None)
+        if bos is None:
+            done.notes.append("the stand-in has no beginning-of-text token, so none is put where the protocol has one")
+    elif bos is not None and tokenizer.bos_token_id != bos:
+        done.notes.append(
+            f"texts begin with token {bos}, as pinned; the tokenizer of {pin.hub} names {tokenizer.bos_token_id}"
+        )
     encode = encoder(tokenizer, bos)
     ids = {name: _evaluated(DATA[name], protocol, rows, encode) for name, rows in texts.items()}
     sequences = None
@@ -727,16 +747,26 @@ def reproduce(
             for name, each in ids.items()
         }
 
-    dense = perplexities()
+    def scored(which: str) -> dict[str, float]:
+        if not zero_shot:
+            return {}
+        found = run_tasks(model, tokenizer, ZERO_SHOT, num_fewshot=0, download=download)
+        done.tasks[which] = found
+        return {"zero-shot": sum(task.metrics["acc"] for task in found) / len(found)}
+
+    accuracy = scored("dense")  # first: it may want what is not here
+    dense = perplexities() | accuracy
     measured = dense
     if sequences is not None:
         made = compress(model, list(sequences.split(1)), checkpoint=checkpoint, progress=progress, **row.options)
         done.report = report.plain(made.to_dict())
         done.notes += made.notes
-        measured = perplexities()
+        measured = perplexities() | scored("here")
+    counts = {name: each.numel() for name, each in ids.items()}
+    counts["zero-shot"] = sum(task.examples or 0 for task in done.tasks.get("dense", ()))
     done.measurements = [
-        Measurement(name, ids[name].numel(), dense[name], measured[name], row.dense.get(name), row.values[name])
-        for name in ids
+        Measurement(name, counts[name], dense[name], measured[name], row.dense.get(name), row.values[name])
+        for name in dense
     ]
     done.seconds = time.perf_counter() - start
     return done
@@ -747,7 +777,7 @@ def _load(pin: Model, download: bool, device: str) -> tuple[Any, Any]:
     import transformers
 
     where: dict[str, Any] = {"revision": pin.revision, "local_files_only": not download}
-    with _network(download):
+    with network(download):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(pin.hub, **where)
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -773,7 +803,7 @@ def _rows(name: str, purpose: str, download: bool) -> list[str]:
     options: dict[str, Any] = {"revision": data.revision, "split": split}
     if data.files is not None:
         options["data_files"] = {split: data.files[split]}
-    with _network(download):
+    with network(download):
         try:
             loaded = datasets.load_dataset(data.hub, data.config, **options)
         except (OSError, ValueError) as error:
@@ -790,20 +820,3 @@ def _first_line(error: Exception) -> str:
 
 def _advice(download: bool, option: str) -> str:
     return "" if download else f"; it is fetched only with --download, and {option} stands in for it"
-
-
-@contextmanager
-def _network(allowed: bool) -> Iterator[None]:
-    """Keeps `huggingface_hub` and `datasets` to their local caches unless ``allowed``."""
-    with ExitStack() as stack:
-        if not allowed:
-            import huggingface_hub.constants
-
-            stack.enter_context(mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
-            try:
-                import datasets.config
-            except ImportError:
-                pass  # then nothing of it can reach for the network
-            else:
-                stack.enter_context(mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True))
-        yield

@@ -10,6 +10,7 @@ from pathlib import Path
 import freqrank
 import pytest
 import torch
+from safetensors import SafetensorError
 
 transformers = pytest.importorskip("transformers")
 
@@ -181,9 +182,9 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("freqrank.models.checkpoint.save_file", full)
+    monkeypatch.setattr("freqrank.models.files.save_file", full)
     for name in ("first", "second"):
         with pytest.raises(OSError, match="No space left"):
             store.save(name, {"x": torch.zeros(2)}, {})

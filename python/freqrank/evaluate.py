@@ -99,7 +99,8 @@ def loss(
     """
     ids, stride = _check(model, input_ids, window, stride, reduction, remainder)
     parameter = next(model.parameters(), None)
-    device = ids.device if parameter is None else parameter.device
+    # hooks of an offloaded model, whose parameters have no data, move what they are given
+    device = ids.device if parameter is None or parameter.is_meta else parameter.device
     pieces = [(row, *piece) for row in ids for piece in _windows(row.numel(), window, stride, remainder)]
     batch = max(1, _LOGITS // (min(window, ids.shape[1]) * (_vocabulary(model) or 1 << 15)))
 

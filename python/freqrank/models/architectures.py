@@ -6,11 +6,15 @@ To add an architecture, subclass :class:`Architecture`, fill in its class attrib
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from freqrank.lowrank.modules import is_linear, linear_weight
+from freqrank.models import offload
 
 
 class Architecture:
@@ -26,6 +30,7 @@ class Architecture:
         decoder: the module that owns the blocks; calling it runs the model without its language-model head.
         prefix: the decoder's name inside the model ("" when the model is the decoder).
         blocks: the decoder blocks, first to last.
+        scratch: where what is found goes if the model is offloaded, set while it is compressed; None: into memory.
     """
 
     name: ClassVar[str]
@@ -39,6 +44,7 @@ class Architecture:
         self.prefix = prefix
         self.decoder = decoder
         self.blocks: nn.ModuleList = getattr(decoder, self.blocks_path)
+        self.scratch: Path | None = None
 
     @classmethod
     def find(cls, model: nn.Module) -> Architecture | None:
@@ -63,8 +69,28 @@ class Architecture:
         return self.blocks[layer].get_submodule(self.roles[role])
 
     def weight(self, layer: int, role: str) -> Tensor:
-        """The dense weight [out, in] of one role in one block, in the model's own memory."""
-        return linear_weight(self.linear(layer, role))
+        """The dense weight [out, in] of one role in one block, in the model's own memory; read, if offloaded."""
+        linear = self.linear(layer, role)
+        held = linear_weight(linear)
+        if not held.is_meta:
+            return held
+        read = offload.value(linear, "weight")
+        return read if held is linear.weight else read.mT
+
+    def shape(self, layer: int, role: str) -> torch.Size:
+        """Sizes [out, in] of a weight, for which nothing is read."""
+        return linear_weight(self.linear(layer, role)).shape
+
+    def placement(self, layer: int, role: str) -> tuple[torch.device, torch.dtype]:
+        """Where a weight is computed with, and its dtype; nothing is read."""
+        linear = self.linear(layer, role)
+        return offload.device(linear), linear_weight(linear).dtype
+
+    def running(self, block: nn.Module) -> Iterator[nn.Module]:
+        """The modules that a run of the decoder takes whose other blocks hand on their input: ``block``, embeddings."""
+        others = set(self.blocks.modules())
+        yield from (module for module in self.decoder.modules() if module not in others)
+        yield from block.modules()
 
     def attention(self, layer: int) -> nn.Module:
         """The attention module of one block."""
@@ -80,7 +106,7 @@ class Architecture:
         Those of ``shared``, without k and v where fewer key than query heads make them narrow (Basis Sharing's table
         for Mistral): a narrow matrix has few directions to begin with, and measured losses rose when these were shared.
         """
-        narrow = {"k", "v"} <= self.roles.keys() and len(self.weight(0, "k")) < len(self.weight(0, "q"))
+        narrow = {"k", "v"} <= self.roles.keys() and self.shape(0, "k")[0] < self.shape(0, "q")[0]
         return self.shared - ({"k", "v"} if narrow else set())
 
 

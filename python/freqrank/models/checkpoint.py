@@ -6,13 +6,16 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from freqrank.models.files import write_tensors
+from freqrank.models.offload import named_tensors
 
 _ABOUT = "checkpoint.json"
 
@@ -27,7 +30,7 @@ def fingerprint(model: nn.Module, *texts: Tensor) -> str:
     (False, 64)
     """
     digest = hashlib.sha256()
-    for name, tensor in [*model.state_dict().items(), *((str(i), text) for i, text in enumerate(texts))]:
+    for name, tensor in chain(named_tensors(model), ((str(i), text) for i, text in enumerate(texts))):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -71,9 +74,8 @@ class Checkpoint:
 
     def save(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Keep a piece. Raises OSError where it does not fit on the disk; what was there before stays."""
-        held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         metadata = {"about": json.dumps(dict(about))}
-        self._write(f"{name}.safetensors", lambda path: save_file(held, path, metadata=metadata))
+        self._write(f"{name}.safetensors", lambda path: write_tensors(path, tensors, metadata))
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """A piece that was kept, or None."""

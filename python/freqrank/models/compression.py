@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +36,7 @@ from freqrank.lowrank.outputs import OUTPUT_WEIGHTS, OutputRoot
 from freqrank.lowrank.scales import BLOCK_WEIGHTS, SCALES, by_depth, input_scale
 from freqrank.lowrank.statistics import Batch, Grams, Magnitudes, first_tokens, read_calibration
 from freqrank.models.architectures import Architecture, find_architecture
+from freqrank.models import offload
 from freqrank.models.checkpoint import Checkpoint, fingerprint
 from freqrank.models.streaming import BlockStream, evaluating
 from freqrank.models.whole import backward_bytes, next_token_loss, output_fisher, squared_gradients
@@ -234,6 +236,7 @@ class _Group:
     energy: list[float] = field(default_factory=list)  # ||S b W||_F^2 of each linear
     report: GroupReport | None = None
     seen: _Metric | None = None  # what an error-aware decomposition was made in
+    file: Path | None = None  # where its factors are, in the model's dtype, once they are found for an offloaded model
 
     @property
     def layers(self) -> list[int]:
@@ -386,14 +389,20 @@ def compress(
         store = Checkpoint(
             checkpoint, {**settings, "data": fingerprint(model, *texts), "version": freqrank.__version__}
         )
-    work = _Work(architecture, batches, rule, groups, report.tokens, depth_weight, output_weight == "fisher", store)
     aware = statistics == "error-aware"
     fisher = output_weight == "fisher" or allocation == "loss"
+    if rule.channels == "gradient" or fisher or allocation == "sensitivity":
+        _refuse_offloaded(model, architecture, batches, rule, groups, ratio)
+    work = _Work(architecture, batches, rule, groups, report.tokens, depth_weight, output_weight == "fisher", store)
     passes = 1 + (allocation != "uniform") + (aware or refit in ("sequential", "cross"))
     steps = passes * len(architecture.blocks) + len(batches) * ((rule.channels == "gradient") + fisher)
     if allocation == "sensitivity":
         steps += sum(len(trial_ranks(group.shape, ratio)) for group in groups)
-    with evaluating(model), _progress.bar(method, steps, progress) as advance:
+    with (
+        offload.workspace(model) as architecture.scratch,
+        evaluating(model),
+        _progress.bar(method, steps, progress) as advance,
+    ):
         if rule.channels == "gradient":
             work.gradients(model, advance, report.notes)
         if fisher:
@@ -408,7 +417,7 @@ def compress(
         work.factor(refit, aware, advance)
 
     _count(report, groups, architecture)
-    report.notes += _notes(groups) + work.notes()
+    report.notes += _notes(groups) + work.notes() + offload.notes(architecture.scratch)
     before = _size(model)
     _convert(model, architecture, groups, settings)
     after = _size(model)
@@ -513,7 +522,6 @@ def _check_model(model: nn.Module, architecture: Architecture) -> None:
         names.setdefault(id(parameter), []).append(name)
     for layer in range(len(architecture.blocks)):
         for role, path in architecture.roles.items():
-            weight = architecture.weight(layer, role)
             name = architecture.full_name(layer, path)
             tied = names[id(architecture.linear(layer, role).get_parameter("weight"))]
             if len(tied) > 1:
@@ -521,12 +529,44 @@ def _check_model(model: nn.Module, architecture: Architecture) -> None:
                     f"{' and '.join(tied)} are one parameter: linears that are tied cannot each get factors of their "
                     "own; untie them (model.set_submodule with a copy) first"
                 )
-            if weight.is_meta:
-                raise ValueError(f"{name} has no data (meta device): load the model without offloading to disk")
+            if architecture.placement(layer, role)[0].type == "meta":
+                raise ValueError(f"{name} has no data (meta device), and no hook of accelerate to read it: load it")
+            weight = architecture.weight(layer, role)
             if not weight.dtype.is_floating_point or weight.element_size() < 2:
                 raise TypeError(f"{name} must have a floating-point weight of 16 bits or more; got {weight.dtype}")
             if not bool(weight.isfinite().all()):
                 raise ValueError(f"{name} has NaN or Inf in its weight")
+
+
+def _refuse_offloaded(
+    model: nn.Module, architecture: Architecture, batches: Sequence[Batch], rule: Method, groups: Sequence[_Group],
+    ratio: float,
+) -> None:  # fmt: skip
+    """Raise ValueError, with an estimate, for what runs a whole model at once if the model is offloaded."""
+    if not offload.is_offloaded(model):
+        return
+    parameters, size = _size(model)
+    if rule.channels == "gradient":
+        what = "the gradients of fwsvd"
+        longest = max(batch.input_ids.shape[1] for batch in batches)
+        linears = [architecture.linear(site.layer, site.role) for group in groups for site in group.sites]
+        extra = backward_bytes(linears, longest, getattr(getattr(model, "config", None), "vocab_size", 0))
+        cost = (
+            f"{size + extra:,} bytes of memory, {size:,} of them weights, for "
+            f"{sum(batch.input_ids.shape[0] for batch in batches)} backward passes of up to {longest} tokens"
+        )
+    else:
+        what = "allocation 'sensitivity'"
+        runs = 1 + sum(len(trial_ranks(group.shape, ratio)) for group in groups)
+        tokens = sum(batch.tokens for batch in first_tokens(batches, _TRIAL_TOKENS))
+        cost = (
+            f"{size:,} bytes of memory for the weights, which would else be read {runs:,} times "
+            f"({runs * size:,} bytes), and {2 * runs * tokens * parameters:.1e} operations"
+        )
+    raise ValueError(
+        f"{what} would take the whole model at once, and its weights are offloaded: an estimated {cost}. Load the "
+        "model into memory, or choose another method or allocation"
+    )
 
 
 def _warn_if_few(report: CompressionReport, groups: Sequence[_Group], architecture: Architecture) -> None:
@@ -589,19 +629,19 @@ def _group(architecture: Architecture, shares: bool, share: str, cluster: Callab
     buckets: dict[tuple[Any, ...], list[_Site]] = {}
     for layer in range(len(architecture.blocks)):
         for role in architecture.roles:
-            weight = architecture.weight(layer, role)
+            shape = architecture.shape(layer, role)
             key: tuple[Any, ...]
             if role not in shared:
                 key = (layer, role)
             elif together:
-                key = ("shared", cluster(layer, source[role]), source[role], weight.shape[1])
+                key = ("shared", cluster(layer, source[role]), source[role], shape[1])
             else:  # linears of another shape, should an architecture have them, stay apart
-                key = ("shared", cluster(layer, role), role, *weight.shape)
+                key = ("shared", cluster(layer, role), role, *shape)
             buckets.setdefault(key, []).append(_Site(layer, role, source[role]))
     groups = []
     for sites in buckets.values():
-        weights = [architecture.weight(site.layer, site.role) for site in sites]
-        groups.append(_Group(sites, Shape(weights[0].shape[1], sum(len(weight) for weight in weights))))
+        shapes = [architecture.shape(site.layer, site.role) for site in sites]
+        groups.append(_Group(sites, Shape(shapes[0][1], sum(shape[0] for shape in shapes))))
     return sorted(groups, key=lambda group: group.layers[-1])
 
 
@@ -784,6 +824,8 @@ class _Work:
                 if not aware and not self._recall(group):
                     self._factor(group, self._metric(group), own=how == "own", measure=prefix is None)
                     self._keep(group)
+                if prefix is None:
+                    self._finish(group)
                 waiting.append(group)
             advance(f"block {layer}")
             if prefix is not None:
@@ -795,6 +837,7 @@ class _Work:
                 for group in [group for group in waiting if group.layers[-1] < prefix.layer]:
                     self._measure(group, group.seen or self._metric(group))
                     group.seen = None
+                    self._finish(group)
                     waiting.remove(group)
             self._release(layer if prefix is None else prefix.layer - 1)
 
@@ -822,13 +865,24 @@ class _Work:
             tensors["basis"] = group.basis
         self.store.save(self._name("group", group), tensors, {"report": asdict(group.report), "energy": group.energy})
 
+    def _finish(self, group: _Group) -> None:
+        """Write the factors of an offloaded group: until the model gets them, none is held."""
+        linears = [self.architecture.linear(site.layer, site.role) for site in group.sites]
+        if self.architecture.scratch is None or group.rank is None or not all(map(offload.is_offloaded, linears)):
+            return
+        stored = [self._stored(group, site) for site in group.sites]
+        file = self.architecture.scratch / f"{self._name('factors', group)}.safetensors"
+        offload.write_factors(file, stored[0][0], [coefficient for _, coefficient in stored])
+        group.file, group.basis = file, None
+        group.coefficients.clear()
+
     def _recall(self, group: _Group) -> bool:
         """Whether an earlier run has found the group; it then is as that run left it."""
         kept = None if self.store is None else self.store.load(self._name("group", group))
         if kept is None:
             return False
         tensors, about = kept
-        device = self.architecture.weight(group.sites[0].layer, group.sites[0].role).device
+        device, _ = self.architecture.placement(group.sites[0].layer, group.sites[0].role)
         group.energy = about["energy"]
         layers = [LayerReport(**layer) for layer in about["report"].pop("layers")]
         group.report = GroupReport(**about["report"], layers=layers)
@@ -950,7 +1004,7 @@ class _Work:
                 group.coefficients[site] = refit(
                     factors.basis, group.coefficients[site], grams[at], grams[at] @ weights[i]
                 )
-        element = self.architecture.weight(group.sites[0].layer, group.sites[0].role).element_size()
+        element = self.architecture.placement(group.sites[0].layer, group.sites[0].role)[1].itemsize
         after = shape.dense if group.rank is None else group.rank * shape.per_rank
         group.report = GroupReport(
             rank=group.rank,
@@ -1017,16 +1071,22 @@ def _in_place_of(weights: Sequence[Tensor], products: Sequence[Tensor]) -> Itera
 def _stored(group: _Group, site: _Site, architecture: Architecture) -> tuple[Tensor, Tensor]:
     """Basis [rank, in] and coefficient [out, rank] in the model's dtype, on the linear's device."""
     assert group.basis is not None
-    weight = architecture.weight(site.layer, site.role)
-    basis, coefficient = (
-        t.mT.to(weight.device, weight.dtype).contiguous() for t in (group.basis, group.coefficients[site])
-    )
+    device, dtype = architecture.placement(site.layer, site.role)
+    basis, coefficient = (t.mT.to(device, dtype).contiguous() for t in (group.basis, group.coefficients[site]))
     if not bool(basis.isfinite().all() & coefficient.isfinite().all()):
         raise ValueError(
             f"the factors of {architecture.full_name(site.layer, architecture.roles[site.role])} do not fit into "
-            f"{weight.dtype}; convert the model to float32 or bfloat16 first"
+            f"{dtype}; convert the model to float32 or bfloat16 first"
         )
     return basis, coefficient
+
+
+def _empty_factors(group: _Group, site: _Site, architecture: Architecture) -> tuple[Tensor, Tensor]:
+    """As `_stored`, without data: that is in a file."""
+    assert group.rank is not None
+    outputs, inputs = architecture.shape(site.layer, site.role)
+    options: dict[str, Any] = {"dtype": architecture.placement(site.layer, site.role)[1], "device": "meta"}
+    return torch.empty(group.rank, inputs, **options), torch.empty(outputs, group.rank, **options)
 
 
 def _relative(part: float, whole: float) -> float:
@@ -1064,9 +1124,14 @@ class _Prefix:
 
     def block(self, groups: Sequence[_Group]) -> None:
         """Compress one block's linears, one input after the other, and move on to the next block."""
+        ahead = self._ahead([group for group in groups if group.layers[0] == self.layer and group.rank is not None])
+        with offload.resident(self.architecture.running(self.architecture.blocks[self.layer])):
+            self._block(groups, ahead)
+
+    def _block(self, groups: Sequence[_Group], ahead: Seen) -> None:
         layer = self.layer
         block = copy.deepcopy(self.architecture.blocks[layer])
-        ahead = self._ahead([group for group in groups if group.layers[0] == layer and group.rank is not None])
+        copied = list(block.modules())
         for roles in self.architecture.inputs:
             here = [
                 (group, site) for group in groups for site in group.sites if site.layer == layer and site.role in roles
@@ -1092,6 +1157,8 @@ class _Prefix:
                 block.set_submodule(self.architecture.roles[site.role], factors)
         self.original.advance()
         self.compressed.advance(block=block)
+        for module in (*copied, *block.modules()):  # hooks of accelerate hold them in cycles: let the weights go now
+            module._parameters.clear()
 
     def _ahead(self, groups: Sequence[_Group]) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
         """Statistics of the later inputs of groups that begin at this block, which itself and what follows is dense."""
@@ -1103,11 +1170,12 @@ class _Prefix:
         original, compressed = self.original.fork(), self.compressed.fork()
         for layer in range(self.layer, last + 1):
             sums = Grams()
-            for i in range(len(compressed)):
-                ours, theirs = compressed.step(i), original.step(i)
-                for source in [source for at, source in wanted if at == layer > self.layer]:
-                    sums.add(source, ours[source])
-                    sums.add(f"{source} cross", ours[source], theirs[source])
+            with offload.resident(self.architecture.running(self.architecture.blocks[layer])):
+                for i in range(len(compressed)):
+                    ours, theirs = compressed.step(i), original.step(i)
+                    for source in [source for at, source in wanted if at == layer > self.layer]:
+                        sums.add(source, ours[source])
+                        sums.add(f"{source} cross", ours[source], theirs[source])
             found |= {
                 (layer, source): (sums.of[source], sums.of[f"{source} cross"])
                 for at, source in wanted
@@ -1167,12 +1235,20 @@ def _convert(model: nn.Module, architecture: Architecture, groups: Sequence[_Gro
         linears: list[Any] = [architecture.linear(site.layer, site.role) for site in group.sites]
         shared: nn.Parameter | None = None
         for site, linear in zip(group.sites, linears, strict=True):
-            basis, coefficient = _stored(group, site, architecture)
+            if group.file is None:
+                basis, coefficient = _stored(group, site, architecture)
+            else:
+                basis, coefficient = _empty_factors(group, site, architecture)
             if shared is None:
                 shared = nn.Parameter(basis, requires_grad=any(other.weight.requires_grad for other in linears))
             weight = nn.Parameter(coefficient, requires_grad=linear.weight.requires_grad)
             name = architecture.full_name(site.layer, architecture.roles[site.role])
-            new[name] = LowRankLinear.from_factors(shared, weight, linear.bias).train(linear.training)
+            bias = linear.bias
+            if group.file is None and bias is not None and bias.is_meta:  # of a group that is partly in memory
+                bias = nn.Parameter(offload.value(linear, "bias"), requires_grad=bias.requires_grad)
+            new[name] = LowRankLinear.from_factors(shared, weight, bias).train(linear.training)
+            if group.file is not None:
+                offload.read_factors(new[name], linear, group.file, len(names))
             names.append(name)
         spec_groups.append({"modules": names, "rank": group.rank})
     old = {name: model.get_submodule(name) for name in new}
@@ -1186,4 +1262,5 @@ def _convert(model: nn.Module, architecture: Architecture, groups: Sequence[_Gro
     except BaseException:
         for name, former in old.items():
             model.set_submodule(name, former)
+        offload.discard(architecture.scratch)
         raise

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from freqrank.attention.dijiang import DiJiangAttention, DiJiangOptions
 from freqrank.models.architectures import Architecture, find_architecture
+from freqrank.models.offload import is_offloaded
 from freqrank.models.cache import linear_cache_layer
 from freqrank.models.masks import attach_masks, attention_mask_2d
 
@@ -224,8 +225,8 @@ def linearize(
 
     Raises:
         TypeError: ``model`` is no transformers model, ``layers`` or ``seed`` no integers, an unknown option.
-        ValueError: an unknown feature map or architecture, a layer out of range or linear already. The model is then
-            as it was.
+        ValueError: an unknown feature map or architecture, a layer out of range or linear already, an offloaded model.
+            The model is then as it was.
 
     Source: DiJiang (Chen et al., ICML 2024, arXiv 2403.19928) and its released code.
     """
@@ -244,6 +245,8 @@ def linearize(
     _check_layers(architecture, chosen, chosen_options)
     if not isinstance(quantization := getattr(model.config, "quantization_config", None), FreqrankConfig | None):
         raise ValueError(f"model is quantized by another method and cannot be converted: {quantization}")
+    if is_offloaded(model):
+        raise ValueError("the model's weights are offloaded, and what is added needs them in memory: load it there")
 
     before = sum(p.numel() for p in model.parameters())
     _swap(model, architecture, chosen, chosen_options)

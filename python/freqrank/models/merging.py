@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from freqrank.lowrank.modules import LowRankLinear, linear_weight
+from freqrank.models.offload import is_offloaded
 
 __all__ = ["merge"]
 
@@ -28,7 +29,8 @@ def merge(model: nn.Module) -> list[str]:
         Names of the linears that were replaced.
 
     Raises:
-        ValueError: no layer is low-rank, or adapters (peft) hold low-rank layers: merge or unload those first.
+        ValueError: no layer is low-rank, weights are offloaded, or adapters (peft) hold low-rank layers: merge or unload
+            those first.
 
     >>> model = nn.Sequential(LowRankLinear(6, 4, rank=2))
     >>> x = torch.randn(3, 6)
@@ -39,6 +41,8 @@ def merge(model: nn.Module) -> list[str]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no low-rank layer: there is nothing to merge")
+    if is_offloaded(model):
+        raise ValueError("the model's weights are offloaded, and merging needs them in memory: load it there")
     kinds = _dense_kinds(model)
     missing = sorted(layers.keys() - kinds.keys()) if kinds is not None else []
     if missing:

@@ -6,8 +6,12 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
+
+from freqrank.models.files import disk_errors
+from freqrank.models.offload import is_offloaded
 
 __all__ = ["check_output_folder", "save_model"]
 
@@ -62,20 +66,26 @@ def save_model(
     tokenizer: Any = None,
     *,
     overwrite: bool = False,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
 ) -> Path:
     """Save `model` into `folder`: config, safetensors, model card, report, and `tokenizer` if given; returns the path.
 
     Everything is written into a temporary folder beside it, which is then renamed, so that a failure leaves nothing
     half-written and an older model intact. `model.freqrank_report`, if there is one, becomes `freqrank_report.json`.
-    Raises ValueError if the folder is not empty (see `check_output_folder`).
+    `max_shard_size`: as in `save_pretrained`; None is "5GB", and "500MB" for a model whose weights are offloaded, since
+    a shard is in memory while it is written. Raises ValueError if the folder is not empty (see `check_output_folder`),
+    OSError if it cannot be written.
     """
     path = check_output_folder(folder, overwrite=overwrite).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         target = temporary / path.name
-        model.save_pretrained(target, max_shard_size=max_shard_size)
+        if max_shard_size is None:
+            max_shard_size = "500MB" if is_offloaded(model) else "5GB"
+        with warnings.catch_warnings(), disk_errors(target):
+            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+            model.save_pretrained(target, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
         report = getattr(model, "freqrank_report", None)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from freqrank.lowrank.statistics import Batch, observe
 from freqrank.models.architectures import Architecture
+from freqrank.models.offload import HiddenStates, resident, run_device
 
 
 class _Enough(Exception):
@@ -28,7 +29,7 @@ class BlockStream:
         self.architecture = architecture
         self.batches = batches
         self.layer = 0  # the block that comes next
-        self._hidden: list[Tensor | None] = [None] * len(batches)
+        self._hidden = HiddenStates(len(batches), architecture.scratch)
         self._wraps = False  # whether blocks return a tuple or a list; known once the first has run
 
     def __len__(self) -> int:
@@ -48,7 +49,7 @@ class BlockStream:
         # accelerate puts a forward of its own on the instance: what was there comes back afterwards
         before = {module: module.__dict__.get("forward") for module in self.architecture.blocks}
         forward = block.forward
-        device = next(self.architecture.decoder.parameters()).device
+        place = run_device(self.architecture.decoder)
 
         def run(i: int, callback: Callable[[str, Tensor], object] | None = None) -> Tensor:
             batch, result = self.batches[i], []
@@ -61,15 +62,16 @@ class BlockStream:
                 return output
 
             real.forward = step
-            mask = None if batch.mask is None else batch.mask.long().to(device)
+            mask = None if batch.mask is None else batch.mask.long().to(place)
             with observe(observed if callback is not None else {}, callback or (lambda *_: None), batch.mask):
-                self.architecture.decoder(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
+                self.architecture.decoder(input_ids=batch.input_ids.to(place), attention_mask=mask, use_cache=False)
             return result[0]
 
         try:
             for module in self.architecture.blocks:
                 module.forward = self._hand_on
-            yield run
+            with resident(self.architecture.running(block)):
+                yield run
         finally:
             for module, original in before.items():
                 module.__dict__.pop("forward", None)
@@ -113,7 +115,10 @@ class BlockStream:
     def fork(self) -> BlockStream:
         """Another stream at the same place: what runs on from here moves this one no further."""
         other = BlockStream(self.architecture, self.batches)
-        other.layer, other._wraps, other._hidden = self.layer, self._wraps, list(self._hidden)
+        other.layer, other._wraps = self.layer, self._wraps
+        if self.layer:
+            for i in range(len(self)):
+                other._hidden[i] = self._hidden[i]
         return other
 
     def _hand_on(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:

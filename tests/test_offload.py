@@ -1,6 +1,7 @@
 """Models whose weights stay on disk compress to the same bytes, in memory that does not grow with them."""
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import freqrank
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -222,3 +223,119 @@ def test_a_stopped_run_goes_on_wherever_the_weights_are(tmp_path, monkeypatch):
         assert contents(tmp_path / "got") == contents(tmp_path / "want")
         shutil.rmtree(tmp_path / "got")
         shutil.rmtree(tmp_path / "copy")
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+LIMITED = """
+import os, resource, signal, sys, traceback
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # a thread that finds no memory for itself is waited for forever
+from pathlib import Path
+import torch, torch._dynamo, transformers, freqrank
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from freqrank.models import compression, saving
+from freqrank.models.offload import load_offloaded, named_tensors
+
+torch.set_num_threads(1)
+transformers.logging.disable_progress_bar()
+root, ids = Path(sys.argv[1]), torch.arange(64).view(2, 32)
+
+def megabytes(what):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(what))
+
+def limit(headroom):  # brk and private writable mappings: what torch allocates, and files that are mapped
+    size = int((megabytes("VmData") + headroom) * 2**20)
+    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+
+def load(layers):
+    limit(HEADROOM)
+    AutoModelForCausalLM.from_pretrained(root / f"model-{layers}")
+
+def hold(layers):
+    limit(HEADROOM)
+    return list(named_tensors(load_offloaded(root / f"model-{layers}", root / "offload")))
+
+def stream(layers, **options):
+    limit(HEADROOM)
+    before = megabytes("VmRSS")
+    model = load_offloaded(root / f"model-{layers}", root / "offload")
+    freqrank.compress(model, ids, ratio=0.4, progress=False, **options)
+    freqrank.save_model(model, root / f"small-{layers}", max_shard_size="10MB")
+    print("RESULT peak", megabytes("VmHWM") - before)
+    with torch.no_grad():
+        torch.save(model(ids).logits, root / f"logits-{layers}")
+
+HEADROOM = float(sys.argv[2])
+for name, run in eval(sys.argv[3]).items():  # each in a process of its own, which has imported everything
+    child = os.fork()
+    if child == 0:
+        signal.alarm(100)
+        try:
+            run()
+            print("RESULT end", name, "done", flush=True)
+        except BaseException as error:
+            traceback.print_exc()
+            print("RESULT end", name, type(error).__name__, " ".join(str(error).split()), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def wide(folder, layers):
+    """A model of random weights, a file a block, whose blocks are large beside the time they take; its bytes."""
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=64, architectures=["LlamaForCausalLM"], dtype="float32",
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    noise = torch.randn(1 << 19, generator=torch.Generator().manual_seed(0)) * 0.05
+    files, size = {}, 0
+    for number, (name, empty) in enumerate(model.state_dict().items()):
+        shift = 997 * number % (noise.numel() - empty.numel())
+        data = torch.ones(empty.shape) if empty.ndim == 1 else noise[shift:][: empty.numel()].view(empty.shape)
+        file = f"model-{name.split('.')[2] if '.layers.' in name else 'rest'}.safetensors"
+        files.setdefault(file, {})[name] = data.clone()
+        size += data.nbytes
+    for file, held in files.items():
+        save_file(held, folder / file, metadata={"format": "pt"})
+    places = {name: file for file, held in files.items() for name in held}
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return size
+
+
+def limited(folder, headroom, runs):
+    """Output of runs with so many MiB above what a process takes that has imported everything."""
+    command = [sys.executable, "-c", LIMITED, str(folder), str(headroom), runs]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    found = [line.removeprefix("RESULT ").split(maxsplit=2) for line in done.stdout.splitlines() if "RESULT" in line]
+    ends = {name: end for kind, name, end in (line for line in found if line[0] == "end")}
+    assert ends, done.stderr[-3000:]
+    return ends, [float(line[1]) for line in found if line[0] == "peak"], done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and counts of memory are those of Linux")
+def test_a_model_larger_than_memory(tmp_path):
+    few, many, headroom = 6, 30, 80
+    wide(tmp_path / f"model-{few}", few)
+    size = wide(tmp_path / f"model-{many}", many) / 2**20
+    assert size > 1.5 * headroom
+    ends, peaks, errors = limited(
+        tmp_path,
+        headroom,
+        f"""{{"load": lambda: load({many}), "hold": lambda: hold({many}),
+              "few": lambda: stream({few}), "many": lambda: stream({many})}}""",
+    )
+    for kind in ("load", "hold"):
+        assert ends[kind].startswith(("RuntimeError", "MemoryError")), ends[kind]
+        assert re.search("allocate|memory", ends[kind], re.IGNORECASE), ends[kind]
+    assert ends["few"] == ends["many"] == "done", errors[-3000:]
+    # 24 more blocks of 4 MiB: what grows is modules, hooks and the report, not weights
+    assert peaks[1] - peaks[0] < 16, peaks
+    model = in_memory(tmp_path / f"small-{many}")
+    with torch.no_grad():
+        assert torch.equal(model(torch.arange(64).view(2, 32)).logits, torch.load(tmp_path / f"logits-{many}"))

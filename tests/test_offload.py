@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -106,19 +107,24 @@ def same(tmp_path, source, data, **options):
         assert torch.equal(in_memory(tmp_path / "got")(ids).logits, want(ids).logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_architectures(family, dtype, tmp_path):
-    same(tmp_path, saved(family, tmp_path / "model", dtype), tokens(), refit="sequential")
+def test_architectures(family, tmp_path):
+    same(tmp_path, saved(family, tmp_path / "model"), tokens(), refit="sequential")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in ("opt", "gpt2") else pytest.mark.long) for name in FAMILIES]
+)
+def test_architectures_in_bfloat16(family, tmp_path):
+    same(tmp_path, saved(family, tmp_path / "model", torch.bfloat16), tokens(), refit="cross")
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"method": "svd"},
+        {"method": "svd", "refit": "own"},
         {"method": "asvd", "allocation": "effective-rank"},
-        {"method": "svd-llm", "refit": "own"},
         {"refit": "cross", "allocation": "auto", "ratio": 0.3},
         {"share": "modules", "block_weight": "norm"},
         {"share": "both", "refit": "cross", "depth_weight": 1.5},
@@ -127,6 +133,26 @@ def test_architectures(family, dtype, tmp_path):
 )
 def test_options(options, tmp_path):
     same(tmp_path, saved("llama-tied", tmp_path / "model"), padded(), **options)
+
+
+def test_a_linearised_model(tmp_path):
+    model = in_memory(saved("llama", tmp_path / "dense"))
+    freqrank.linearize(model, layers=[1, 3])
+    freqrank.save_model(model, tmp_path / "model", max_shard_size="16KB")
+    same(tmp_path, tmp_path / "model", tokens(), refit="cross")
+
+
+def test_a_compressed_model_runs_and_is_saved_again(tmp_path):
+    model = in_memory(saved("llama-tied", tmp_path / "dense"))
+    freqrank.compress(model, tokens(), **OPTIONS)
+    freqrank.save_model(model, tmp_path / "model")
+    again = load_offloaded(tmp_path / "model", tmp_path / "offload")
+    with torch.no_grad():
+        assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    with pytest.raises(ValueError, match="compressed already"):
+        freqrank.compress(again, tokens(), **OPTIONS)
+    freqrank.save_model(again, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "model")
 
 
 def test_one_file_and_another_dtype(tmp_path):
@@ -223,6 +249,188 @@ def test_a_stopped_run_goes_on_wherever_the_weights_are(tmp_path, monkeypatch):
         assert contents(tmp_path / "got") == contents(tmp_path / "want")
         shutil.rmtree(tmp_path / "got")
         shutil.rmtree(tmp_path / "copy")
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def unchanged(tmp_path, source="model"):
+    """A model on disk, which must come through as it was, with nothing left in its folder."""
+    model = load_offloaded(tmp_path / source, tmp_path / "offload")
+    before = dict(model.named_parameters())
+    yield model
+    assert list((tmp_path / "offload").iterdir()) == []
+    assert not any(isinstance(module, freqrank.LowRankLinear) for module in model.modules())
+    assert all(parameter is before[name] and parameter.is_meta for name, parameter in model.named_parameters())
+    assert not hasattr(model, "freqrank_report")
+    with torch.no_grad():
+        assert torch.equal(model(tokens()).logits, in_memory(tmp_path / source)(tokens()).logits)
+
+
+@contextmanager
+def small_files(size):
+    """Files end with an error after so many bytes, as they do on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"refit": "cross"}], ids=str)
+def test_no_room_for_hidden_states(options, tmp_path):
+    saved("llama", tmp_path / "model")
+    with unchanged(tmp_path) as model, small_files(10_000), pytest.raises(OSError, match=r"hidden-.*0\.safetensors"):
+        freqrank.compress(model, tokens(), **OPTIONS | options)
+
+
+def test_no_room_for_factors(tmp_path):
+    saved("llama", tmp_path / "model")
+    with unchanged(tmp_path) as model, small_files(6000), pytest.raises(OSError, match=r"factors-.*\.safetensors"):
+        freqrank.compress(model, tokens()[:1], **OPTIONS)
+
+
+def test_no_room_for_the_model(tmp_path):
+    model = load_offloaded(saved("llama", tmp_path / "model"), tmp_path / "offload")
+    freqrank.compress(model, tokens(), **OPTIONS)
+    with small_files(6000), pytest.raises(OSError, match="too large"):
+        freqrank.save_model(model, tmp_path / "got")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "offload"]
+    freqrank.save_model(model, tmp_path / "got")  # with room it can be done again
+    with torch.no_grad():
+        assert torch.equal(in_memory(tmp_path / "got")(tokens()).logits, model(tokens()).logits)
+
+
+def test_folders_that_cannot_be_written(tmp_path):
+    source = saved("llama", tmp_path / "model")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file"):
+        load_offloaded(source, tmp_path / "file")
+    with unchanged(tmp_path) as model:
+        (tmp_path / "offload").rmdir()
+        (tmp_path / "offload").touch()
+        with pytest.raises(FileExistsError, match="offload"):
+            freqrank.compress(model, tokens(), **OPTIONS)
+        (tmp_path / "offload").unlink()
+        (tmp_path / "offload").mkdir()
+
+
+def test_a_model_without_an_offload_folder(tmp_path):
+    source = saved("llama", tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, device_map={"": "disk"})
+    with pytest.raises(ValueError, match="load it with offload_folder"):
+        freqrank.compress(model, tokens(), **OPTIONS)
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(model.config)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj has no data .*no hook"):
+        freqrank.compress(empty, tokens(), **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "fwsvd"}, r"fwsvd .*offloaded: an estimated [\d,]+ bytes .*6 backward passes of up to 24 tokens"),
+        ({"allocation": "sensitivity"}, r"'sensitivity' .*estimated 1\d\d,\d{3} bytes .*read \d+ times .*operations"),
+    ],
+)
+def test_what_needs_the_whole_model_says_what_it_would_take(options, message, tmp_path):
+    saved("llama", tmp_path / "model")
+    with unchanged(tmp_path) as model, pytest.raises(ValueError, match=message):
+        freqrank.compress(model, tokens(), **OPTIONS | options)
+
+
+def test_what_else_needs_weights_in_memory(tmp_path):
+    saved("llama", tmp_path / "model")
+    with unchanged(tmp_path) as model, pytest.raises(ValueError, match="offloaded"):
+        freqrank.linearize(model)
+    model = load_offloaded(tmp_path / "model", tmp_path / "offload")
+    freqrank.compress(model, tokens(), **OPTIONS)
+    with pytest.raises(ValueError, match="offloaded"):
+        freqrank.merge(model)
+
+
+def test_weights_that_are_damaged(tmp_path):
+    source = saved("llama", tmp_path / "model", shard="1GB")
+    held = load_file(source / "model.safetensors")
+    held["model.layers.3.mlp.up_proj.weight"][5, 7] = float("nan")
+    save_file(held, source / "model.safetensors", metadata={"format": "pt"})
+    model = load_offloaded(source, tmp_path / "offload")
+    with pytest.raises(ValueError, match=r"layers\.3\.mlp\.up_proj has NaN or Inf"):
+        freqrank.compress(model, tokens(), **OPTIONS)
+    assert list((tmp_path / "offload").iterdir()) == []
+    (source / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        freqrank.compress(model, tokens(), **OPTIONS)
+
+
+# --- its parts --------------------------------------------------------------------------------------------------------
+
+
+def test_weights_stay_for_a_context(tmp_path):
+    model = load_offloaded(saved("llama-tied", tmp_path / "model"), tmp_path / "offload")
+    layer, want = model.model.layers[0].mlp.up_proj, in_memory(tmp_path / "model").model.layers[0].mlp.up_proj.weight
+    empty = layer.weight
+    with offload.resident([layer, model]):
+        held = layer.weight
+        assert torch.equal(held, want)
+        with offload.resident([layer]):  # is there already
+            assert layer.weight is held
+        layer(torch.ones(1, 32))
+        assert layer.weight is held
+        assert model.lm_head.weight.is_meta
+    assert layer.weight is empty
+    with pytest.raises(ZeroDivisionError), offload.resident([layer]):
+        raise ZeroDivisionError
+    assert layer.weight is empty
+    with pytest.raises(RuntimeError, match="shape"):
+        layer(torch.ones(1, 31))  # fails before the hook takes the weight away
+    layer(torch.ones(1, 32))
+    assert layer.weight is empty
+
+
+def test_a_shard_of_an_offloaded_model_is_small(tmp_path, monkeypatch):
+    source, sizes = saved("llama", tmp_path / "model"), []
+    for model in (in_memory(source), load_offloaded(source, tmp_path / "offload")):
+        real = type(model).save_pretrained
+
+        def save(self, folder, max_shard_size, real=real):
+            sizes.append(max_shard_size)
+            return real(self, folder, max_shard_size=max_shard_size)
+
+        monkeypatch.setattr(type(model), "save_pretrained", save)
+        freqrank.save_model(model, tmp_path / f"got-{len(sizes)}")
+        monkeypatch.undo()
+    assert sizes == ["5GB", "500MB"]
+
+
+def test_command(tmp_path, monkeypatch):
+    from freqrank.cli import app
+    from typer.testing import CliRunner
+
+    monkeypatch.setitem(SIZES, "vocab_size", 256)
+    monkeypatch.setitem(FAMILIES, "bytes", ("OPT", SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 16}))
+    source = saved("bytes", tmp_path / "model")
+    common = ["compress", source, "--calibration", "stdlib:train", "--samples", 2, "--length", 64, "--text",
+              "stdlib:test", "--limit", 600, "--json"]  # fmt: skip
+    found = []
+    for more in ((), ("--offload", tmp_path / "offload")):
+        folder = tmp_path / f"got-{len(found)}"
+        done = CliRunner().invoke(app, [str(part) for part in (*common, "--output", folder, *more)])
+        assert done.exit_code == 0, done.output
+        found.append(json.loads(done.stdout))
+    assert contents(tmp_path / "got-0") == contents(tmp_path / "got-1")
+    for name in ("before", "after", "loss"):
+        assert found[0][name] == found[1][name]
+    assert "read from disk" in found[1]["report"]["notes"][-1]
+    assert list((tmp_path / "offload").iterdir()) == []
+    refused = CliRunner().invoke(
+        app, [str(part) for part in (*common, "--output", tmp_path / "x", *more, "--method", "fwsvd")]
+    )
+    assert isinstance(refused.exception, ValueError) or refused.exit_code == 2
+    assert list((tmp_path / "offload").iterdir()) == []
+    assert not (tmp_path / "x").exists()
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -339,3 +547,41 @@ def test_a_model_larger_than_memory(tmp_path):
     model = in_memory(tmp_path / f"small-{many}")
     with torch.no_grad():
         assert torch.equal(model(torch.arange(64).view(2, 32)).logits, torch.load(tmp_path / f"logits-{many}"))
+
+
+KILLED = """
+import sys
+import time
+import torch
+import freqrank
+sys.path.insert(0, sys.argv[1])
+from test_offload import OPTIONS, load_offloaded, tokens
+torch.set_num_threads(1)
+model = load_offloaded(sys.argv[2], sys.argv[2] + "-offload")
+freqrank.compress(model, tokens(), checkpoint=sys.argv[2] + "-checkpoint", refit="cross", **OPTIONS)
+freqrank.save_model(model, sys.argv[3])
+"""
+
+
+@pytest.mark.long
+def test_a_run_that_is_killed_three_times_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "deep", ("Llama", GATED | {"num_hidden_layers": 12}))
+    source, checkpoint = saved("deep", tmp_path / "model"), tmp_path / "model-checkpoint"
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(source), str(tmp_path / "got")]
+    for kill in range(3):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(list(checkpoint.glob("group-*"))) < 12 * (kill + 1):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert 36 <= len(list(checkpoint.glob("group-*"))) < 66
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=300)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        want = in_memory(source)
+        freqrank.compress(want, tokens(), refit="cross", **OPTIONS)
+    finally:
+        torch.set_num_threads(threads)
+    freqrank.save_model(want, tmp_path / "want")
+    assert contents(tmp_path / "got") == contents(tmp_path / "want")

@@ -20,6 +20,7 @@ _LAZY = {
     "compress": "freqrank.models.compression",
     "CompressionReport": "freqrank.models.compression",
     "Comparison": "freqrank.compare",
+    "load_offloaded": "freqrank.models.offload",
     "linearize": "freqrank.models.linearization",
     "LinearizationReport": "freqrank.models.linearization",
     "FreqrankConfig": "freqrank.models.quantizer",

@@ -9,7 +9,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import torch
@@ -129,10 +131,17 @@ def _progress(description: str) -> Iterator[Callable[..., None]]:
         yield update
 
 
-def _load(name: str, *, download: bool = False, dtype: str = "float32") -> tuple[Any, Any]:
-    """The causal language model called ``name`` and its tokenizer (None for a byte-level model without one)."""
+def _load(
+    name: str, *, download: bool = False, dtype: str = "float32", offload: str | None = None
+) -> tuple[Any, Any]:
+    """The causal language model called ``name`` and its tokenizer (None for a byte-level model without one).
+
+    With a folder ``offload`` its weights stay on disk.
+    """
     import transformers
     from safetensors import SafetensorError
+
+    from freqrank.models.offload import load_offloaded
 
     dtypes = ("auto", "float32", "bfloat16", "float16")
     if dtype not in dtypes:
@@ -143,7 +152,8 @@ def _load(name: str, *, download: bool = False, dtype: str = "float32") -> tuple
     transformers.utils.logging.disable_progress_bar()
     with _progress(f"load {name}"):
         try:
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            load: Any = transformers.AutoModelForCausalLM.from_pretrained
+            loaded: Any = (load if offload is None else partial(load_offloaded, offload_folder=offload))(
                 source,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 output_loading_info=True,
@@ -319,6 +329,7 @@ def info(as_json: AsJson = False) -> None:
 
 @app.command()
 def compress(
+    context: typer.Context,
     model: Model,
     output: Output,
     calibration: Annotated[str, typer.Option(help="Text that the model is measured on: " + _TEXT_HELP)],
@@ -357,6 +368,14 @@ def compress(
             help="Folder that keeps what is finished: a run that was stopped goes on there.", show_default=False
         ),
     ] = None,
+    offload: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for a model larger than memory: its weights stay where they are and are read as needed; "
+            "hidden states and factors go there until the smaller model is saved.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Seed = 0,
     download: Download = False,
     as_json: AsJson = False,
@@ -367,7 +386,11 @@ def compress(
     from freqrank.models.saving import check_output_folder
 
     check_output_folder(output)
-    network, tokenizer = _load(model, download=download, dtype=dtype)
+    scratch = None
+    if offload is not None:
+        offload.mkdir(parents=True, exist_ok=True)
+        scratch = context.with_resource(TemporaryDirectory(prefix="freqrank-", dir=offload))
+    network, tokenizer = _load(model, download=download, dtype=dtype, offload=scratch)
     window = window or _context(network)
     length = length or _context(network)
     ids = _read(calibration, tokenizer, "--calibration")

@@ -271,12 +271,15 @@ def compress(
     """Replace a model's linears by calibrated low-rank ones that share bases between layers, in place.
 
     The model runs over the calibration tokens one decoder block at a time; the Gram matrices X^T X of the inputs of a
-    group of layers, in float64, and one block's activations are what it needs in memory. Some options take the whole
-    model at once: "fwsvd", output weight "fisher" and allocation "loss" run the calibration backwards, with all its
-    activations (`freqrank.models.whole.backward_bytes` estimates them, the report says how many); allocation
-    "sensitivity" makes about ten runs a group over up to 8,192 calibration tokens: 7 x 32 linears of a 7B model are
-    2,000 runs, or 2,000 x 8,192 x 14 GFLOP = 2 x 10^17 operations. Nothing of the model changes before everything has
-    been computed: if anything fails it is as it was. Embeddings, norms, biases and the language model head stay.
+    group of layers, in float64, and one block's activations are what it needs in memory. A model whose weights are on
+    disk (`freqrank.load_offloaded`) stays there: weights are read when they are needed, hidden states of the
+    calibration tokens and the factors go to its offload folder, and the memory that is needed does not grow with the
+    number of blocks. Some options, which an offloaded model does not have, take the whole model at once: "fwsvd",
+    output weight "fisher" and allocation "loss" run the calibration backwards, with all its activations
+    (`freqrank.models.whole.backward_bytes` estimates them, the report says how many); allocation "sensitivity" makes
+    about ten runs a group over up to 8,192 calibration tokens: 7 x 32 linears of a 7B model are 2,000 runs, or
+    2,000 x 8,192 x 14 GFLOP = 2 x 10^17 operations. Nothing of the model changes before everything has been computed:
+    if anything fails it is as it was. Embeddings, norms, biases and the language model head stay.
 
     Args:
         model: a decoder of `transformers` (Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, GPT-NeoX, OPT, GPT-2 and others
@@ -332,8 +335,8 @@ def compress(
             group size below 1, wrong calibration
             shapes or values, NaN or Inf in activations, gradients or weights (the message names the layer), a model
             that is compressed already, or has no language-model head where its loss is wanted, a checkpoint of another
-            run.
-        OSError: the checkpoint does not fit on the disk.
+            run, an offloaded model without an ``offload_folder`` or with an option that takes all of it at once.
+        OSError: the checkpoint, or what is found for an offloaded model, does not fit on the disk.
 
     Warns:
         UserWarning: fewer calibration tokens than a Gram matrix has rows.
@@ -417,7 +420,9 @@ def compress(
         work.factor(refit, aware, advance)
 
     _count(report, groups, architecture)
-    report.notes += _notes(groups) + work.notes() + offload.notes(architecture.scratch)
+    report.notes += _notes(groups) + work.notes()
+    if architecture.scratch is not None:
+        report.notes.append(offload.note(architecture.scratch, _resident_bytes(architecture, groups)))
     before = _size(model)
     _convert(model, architecture, groups, settings)
     after = _size(model)
@@ -1222,6 +1227,21 @@ def _size(model: nn.Module) -> tuple[int, int]:
     """Parameters and bytes; what several modules share counts once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _resident_bytes(architecture: Architecture, groups: Sequence[_Group]) -> int:
+    """An estimate of what the run of an offloaded model has in memory at once.
+
+    That is one block and all that is outside of blocks, the weights of a group in float64 twice, the Gram matrices that
+    groups wait for. Hidden states of one batch, factors and what eigenvalues take come on top.
+    """
+    blocks = [_size(block)[1] for block in architecture.blocks]
+    outside = _size(architecture.decoder)[1] - sum(blocks)
+    grams = 0
+    for layer in range(len(blocks)):
+        waiting = {at for group in groups if group.layers[-1] >= layer for at in group.inputs if at[0] <= layer}
+        grams = max(grams, sum(8 * architecture.shape(*at)[1] ** 2 for at in waiting))
+    return outside + max(blocks) + 16 * max(group.shape.dense for group in groups) + grams
 
 
 def _convert(model: nn.Module, architecture: Architecture, groups: Sequence[_Group], settings: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ it runs. Here are those hooks as compression needs them.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -57,12 +58,24 @@ def load_offloaded(
     """
     from transformers import AutoModelForCausalLM
 
-    with _unmapped():
+    with _unmapped(), _quiet():
         loaded = AutoModelForCausalLM.from_pretrained(
             source, device_map={"": "disk"}, offload_folder=os.fspath(offload_folder), **options
         )
     adopt(loaded[0] if isinstance(loaded, tuple) else loaded)
     return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """accelerate warns that parameters are on the meta device: here they were asked to be."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
@@ -332,14 +345,13 @@ def discard(folder: Path | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def notes(folder: Path | None) -> list[str]:
-    """What a report says of a run with this workspace."""
-    if folder is None:
-        return []
-    return [
-        "the model's weights were read from disk when they were needed, and hidden states were kept there; those of "
-        f"the low-rank linears are in {folder}, which must stay until the model is saved"
-    ]
+def note(folder: Path, size: int) -> str:
+    """What a report says of a run with this workspace and an estimate of its memory."""
+    return (
+        "the model's weights were read from disk when they were needed, and hidden states were kept there: an "
+        f"estimated {size:,} bytes of weights and Gram matrices were in memory at once. Those of the low-rank linears "
+        f"are in {folder}, which must stay until the model is saved"
+    )
 
 
 def write_factors(path: Path, basis: Tensor, coefficients: Sequence[Tensor]) -> None:

@@ -198,7 +198,7 @@ def _check_files(model: Any, files: Sequence[str], dense: Mapping[str, tuple[int
         if not str(path).endswith(".safetensors"):
             raise ValueError(f"weights must be in safetensors files, got {path}")
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="pt", backend="pread") as file:  # mapping a large file may fail
                 stored |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"the weights file {path} is damaged or incomplete: {error}") from error

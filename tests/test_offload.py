@@ -1,5 +1,7 @@
 """Models whose weights stay on disk compress to the same bytes, in memory that does not grow with them."""
 
+import copy
+import gc
 import json
 import re
 import resource
@@ -8,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+import types
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,9 +19,9 @@ import freqrank
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 transformers = pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
 
 from freqrank.lowrank.modules import shared_groups  # noqa: E402
 from freqrank.models import compression, offload  # noqa: E402
@@ -155,9 +159,11 @@ def test_a_compressed_model_runs_and_is_saved_again(tmp_path):
     assert contents(tmp_path / "again") == contents(tmp_path / "model")
 
 
-def test_one_file_and_another_dtype(tmp_path):
+def test_one_file_and_another_dtype(tmp_path, monkeypatch):
     source = saved("llama", tmp_path / "model", torch.bfloat16, "1GB")
-    model = load_offloaded(source, tmp_path / "offload", dtype=torch.float32)
+    monkeypatch.chdir(tmp_path)
+    model = load_offloaded("model", "offload", dtype=torch.float32)
+    monkeypatch.chdir("/")
     want = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     assert figures(freqrank.compress(model, tokens(), **OPTIONS)) == figures(
         freqrank.compress(want, tokens(), **OPTIONS)
@@ -390,6 +396,26 @@ def test_weights_stay_for_a_context(tmp_path):
     assert layer.weight is empty
 
 
+def test_what_accelerate_wrote_into_files_of_its_own(tmp_path):
+    norm = torch.nn.BatchNorm1d(3)
+    norm.running_mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), norm).eval()
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want, before = model(x), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        accelerate.disk_offload(model, tmp_path, torch.device("cpu"), offload_buffers=True)
+        offload.adopt(model)
+        assert norm.running_mean.is_meta
+        assert torch.equal(model(x), want)
+        with offload.resident(model.modules()):
+            assert torch.equal(norm.running_mean, before["1.running_mean"])
+            assert torch.equal(model(x), want)
+        assert norm.running_mean.is_meta
+        found = dict(offload.named_tensors(model))
+        assert found.keys() == before.keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in found.items())
+
+
 def test_a_shard_of_an_offloaded_model_is_small(tmp_path, monkeypatch):
     source, sizes = saved("llama", tmp_path / "model"), []
     for model in (in_memory(source), load_offloaded(source, tmp_path / "offload")):
@@ -434,6 +460,27 @@ def test_command(tmp_path, monkeypatch):
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_copies_of_blocks_go_at_once(tmp_path, monkeypatch):
+    """Hooks hold a copied block in cycles, which Python finds late: its weights must not wait for that."""
+    model = load_offloaded(saved("llama", tmp_path / "model"), tmp_path / "offload")
+    weights, alive = [], []
+
+    def deepcopy(block):
+        alive.append(sum(weight() is not None for weight in weights))
+        copied = copy.deepcopy(block)
+        weights.extend(weakref.ref(parameter) for parameter in copied.parameters())
+        return copied
+
+    monkeypatch.setattr(compression, "copy", types.SimpleNamespace(deepcopy=deepcopy))
+    gc.disable()
+    try:
+        freqrank.compress(model, tokens(), refit="cross", **OPTIONS)
+    finally:
+        gc.enable()
+    assert alive == [0] * 5
+    assert len(weights) == 5 * 9
 
 
 LIMITED = """

@@ -131,9 +131,7 @@ def _progress(description: str) -> Iterator[Callable[..., None]]:
         yield update
 
 
-def _load(
-    name: str, *, download: bool = False, dtype: str = "float32", offload: str | None = None
-) -> tuple[Any, Any]:
+def _load(name: str, *, download: bool = False, dtype: str = "float32", offload: str | None = None) -> tuple[Any, Any]:
     """The causal language model called ``name`` and its tokenizer (None for a byte-level model without one).
 
     With a folder ``offload`` its weights stay on disk.

@@ -32,7 +32,7 @@ def fingerprint(model: nn.Module, *texts: Tensor) -> str:
     digest = hashlib.sha256()
     for name, tensor in chain(named_tensors(model), ((str(i), text) for i, text in enumerate(texts))):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

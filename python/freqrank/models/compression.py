@@ -35,8 +35,8 @@ from freqrank.lowrank.modules import LowRankLinear, install_lowrank, linear_weig
 from freqrank.lowrank.outputs import OUTPUT_WEIGHTS, OutputRoot
 from freqrank.lowrank.scales import BLOCK_WEIGHTS, SCALES, by_depth, input_scale
 from freqrank.lowrank.statistics import Batch, Grams, Magnitudes, first_tokens, read_calibration
-from freqrank.models.architectures import Architecture, find_architecture
 from freqrank.models import offload
+from freqrank.models.architectures import Architecture, find_architecture
 from freqrank.models.checkpoint import Checkpoint, fingerprint
 from freqrank.models.streaming import BlockStream, evaluating
 from freqrank.models.whole import backward_bytes, next_token_loss, output_fisher, squared_gradients

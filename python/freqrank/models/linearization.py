@@ -14,9 +14,9 @@ from transformers.cache_utils import Cache
 
 from freqrank.attention.dijiang import DiJiangAttention, DiJiangOptions
 from freqrank.models.architectures import Architecture, find_architecture
-from freqrank.models.offload import is_offloaded
 from freqrank.models.cache import linear_cache_layer
 from freqrank.models.masks import attach_masks, attention_mask_2d
+from freqrank.models.offload import is_offloaded
 
 #: Attention classes whose forward is: project, rotate by ``apply_rotary_pos_emb``, attend, project. To add one,
 #: append its name here; one that does more to queries or keys needs a subclass of :class:`LinearizedAttention`.

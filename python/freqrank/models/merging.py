@@ -29,8 +29,8 @@ def merge(model: nn.Module) -> list[str]:
         Names of the linears that were replaced.
 
     Raises:
-        ValueError: no layer is low-rank, weights are offloaded, or adapters (peft) hold low-rank layers: merge or unload
-            those first.
+        ValueError: no layer is low-rank, weights are offloaded, or adapters (peft) hold low-rank layers: merge or
+            unload those first.
 
     >>> model = nn.Sequential(LowRankLinear(6, 4, rank=2))
     >>> x = torch.randn(3, 6)

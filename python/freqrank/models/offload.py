@@ -28,9 +28,7 @@ from freqrank.models.files import read_tensor, write_tensors
 __all__ = ["load_offloaded"]
 
 
-def load_offloaded(
-    source: str | os.PathLike[str], offload_folder: str | os.PathLike[str], **options: Any
-) -> Any:
+def load_offloaded(source: str | os.PathLike[str], offload_folder: str | os.PathLike[str], **options: Any) -> Any:
     """A causal language model of `transformers` whose weights stay in the safetensors files of its folder.
 
     It runs, and can be compressed and saved, in the memory that one decoder block takes and the embeddings: a weight is
@@ -58,9 +56,11 @@ def load_offloaded(
     """
     from transformers import AutoModelForCausalLM
 
+    # paths that still hold when the program goes to another folder
+    place = os.path.abspath(source) if os.path.isdir(source) else source
     with _unmapped(), _quiet():
         loaded = AutoModelForCausalLM.from_pretrained(
-            source, device_map={"": "disk"}, offload_folder=os.fspath(offload_folder), **options
+            place, device_map={"": "disk"}, offload_folder=os.path.abspath(offload_folder), **options
         )
     adopt(loaded[0] if isinstance(loaded, tuple) else loaded)
     return loaded
@@ -145,7 +145,7 @@ class OffloadHook(AlignDevicesHook):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.empty: dict[str, nn.Parameter | None] = {}
+        self.empty: dict[str, nn.Parameter] = {}
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.offload:
@@ -159,7 +159,7 @@ class OffloadHook(AlignDevicesHook):
         return output
 
 
-def _empty(module: nn.Module) -> dict[str, nn.Parameter | None]:
+def _empty(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: held for name, held in module._parameters.items() if held is not None and held.is_meta}
 
 
@@ -235,7 +235,9 @@ def device(module: nn.Module, name: str = "weight") -> torch.device:
 
 def run_device(model: nn.Module) -> torch.device:
     """Where a model's first parameter is when it is computed with."""
-    return next(device(module, name) for module in model.modules() for name, _ in module.named_parameters(recurse=False))
+    return next(
+        device(module, name) for module in model.modules() for name, _ in module.named_parameters(recurse=False)
+    )
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -259,15 +261,18 @@ def resident(modules: Iterable[nn.Module]) -> Iterator[None]:
             if hook is None:
                 continue
             empty = _empty(module)
-            held.append((module, hook, empty))
+            buffers = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+            held.append((module, hook, empty, buffers))
             for name, parameter in empty.items():
-                assert parameter is not None
                 module._parameters[name] = nn.Parameter(value(module, name), requires_grad=parameter.requires_grad)
+            for name in buffers:
+                module._buffers[name] = value(module, name)
             hook.offload = False
         yield
     finally:
-        for module, hook, empty in held:
+        for module, hook, empty, buffers in held:
             module._parameters.update(empty)
+            module._buffers.update(buffers)
             hook.offload = True
 
 
@@ -325,7 +330,7 @@ def workspace(model: nn.Module) -> Iterator[Path | None]:
             "the model's weights are offloaded, and it has no folder for what is found: load it with offload_folder=..."
         )
     Path(folder).mkdir(parents=True, exist_ok=True)
-    path = Path(tempfile.mkdtemp(prefix="freqrank-", dir=folder))
+    path = Path(tempfile.mkdtemp(prefix="freqrank-", dir=os.path.abspath(folder)))
     try:
         yield path
     except BaseException:
@@ -349,8 +354,8 @@ def note(folder: Path, size: int) -> str:
     """What a report says of a run with this workspace and an estimate of its memory."""
     return (
         "the model's weights were read from disk when they were needed, and hidden states were kept there: an "
-        f"estimated {size:,} bytes of weights and Gram matrices were in memory at once. Those of the low-rank linears "
-        f"are in {folder}, which must stay until the model is saved"
+        f"estimated {size:,} bytes of weights and Gram matrices were in memory at once, beside what was computed from "
+        f"them. The weights of the low-rank linears are in {folder}, which must stay until the model is saved"
     )
 
 

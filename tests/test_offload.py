@@ -132,6 +132,7 @@ def test_architectures_in_bfloat16(family, tmp_path):
         {"refit": "cross", "allocation": "auto", "ratio": 0.3},
         {"share": "modules", "block_weight": "norm"},
         {"share": "both", "refit": "cross", "depth_weight": 1.5},
+        {"group_size": 3, "statistics": "error-aware", "grouping": "similar"},
     ],
     ids=str,
 )
@@ -228,11 +229,11 @@ def test_a_stopped_run_goes_on_wherever_the_weights_are(tmp_path, monkeypatch):
     freqrank.compress(want, tokens(), refit="cross", **OPTIONS)
     real, calls = compression._Work._factor, []
 
-    def counted(self, group, **more):
+    def counted(self, group, *args, **more):
         if len(calls) == 5:
             raise Stopped
         calls.append(group)
-        return real(self, group, **more)
+        return real(self, group, *args, **more)
 
     monkeypatch.setattr(compression._Work, "_factor", counted)
     model = load_offloaded(source, tmp_path / "offload")
@@ -337,7 +338,15 @@ def test_a_model_without_an_offload_folder(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "fwsvd"}, r"fwsvd .*offloaded: an estimated [\d,]+ bytes .*6 backward passes of up to 24 tokens"),
+        *(
+            (options, r"backward pass .*offloaded: an estimated [\d,]+ bytes .*6 sequences of up to 24 tokens")
+            for options in (
+                {"method": "fwsvd"},
+                {"method": "best"},
+                {"output_weight": "fisher"},
+                {"allocation": "loss"},
+            )
+        ),
         ({"allocation": "sensitivity"}, r"'sensitivity' .*estimated 1\d\d,\d{3} bytes .*read \d+ times .*operations"),
     ],
 )

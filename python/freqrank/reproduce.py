@@ -257,7 +257,7 @@ def _groups(architecture: Any, row: Row) -> list[tuple[Shape, int, int]]:
     shared = architecture.shared_roles() if rule.shares else frozenset()
     found = []
     for role in architecture.roles:
-        outputs, inputs = architecture.weight(0, role).shape
+        outputs, inputs = architecture.shape(0, role)
         step = span if role in shared else 1
         for first in range(0, layers, step):
             count = min(step, layers - first)
@@ -276,7 +276,7 @@ def estimate(row: Row, data: Sequence[str] | None = None) -> Estimate:
     architecture = find_architecture(model)
     linears = [architecture.linear(i, role) for i in range(len(architecture.blocks)) for role in architecture.roles]
     inside = sum(
-        architecture.weight(i, role).numel() for i in range(len(architecture.blocks)) for role in architecture.roles
+        architecture.shape(i, role).numel() for i in range(len(architecture.blocks)) for role in architecture.roles
     )
     total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     element = getattr(torch, pin.dtype).itemsize
@@ -296,7 +296,7 @@ def estimate(row: Row, data: Sequence[str] | None = None) -> Estimate:
     sampled = protocol.samples * pin.window
     groups = _groups(architecture, row)
     after = sum(uniform_rank(shape, row.ratio) * shape.per_rank for shape, *_ in groups)
-    widths = [architecture.weight(0, inputs[0]).shape[1] for inputs in architecture.inputs]
+    widths = [architecture.shape(0, inputs[0])[1] for inputs in architecture.inputs]
     span = max(count for *_, count in groups)
     largest = max(groups, key=lambda group: group[0].dense)[0]
     sides = [min(shape.inputs, shape.outputs) for shape, *_ in groups]

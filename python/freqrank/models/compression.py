@@ -381,43 +381,38 @@ def compress(
         "statistics": statistics, "output_weight": output_weight, "grouping": grouping,
     }  # fmt: skip
     report = CompressionReport(settings, architecture.name, sum(batch.tokens for batch in batches))
-    with evaluating(model):
-        clusters = _clusters(architecture, batches, rule.shares, group_size, share, grouping, seed)
-    groups = _group(architecture, rule.shares, share, clusters)
-    _warn_if_few(report, groups, architecture)
-
-    store = None
-    if checkpoint is not None:
-        texts = [t for batch in batches for t in (batch.input_ids, batch.mask) if t is not None]
-        store = Checkpoint(
-            checkpoint, {**settings, "data": fingerprint(model, *texts), "version": freqrank.__version__}
-        )
     aware = statistics == "error-aware"
     fisher = output_weight == "fisher" or allocation == "loss"
-    if rule.channels == "gradient" or fisher or allocation == "sensitivity":
-        _refuse_offloaded(model, architecture, batches, rule, groups, ratio)
-    work = _Work(architecture, batches, rule, groups, report.tokens, depth_weight, output_weight == "fisher", store)
-    passes = 1 + (allocation != "uniform") + (aware or refit in ("sequential", "cross"))
-    steps = passes * len(architecture.blocks) + len(batches) * ((rule.channels == "gradient") + fisher)
-    if allocation == "sensitivity":
-        steps += sum(len(trial_ranks(group.shape, ratio)) for group in groups)
-    with (
-        offload.workspace(model) as architecture.scratch,
-        evaluating(model),
-        _progress.bar(method, steps, progress) as advance,
-    ):
-        if rule.channels == "gradient":
-            work.gradients(model, advance, report.notes)
-        if fisher:
-            work.fisher(model, seed, advance, report.notes)
-        spectra = None
-        if allocation in ("effective-rank", "auto", "loss"):
-            spectra = work.spectra(advance, of_loss=allocation == "loss")
-        losses = work.losses(model, ratio, advance, report.notes) if allocation == "sensitivity" else None
-        shapes = [group.shape for group in groups]
-        for group, rank in zip(groups, allocate(allocation, shapes, ratio, spectra, losses), strict=True):
-            group.rank = rank
-        work.factor(refit, aware, advance)
+    with offload.workspace(model) as architecture.scratch, evaluating(model):
+        clusters = _clusters(architecture, batches, rule.shares, group_size, share, grouping, seed)
+        groups = _group(architecture, rule.shares, share, clusters)
+        _warn_if_few(report, groups, architecture)
+        if rule.channels == "gradient" or fisher or allocation == "sensitivity":
+            _refuse_offloaded(model, architecture, batches, groups, ratio, backward=allocation != "sensitivity")
+        store = None
+        if checkpoint is not None:
+            texts = [t for batch in batches for t in (batch.input_ids, batch.mask) if t is not None]
+            store = Checkpoint(
+                checkpoint, {**settings, "data": fingerprint(model, *texts), "version": freqrank.__version__}
+            )
+        work = _Work(architecture, batches, rule, groups, report.tokens, depth_weight, output_weight == "fisher", store)
+        passes = 1 + (allocation != "uniform") + (aware or refit in ("sequential", "cross"))
+        steps = passes * len(architecture.blocks) + len(batches) * ((rule.channels == "gradient") + fisher)
+        if allocation == "sensitivity":
+            steps += sum(len(trial_ranks(group.shape, ratio)) for group in groups)
+        with _progress.bar(method, steps, progress) as advance:
+            if rule.channels == "gradient":
+                work.gradients(model, advance, report.notes)
+            if fisher:
+                work.fisher(model, seed, advance, report.notes)
+            spectra = None
+            if allocation in ("effective-rank", "auto", "loss"):
+                spectra = work.spectra(advance, of_loss=allocation == "loss")
+            losses = work.losses(model, ratio, advance, report.notes) if allocation == "sensitivity" else None
+            shapes = [group.shape for group in groups]
+            for group, rank in zip(groups, allocate(allocation, shapes, ratio, spectra, losses), strict=True):
+                group.rank = rank
+            work.factor(refit, aware, advance)
 
     _count(report, groups, architecture)
     report.notes += _notes(groups) + work.notes()
@@ -544,21 +539,21 @@ def _check_model(model: nn.Module, architecture: Architecture) -> None:
 
 
 def _refuse_offloaded(
-    model: nn.Module, architecture: Architecture, batches: Sequence[Batch], rule: Method, groups: Sequence[_Group],
-    ratio: float,
+    model: nn.Module, architecture: Architecture, batches: Sequence[Batch], groups: Sequence[_Group], ratio: float,
+    backward: bool,
 ) -> None:  # fmt: skip
     """Raise ValueError, with an estimate, for what runs a whole model at once if the model is offloaded."""
     if not offload.is_offloaded(model):
         return
     parameters, size = _size(model)
-    if rule.channels == "gradient":
-        what = "the gradients of fwsvd"
+    if backward:
+        what = "a backward pass (fwsvd, output_weight='fisher', allocation='loss', best)"
         longest = max(batch.input_ids.shape[1] for batch in batches)
         linears = [architecture.linear(site.layer, site.role) for group in groups for site in group.sites]
         extra = backward_bytes(linears, longest, getattr(getattr(model, "config", None), "vocab_size", 0))
         cost = (
             f"{size + extra:,} bytes of memory, {size:,} of them weights, for "
-            f"{sum(batch.input_ids.shape[0] for batch in batches)} backward passes of up to {longest} tokens"
+            f"{sum(batch.input_ids.shape[0] for batch in batches)} sequences of up to {longest} tokens"
         )
     else:
         what = "allocation 'sensitivity'"
@@ -570,7 +565,7 @@ def _refuse_offloaded(
         )
     raise ValueError(
         f"{what} would take the whole model at once, and its weights are offloaded: an estimated {cost}. Load the "
-        "model into memory, or choose another method or allocation"
+        "model into memory, or choose other options"
     )
 
 

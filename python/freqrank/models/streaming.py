@@ -118,7 +118,9 @@ class BlockStream:
         other.layer, other._wraps = self.layer, self._wraps
         if self.layer:
             for i in range(len(self)):
-                other._hidden[i] = self._hidden[i]
+                stored = self._hidden[i]
+                assert stored is not None
+                other._hidden[i] = stored
         return other
 
     def _hand_on(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -2,14 +2,58 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["LowRankLinear", "install_lowrank", "is_linear", "linear_weight", "share", "shared_groups"]
+__all__ = ["LowRankLinear", "install_lowrank", "is_linear", "linear_weight", "share", "share_products", "shared_groups"]
+
+
+@dataclass
+class _Product:
+    """``x basis^T`` of one layer, and all that has to be the same for another layer to take it."""
+
+    input: Tensor
+    basis: Tensor
+    made: tuple[Any, ...]
+    value: Tensor
+    readers: int  # siblings that have not taken it
+
+
+class _Running(threading.local):
+    """Whether this thread is inside a module that has siblings among its linears, and the product they may share."""
+
+    inside = False
+    product: _Product | None = None
+
+
+_running = _Running()
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _running.inside, _running.product = True, None
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _running.inside, _running.product = False, None
+
+
+def _state(input: Tensor, basis: Tensor) -> tuple[Any, ...]:
+    """What decides about a product beside the two tensors: their values and what autograd and autocast do with them."""
+    device = input.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    recorded = torch.is_grad_enabled() and (input.requires_grad, basis.requires_grad)
+    # Activation checkpointing counts what is saved for backward between its beginning and its end.
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) if recorded else None
+    return input._version, basis._version, recorded, autocast, hooks
 
 
 class LowRankLinear(nn.Linear):
@@ -18,7 +62,8 @@ class LowRankLinear(nn.Linear):
     Parameters: ``basis`` [rank, in_features], the coefficient ``weight`` [out_features, rank] and ``bias``
     [out_features] or None. It is an `nn.Linear` with the usual attributes, so adapters, hooks and device maps treat it
     as one; only ``weight`` has `rank` columns (`dense_weight` gives the product). Layers that share a basis hold the
-    same Parameter object (see `share`), so ``model.parameters()`` counts it once.
+    same Parameter object (see `share`), so ``model.parameters()`` counts it once. Siblings, which share a basis inside
+    one module, compute ``x basis^T`` once for the input that they have in common (see `share_products`).
 
     Raises ValueError if a size is not positive, or a given basis is not [rank, in_features]; TypeError if a given basis
     is not an `nn.Parameter`.
@@ -48,6 +93,7 @@ class LowRankLinear(nn.Linear):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.siblings = 1
         if basis is None:
             basis = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
             nn.init.kaiming_uniform_(basis, a=5**0.5)
@@ -117,7 +163,22 @@ class LowRankLinear(nn.Linear):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(F.linear(input, self.basis), self.weight, self.bias)
+        return F.linear(self._product(input), self.weight, self.bias)
+
+    def _product(self, input: Tensor) -> Tensor:
+        """``x basis^T``, made once for siblings that read the same tensor."""
+        # Inference tensors do not count the writes to them; a compiler finds what is common by itself, or not at all.
+        if self.siblings == 1 or torch.compiler.is_compiling() or not _running.inside or input.is_inference():
+            return F.linear(input, self.basis)
+        state, known = _state(input, self.basis), _running.product
+        if known is not None and known.input is input and known.basis is self.basis and known.made == state:
+            known.readers -= 1
+            if not known.readers:
+                _running.product = None
+            return known.value
+        value = F.linear(input, self.basis)
+        _running.product = _Product(input, self.basis, state, value, self.siblings - 1)
+        return value
 
     @torch.no_grad()
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -188,6 +249,39 @@ def share(modules: Iterable[LowRankLinear]) -> nn.Parameter:
     return layers[0].basis
 
 
+def share_products(model: nn.Module) -> None:
+    """Let low-rank linears that share a basis inside one module of `model` multiply an input by it once.
+
+    q, k and v of an attention, gate and up of an MLP read one tensor. The first to run keeps the product for the
+    others, at most while the module that holds them runs: forward hooks on that module open and close this. It is made
+    again where the input is another tensor or was written to, where the basis was, where autograd or autocast do
+    another thing, in another thread, and for tensors of `torch.inference_mode`, whose writes are not counted.
+    `torch.compile` finds the one product by itself in a training step, for inference only with
+    ``options={"freezing": True}``. `install_lowrank`, `compress`, `linearize` and `merge` call this; call it again
+    after moving low-rank linears between modules.
+
+    >>> model = nn.ModuleDict({"q": LowRankLinear(6, 4, 2), "k": LowRankLinear(6, 3, 2), "o": LowRankLinear(4, 6, 2)})
+    >>> _ = share([model["q"], model["k"]])
+    >>> share_products(model)
+    >>> [layer.siblings for layer in model.values()]
+    [2, 2, 1]
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    inside = {name: (name.rpartition(".")[0], id(layer.basis)) for name, layer in layers.items()}
+    count = Counter(inside.values())
+    for name, layer in layers.items():
+        layer.siblings = count[inside[name]]
+    parents = {parent for (parent, _), siblings in count.items() if siblings > 1}
+    for name, module in model.named_modules():
+        for hooks, hook in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
+            for key in [key for key, present in hooks.items() if present is hook]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+        if name in parents:
+            module.register_forward_pre_hook(_enter)
+            module.register_forward_hook(_leave, always_call=True)
+
+
 def shared_groups(model: nn.Module) -> list[list[str]]:
     """Names of the low-rank layers of `model`, one list for each basis, in the order of the model.
 
@@ -245,4 +339,5 @@ def install_lowrank(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> di
             basis = layer.basis
             model.set_submodule(name, layer)
             new[name] = layer
+    share_products(model)
     return new

@@ -31,7 +31,7 @@ from freqrank.lowrank.factorize import (
 )
 from freqrank.lowrank.grouping import GROUPINGS, similar_groups, similarity, sketch
 from freqrank.lowrank.methods import METHODS, Method, Pool, pooled
-from freqrank.lowrank.modules import LowRankLinear, install_lowrank, linear_weight
+from freqrank.lowrank.modules import LowRankLinear, install_lowrank, linear_weight, share_products
 from freqrank.lowrank.outputs import OUTPUT_WEIGHTS, OutputRoot
 from freqrank.lowrank.scales import BLOCK_WEIGHTS, SCALES, by_depth, input_scale
 from freqrank.lowrank.statistics import Batch, Grams, Magnitudes, first_tokens, read_calibration
@@ -1270,6 +1270,7 @@ def _convert(model: nn.Module, architecture: Architecture, groups: Sequence[_Gro
     try:
         for name, module in new.items():
             model.set_submodule(name, module)
+        share_products(model)
         if hasattr(model, "config"):
             from freqrank.models.quantizer import attach
 
@@ -1277,5 +1278,6 @@ def _convert(model: nn.Module, architecture: Architecture, groups: Sequence[_Gro
     except BaseException:
         for name, former in old.items():
             model.set_submodule(name, former)
+        share_products(model)
         offload.discard(architecture.scratch)
         raise

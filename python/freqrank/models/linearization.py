@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from freqrank.attention.dijiang import DiJiangAttention, DiJiangOptions
+from freqrank.lowrank.modules import share_products
 from freqrank.models.architectures import Architecture, find_architecture
 from freqrank.models.cache import linear_cache_layer
 from freqrank.models.masks import attach_masks, attention_mask_2d
@@ -172,6 +173,7 @@ def _swap(model: PreTrainedModel, architecture: Architecture, layers: list[int],
         new = LinearizedAttention(old, config.hidden_size, config.num_attention_heads, options)
         architecture.blocks[index].set_submodule(architecture.attention_path, new)
     all_linear = all(isinstance(architecture.attention(i), DiJiangAttention) for i in range(len(architecture.blocks)))
+    share_products(model)
     attach_masks(model, architecture.decoder, all_linear)
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), *FLOAT32_TENSORS}
     # What transformers calls a model whose cache cannot go back: assisted decoding then refuses it by name.

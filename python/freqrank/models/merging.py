@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from freqrank.lowrank.modules import LowRankLinear, linear_weight
+from freqrank.lowrank.modules import LowRankLinear, linear_weight, share_products
 from freqrank.models.offload import is_offloaded
 
 __all__ = ["merge"]
@@ -52,6 +52,7 @@ def merge(model: nn.Module) -> list[str]:
         )
     for name, layer in layers.items():
         model.set_submodule(name, _dense(layer, None if kinds is None else kinds[name]))
+    share_products(model)
     config: Any = getattr(model, "config", None)
     if config is not None and kinds is not None:
         _forget(model, config)

@@ -867,6 +867,39 @@ def test_the_report_counts_what_is_there(options):
     assert all(len(line) < 220 for line in text.splitlines()[:3])
 
 
+@pytest.mark.parametrize("options", [{}, {"share": "modules"}, {"share": "both"}, {"group_size": 5, "ratio": 0.2},
+                                     {"allocation": "auto", "ratio": 0.03}], ids=str)  # fmt: skip
+def test_operations_are_those_of_a_forward_pass(options):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = build()
+    small, report = compressed(model, method="basis-sharing", **options)
+    for each, counted in ((model, report.operations_before), (small, report.operations_after)):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            each(torch.arange(10)[None])
+        products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+        assert products == 2 * 10 * (counted + each.lm_head.weight.numel())
+    for when in ("before", "after"):
+        total = sum(getattr(group, f"operations_{when}") for group in report.groups)
+        assert total == getattr(report, f"operations_{when}") == report.to_dict()[f"operations_{when}"]
+    assert f"{report.operations_before:,} -> {report.operations_after:,}" in str(report)
+
+
+def test_the_report_says_where_factors_are_no_faster():
+    """A basis of five layers is there once and multiplied by five times: fewer parameters, more operations."""
+    report = compressed(build(), method="basis-sharing", group_size=5, ratio=0.2)[1]
+    [q] = [group for group in report.groups if group.layers[0].role == "q"]
+    assert q.rank == math.floor(0.8 * 32 * 160 / 192)
+    assert (q.operations_before, q.operations_after) == (5 * 32 * 32, 5 * q.rank * 64)
+    assert q.parameters_after < q.parameters_before < q.operations_after
+    [note] = [note for note in report.notes if "not faster" in note]
+    assert f"q of blocks 0-4 (rank {q.rank} of 32, {q.operations_after / q.operations_before:.2f} times)" in note
+    assert " o of block" not in note
+    report = compressed(build(), method="basis-sharing", group_size=1, ratio=0.2)[1]
+    assert report.operations_after == report.parameters_after
+    assert not [note for note in report.notes if "not faster" in note]
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_predicted_errors_are_measured(method):
     model = build()

@@ -133,6 +133,7 @@ def test_architectures_in_bfloat16(family, tmp_path):
         {"share": "modules", "block_weight": "norm"},
         {"share": "both", "refit": "cross", "depth_weight": 1.5},
         {"group_size": 3, "statistics": "error-aware", "grouping": "similar"},
+        {"share": "both", "refit": "own", "storage": "int8"},
     ],
     ids=str,
 )

@@ -75,6 +75,13 @@ def _by_compress(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
+def by_int8() -> LlamaForCausalLM:
+    model = dense()
+    calibration = torch.randint(0, 64, (8, 32), generator=torch.Generator().manual_seed(3))
+    freqrank.compress(model, calibration, method="lisc", ratio=0.4, storage="int8", share="both", progress=False)
+    return model
+
+
 def by_linearize(layers: list[int] | None = None) -> LlamaForCausalLM:
     return _by_linearize(dense(), layers)
 
@@ -93,6 +100,7 @@ KINDS = {
     "compressed": compressed,
     "compressed-tied-embeddings": lambda: compressed(tie=True),
     "by-compress": by_compress,
+    "int8-compressed": by_int8,
     "linear": by_linearize,
     "half-linear": lambda: by_linearize([0, 2]),
     "linear-then-compressed": lambda: _by_compress(by_linearize()),
@@ -110,8 +118,11 @@ def folders(tmp_path_factory) -> Path:
         model.save_pretrained(root / f"{kind}-sharded", max_shard_size="8KB")
         half = copy.deepcopy(model)
         for name, parameter in half.named_parameters():
-            if not _stays_fp32(name):
+            if not _stays_fp32(name) and parameter.is_floating_point():
                 parameter.data = parameter.data.bfloat16()
+        for name, buffer in half.named_buffers():
+            if name.endswith("_scale"):
+                buffer.data = buffer.data.bfloat16()
         save_file({"fp32": logits(model), "bf16": logits(half)}, root / f"{kind}.safetensors")
     return root
 
@@ -155,7 +166,7 @@ for kind in sys.argv[2:]:
     check("sharded", folder=f"{kind}-sharded")
     check("bf16", "bf16", dtype=torch.bfloat16)
     check("device_map", device_map="auto")
-    size = (root / kind / "model.safetensors").stat().st_size
+    size = sum(t.numel() * t.element_size() for t in load_file(root / kind / "model.safetensors").values())
     for name, memory in (("disk", size // 10), ("part on disk", size * 8 // 10)):
         model = check(name, device_map="auto", max_memory={"cpu": memory}, offload_folder=root / f"offload-{kind}")
         results[f"{kind} {name} used"] = "disk" in model.hf_device_map.values()
@@ -262,7 +273,7 @@ def test_bases_are_shared_after_loading(model):
     lowrank = model.config.quantization_config.lowrank
     groups = lowrank["groups"] if lowrank else []
     assert sorted(shared_groups(model)) == sorted(group["modules"] for group in groups)
-    assert not lowrank or max(map(len, shared_groups(model))) == 2
+    assert not lowrank or max(map(len, shared_groups(model))) >= 2
 
 
 def test_deepcopy_is_equal_and_apart(model):

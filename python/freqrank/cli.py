@@ -352,6 +352,10 @@ def compress(
     ] = "original",
     output_weight: Annotated[str | None, typer.Option(help="Weight of a linear's outputs: fisher.")] = None,
     grouping: Annotated[str, typer.Option(help="Layers that share a basis: adjacent or similar.")] = "adjacent",
+    storage: Annotated[
+        str | None,
+        typer.Option(help="int8: factors as 8-bit integers. Default: the model's dtype.", show_default=False),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.", min=1)] = 256,
     length: Annotated[
         int | None, typer.Option(help="Tokens in a calibration sample; default: as --window.", min=2)
@@ -416,6 +420,7 @@ def compress(
         statistics=statistics,
         output_weight=output_weight,
         grouping=grouping,
+        storage=storage,
     )
     if held_out is not None:
         losses["after"] = evaluate.loss(network, held_out, window=window, progress=True)

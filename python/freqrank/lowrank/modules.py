@@ -6,13 +6,28 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["LowRankLinear", "install_lowrank", "is_linear", "linear_weight", "share", "share_products", "shared_groups"]
+from freqrank.lowrank.rounding import from_int8, to_int8
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = [
+    "STORAGES",
+    "Int8LowRankLinear",
+    "LowRankLinear",
+    "install_lowrank",
+    "is_linear",
+    "linear_weight",
+    "share",
+    "share_products",
+    "shared_groups",
+]
 
 
 @dataclass
@@ -94,30 +109,47 @@ class LowRankLinear(nn.Linear):
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.siblings = 1
-        if basis is None:
-            basis = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-            nn.init.kaiming_uniform_(basis, a=5**0.5)
-        elif not isinstance(basis, nn.Parameter):
+        if basis is not None and not isinstance(basis, nn.Parameter):
             raise TypeError(f"basis must be an nn.Parameter so that it can be shared, got {type(basis).__name__}")
-        elif tuple(basis.shape) != (rank, in_features):
+        if basis is not None and tuple(basis.shape) != (rank, in_features):
             raise ValueError(f"basis must be [rank, in_features] = {[rank, in_features]}, got {list(basis.shape)}")
-        self.basis = basis
-        self.weight = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self._allocate(basis, device, dtype)
+        if basis is None:
+            self._reset_basis()
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
 
+    def _allocate(
+        self, basis: nn.Parameter | None, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        """Factors without values, but for a basis that is given."""
+        if basis is None:
+            basis = nn.Parameter(torch.empty(self.rank, self.in_features, device=device, dtype=dtype))
+        self.basis = basis
+        self.weight = nn.Parameter(torch.empty(self.out_features, self.rank, device=device, dtype=dtype))
+
+    def _reset_basis(self) -> None:
+        nn.init.kaiming_uniform_(self.basis, a=5**0.5)
+
+    def _reset_weight(self) -> None:
+        nn.init.uniform_(self.weight, -(self.rank**-0.5), self.rank**-0.5)
+
     def reset_parameters(self) -> None:
         """Draw the coefficient and the bias as `nn.Linear` does; the basis, which may be shared, is left as it is."""
-        bound = self.rank**-0.5
-        nn.init.uniform_(self.weight, -bound, bound)
+        self._reset_weight()
         if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+            nn.init.uniform_(self.bias, -(self.rank**-0.5), self.rank**-0.5)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the factors stand for: the dtype of the dense weight that they replace."""
+        return self.weight.dtype
 
     @classmethod
-    def replacing(cls, linear: nn.Module, rank: int, basis: nn.Parameter | None = None) -> LowRankLinear:
+    def replacing(cls, linear: nn.Module, rank: int, basis: nn.Parameter | None = None) -> Self:
         """Layer of the sizes, device, dtype and mode of `linear`, with its bias and with uninitialised factors.
 
         `linear` is dense (see `linear_weight`); `basis` [rank, in_features] is shared if given.
@@ -130,14 +162,12 @@ class LowRankLinear(nn.Linear):
         out_features, in_features = dense.shape
         with torch.device("meta"):  # no memory and no random numbers for what is filled in later
             layer = cls(in_features, out_features, rank, bias=False, basis=basis)
-        if basis is None:
-            layer.basis = nn.Parameter(torch.empty(rank, in_features, device=dense.device, dtype=dense.dtype))
-        layer.weight = nn.Parameter(torch.empty(out_features, rank, device=dense.device, dtype=dense.dtype))
+        layer._allocate(basis, dense.device, dense.dtype)
         layer.bias = linear.bias  # type: ignore[assignment]
         return layer.train(linear.training)
 
     @classmethod
-    def from_factors(cls, basis: Tensor, weight: Tensor, bias: Tensor | None = None) -> LowRankLinear:
+    def from_factors(cls, basis: Tensor, weight: Tensor, bias: Tensor | None = None) -> Self:
         """Layer that holds `basis` [rank, in_features], `weight` [out_features, rank] and `bias` [out_features].
 
         An `nn.Parameter` is held as it is, which is how a basis is shared; a plain tensor becomes a Parameter over the
@@ -169,16 +199,23 @@ class LowRankLinear(nn.Linear):
         """``x basis^T``, made once for siblings that read the same tensor."""
         # Inference tensors do not count the writes to them; a compiler finds what is common by itself, or not at all.
         if self.siblings == 1 or torch.compiler.is_compiling() or not _running.inside or input.is_inference():
-            return F.linear(input, self.basis)
+            return self._multiply(input)
         state, known = _state(input, self.basis), _running.product
         if known is not None and known.input is input and known.basis is self.basis and known.made == state:
             known.readers -= 1
             if not known.readers:
                 _running.product = None
             return known.value
-        value = F.linear(input, self.basis)
+        value = self._multiply(input)
         _running.product = _Product(input, self.basis, state, value, self.siblings - 1)
         return value
+
+    def _multiply(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.basis)
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Basis [rank, in_features] and coefficient [out_features, rank] in `dtype`, as numbers."""
+        return self.basis.to(dtype), self.weight.to(dtype)
 
     @torch.no_grad()
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -189,10 +226,149 @@ class LowRankLinear(nn.Linear):
         >>> torch.allclose(layer(x), x @ layer.dense_weight(torch.float64).T)
         True
         """
-        return self.weight.to(dtype) @ self.basis.to(dtype)
+        basis, weight = self.factors(dtype)
+        return weight @ basis
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
+
+
+class Int8LowRankLinear(LowRankLinear):
+    """Low-rank linear whose factors are stored as 8-bit integers, a scale for each row: half or a quarter of the bytes.
+
+    Frozen parameters: ``basis`` int8 [rank, in_features], which other layers may share, and ``weight`` int8
+    [out_features, rank]. Buffers of the model's dtype: ``basis_scale`` [rank] and ``weight_scale`` [out_features], what
+    128 stands for in each row (see `freqrank.lowrank.rounding`). The input is multiplied by integers and the product by
+    scales, ``y = ((x basis^T) basis_scale / 128) weight^T weight_scale / 128 + bias``, in the input's dtype, or
+    autocast's. Factors become numbers of that dtype for the time of one product and are not kept, for a backward pass
+    neither. ``to``, ``half`` and the like change scales and bias alone.
+
+    The input and the bias get gradients, integers do not: train adapters on top.
+
+    Raises what `LowRankLinear` does; TypeError if a given basis is not int8.
+
+    >>> layer = Int8LowRankLinear.from_factors(torch.tensor([[1.0, -0.5]]), torch.tensor([[2.0], [4.0]]))
+    >>> layer.basis.tolist(), layer.weight.tolist(), layer(torch.tensor([1.0, 0.0])).tolist()
+    ([[127, -64]], [[127], [127]], [2.0, 4.0])
+    """
+
+    basis_scale: Tensor
+    weight_scale: Tensor
+
+    def _allocate(
+        self, basis: nn.Parameter | None, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        if basis is None:
+            basis = _integers(torch.empty(self.rank, self.in_features, device=device, dtype=torch.int8))
+        elif basis.dtype != torch.int8:
+            raise TypeError(f"basis must be int8, got {basis.dtype}")
+        self.basis = basis
+        self.weight = _integers(torch.empty(self.out_features, self.rank, device=device, dtype=torch.int8))
+        self.register_buffer("basis_scale", torch.ones(self.rank, device=device, dtype=dtype))
+        self.register_buffer("weight_scale", torch.ones(self.out_features, device=device, dtype=dtype))
+
+    @torch.no_grad()
+    def _reset_basis(self) -> None:
+        bound = self.in_features**-0.5
+        draw = torch.empty_like(self.basis, dtype=torch.float32).uniform_(-bound, bound)
+        _round_into(draw, self.basis, self.basis_scale)
+
+    @torch.no_grad()
+    def _reset_weight(self) -> None:
+        draw = torch.empty_like(self.weight, dtype=torch.float32).uniform_(-(self.rank**-0.5), self.rank**-0.5)
+        _round_into(draw, self.weight, self.weight_scale)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight_scale.dtype
+
+    @classmethod
+    @torch.no_grad()
+    def from_factors(
+        cls, basis: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Layer that holds `basis` [rank, in_features] and `weight` [out_features, rank] rounded to 8 bits.
+
+        Both are floating-point tensors; scales get `dtype`, that of `basis` if None. Layers made from one basis hold
+        the same integers, which `share` makes one tensor. Raises ValueError if the shapes do not fit.
+        """
+        exact = LowRankLinear.from_factors(basis, weight, bias)
+        with torch.device("meta"):
+            layer = cls(exact.in_features, exact.out_features, exact.rank, bias=False)
+        layer._allocate(None, basis.device, dtype or basis.dtype)
+        _round_into(basis, layer.basis, layer.basis_scale)
+        _round_into(weight, layer.weight, layer.weight_scale)
+        layer.bias = exact.bias
+        return layer
+
+    def _multiply(self, input: Tensor) -> Tensor:
+        return _multiply_int8(input, self.basis)
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = self._product(input)
+        unit = _unit(hidden.dtype)
+        output = _multiply_int8(hidden * (self.basis_scale.to(hidden.dtype) * unit), self.weight)
+        scale = self.weight_scale.to(output.dtype) * unit
+        return output * scale if self.bias is None else torch.addcmul(self.bias.to(output.dtype), output, scale)
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        return from_int8(self.basis, self.basis_scale, dtype), from_int8(self.weight, self.weight_scale, dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, storage=int8"
+
+
+def _integers(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _round_into(rows: Tensor, integers: Tensor, scale: Tensor) -> None:
+    rounded, what_128_is = to_int8(rows, scale.dtype)
+    integers.copy_(rounded)
+    scale.copy_(what_128_is)
+
+
+def _unit(dtype: torch.dtype) -> float:
+    """What products of :func:`_multiply_int8` are to be multiplied by beside the scale."""
+    return 1.0 if dtype == torch.float16 else 1 / 128
+
+
+def _multiply_int8(input: Tensor, integers: Tensor) -> Tensor:
+    """``input integers^T`` in the dtype of `input` or autocast; a 128th in float16, whose numbers end at 65504."""
+    if torch.is_grad_enabled() and input.requires_grad:
+        return _Int8Product.apply(input, integers)  # type: ignore[no-any-return]
+    return _Int8Product.forward(input, integers)
+
+
+def _widened(integers: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = integers.to(dtype)
+    return wide.mul_(1 / 128) if dtype == torch.float16 else wide
+
+
+class _Int8Product(torch.autograd.Function):
+    """A product whose backward pass keeps the integers: left to itself, autograd would keep them as numbers."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, integers: Tensor) -> Tensor:
+        device = input.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        return F.linear(input, _widened(integers, dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        [integers] = ctx.saved_tensors
+        return (grad @ _widened(integers, grad.dtype)).to(ctx.dtype), None
+
+
+#: What a group of factors may be stored as: the model's dtype, or 8-bit integers with scales.
+STORAGES: dict[str | None, type[LowRankLinear]] = {None: LowRankLinear, "int8": Int8LowRankLinear}
 
 
 def _as_parameter(tensor: Tensor) -> nn.Parameter:
@@ -232,7 +408,7 @@ def linear_weight(linear: nn.Module) -> Tensor:
 def share(modules: Iterable[LowRankLinear]) -> nn.Parameter:
     """Give every layer of `modules` the basis of the first one, and return that Parameter [rank, in_features].
 
-    Raises ValueError if there is no layer, or ranks or input sizes differ.
+    Raises ValueError if there is no layer, or ranks, input sizes or kinds of storage differ.
 
     >>> q, k = LowRankLinear(6, 4, 2), LowRankLinear(6, 3, 2)
     >>> share([q, k]) is k.basis
@@ -244,8 +420,13 @@ def share(modules: Iterable[LowRankLinear]) -> nn.Parameter:
     shapes = {(layer.rank, layer.in_features) for layer in layers}
     if len(shapes) > 1:
         raise ValueError(f"modules that share a basis need one (rank, in_features), got {sorted(shapes)}")
+    kinds = {type(layer).__name__ for layer in layers}
+    if len(kinds) > 1:
+        raise ValueError(f"modules that share a basis need one kind of storage, got {sorted(kinds)}")
     for layer in layers[1:]:
         layer.basis = layers[0].basis
+        if isinstance(layer, Int8LowRankLinear) and isinstance(layers[0], Int8LowRankLinear):
+            layer.basis_scale = layers[0].basis_scale.clone()
     return layers[0].basis
 
 
@@ -300,10 +481,11 @@ def shared_groups(model: nn.Module) -> list[list[str]]:
 def install_lowrank(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> dict[str, LowRankLinear]:
     """Replace linear layers of `model`, in place, by empty low-rank ones that share a basis within a group.
 
-    `groups`: ``[{"modules": [name, ...], "rank": k}, ...]`` with names as `named_modules` gives them. Factors are
-    uninitialised, on the device and of the dtype of the layer they replace (meta included); biases stay. Returns the
-    new layers by name. The model is changed only after everything was checked: ValueError for a name that is missing,
-    repeated or not a dense `nn.Linear` or `Conv1D`, for a rank out of range, or input sizes that differ within a group.
+    `groups`: ``[{"modules": [name, ...], "rank": k}, ...]`` with names as `named_modules` gives them, and
+    ``"storage": "int8"`` in those whose factors are stored so. Factors are uninitialised, on the device and of the
+    dtype of the layer they replace (meta included); biases stay. Returns the new layers by name. The model is changed
+    only after everything was checked: ValueError for a name that is missing, repeated or not a dense `nn.Linear` or
+    `Conv1D`, for a rank out of range, an unknown storage, or input sizes that differ within a group.
 
     >>> model = nn.Sequential(nn.Linear(6, 4), nn.Linear(6, 4))
     >>> new = install_lowrank(model, [{"modules": ["0", "1"], "rank": 2}])
@@ -331,11 +513,14 @@ def install_lowrank(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> di
             raise ValueError(f"group {number}: modules that share a basis need one input size, got {sizes}")
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= sizes[0]:
             raise ValueError(f"group {number}: rank must be an integer from 1 to {sizes[0]}, got {rank!r}")
+        if group.get("storage") not in list(STORAGES):
+            allowed = ", ".join(map(repr, STORAGES))
+            raise ValueError(f"group {number}: storage must be one of {allowed}, got {group['storage']!r}")
     new: dict[str, LowRankLinear] = {}
     for group in groups:
         basis: nn.Parameter | None = None
         for name in group["modules"]:
-            layer = LowRankLinear.replacing(known[name], group["rank"], basis)
+            layer = STORAGES[group.get("storage")].replacing(known[name], group["rank"], basis)
             basis = layer.basis
             model.set_submodule(name, layer)
             new[name] = layer

@@ -31,8 +31,17 @@ from freqrank.lowrank.factorize import (
 )
 from freqrank.lowrank.grouping import GROUPINGS, similar_groups, similarity, sketch
 from freqrank.lowrank.methods import METHODS, Method, Pool, pooled
-from freqrank.lowrank.modules import LowRankLinear, install_lowrank, linear_weight, share_products
+from freqrank.lowrank.modules import (
+    STORAGES,
+    Int8LowRankLinear,
+    LowRankLinear,
+    install_lowrank,
+    linear_weight,
+    share,
+    share_products,
+)
 from freqrank.lowrank.outputs import OUTPUT_WEIGHTS, OutputRoot
+from freqrank.lowrank.rounding import balanced, rounded
 from freqrank.lowrank.scales import BLOCK_WEIGHTS, SCALES, by_depth, input_scale
 from freqrank.lowrank.statistics import Batch, Grams, Magnitudes, first_tokens, read_calibration
 from freqrank.models import offload
@@ -105,7 +114,10 @@ class GroupReport:
         measured_error: the same from the stored factors, in the same metric: equal but for rounding unless refitted.
         whitening: "cholesky", "eigh" (no damping level sufficed), or "none": the decomposition needed none.
         damping: relative damping of the pooled Gram matrix, 0 if none was needed.
-        parameters_before, parameters_after, bytes_before, bytes_after: weights, the basis among them.
+        parameters_before, parameters_after, bytes_before, bytes_after: weights, the basis among them; the scales of
+            integers count as bytes, not as parameters.
+        operations_before, operations_after: multiply-adds a token. Parameters of a shared basis are there once, but
+            each layer multiplies by it, so these may rise where parameters fall.
         layers: one entry a linear.
     """
 
@@ -119,7 +131,16 @@ class GroupReport:
     parameters_after: int
     bytes_before: int
     bytes_after: int
+    operations_before: int
+    operations_after: int
     layers: list[LayerReport]
+
+    @property
+    def roles_and_blocks(self) -> tuple[str, str]:
+        """Such as "q+k" and "0-1"."""
+        blocks = sorted({layer.layer for layer in self.layers})
+        span = str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}"
+        return "+".join(dict.fromkeys(layer.role for layer in self.layers)), span
 
 
 @dataclass
@@ -131,10 +152,12 @@ class CompressionReport:
         tokens: calibration tokens that counted.
         groups: what became of each group of linears.
         parameters_before, parameters_after, bytes_before, bytes_after: of the compressed linears' weights.
+        operations_before, operations_after: multiply-adds of these linears for one token.
         model_parameters_before, model_parameters_after, model_bytes_before, model_bytes_after: of the whole model.
         block_ratio: fraction of the linears' parameters that is gone; never less than ``settings["ratio"]``.
         model_ratio: fraction of the model's parameters that is gone.
-        notes: what a reader should know: dense linears, damped or singular Gram matrices, too few tokens.
+        notes: what a reader should know: dense linears, groups whose factors take more operations than their dense
+            weights did, damped or singular Gram matrices, too few tokens.
         seconds: how long it took.
     """
 
@@ -146,6 +169,8 @@ class CompressionReport:
     parameters_after: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
+    operations_before: int = 0
+    operations_after: int = 0
     model_parameters_before: int = 0
     model_parameters_after: int = 0
     model_bytes_before: int = 0
@@ -170,13 +195,16 @@ class CompressionReport:
         deep += "" if s["output_weight"] is None else f", output weight {s['output_weight']}"
         deep += "" if s["statistics"] == "original" else f", {s['statistics']} statistics"
         deep += "" if s["grouping"] == "adjacent" else f", {s['grouping']} layers"
+        stored = "" if s["storage"] is None else f", stored as {s['storage']}"
         lines = [
             f"{s['method']} (group size {s['group_size']}, scale {s['scale']}, exponent {s['exponent']}, block weight "
-            f"{s['block_weight']}{deep}, refit {s['refit']}, share {s['share']}, allocation {s['allocation']}), "
-            f"{self.tokens:,} calibration tokens, {self.seconds:.1f} s",
+            f"{s['block_weight']}{deep}, refit {s['refit']}, share {s['share']}, allocation {s['allocation']}"
+            f"{stored}), {self.tokens:,} calibration tokens, {self.seconds:.1f} s",
             f"compressed linears: {self.parameters_before:,} -> {self.parameters_after:,} parameters, "
             f"{self.bytes_before:,} -> {self.bytes_after:,} bytes, {self.block_ratio:.2%} removed "
             f"({s['ratio']:.2%} asked for)",
+            f"multiply-adds a token in them: {self.operations_before:,} -> {self.operations_after:,} "
+            f"({self.operations_after / self.operations_before - 1:+.2%})",
             f"whole model: {self.model_parameters_before:,} -> {self.model_parameters_after:,} parameters, "
             f"{self.model_bytes_before:,} -> {self.model_bytes_after:,} bytes, {self.model_ratio:.2%} removed",
         ]
@@ -187,22 +215,23 @@ class CompressionReport:
             "predicted",
             "measured",
             "error in each block",
+            "operations",
             "scale",
             "weight",
             "damping",
         )
         rows = [head]
         for group in self.groups:
-            roles = list(dict.fromkeys(layer.role for layer in group.layers))
-            blocks = sorted({layer.layer for layer in group.layers})
+            roles, blocks = group.roles_and_blocks
             rows.append(
                 (
-                    "+".join(roles),
-                    str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}",
+                    roles,
+                    blocks,
                     "dense" if group.rank is None else f"{group.rank}/{group.full_rank}",
                     f"{group.predicted_error:.4f}",
                     f"{group.measured_error:.4f}",
                     " ".join(f"{layer.error:.4f}" for layer in group.layers),
+                    f"{group.operations_after / group.operations_before:.2f}",
                     " ".join(f"{layer.input_scale:.3g}" for layer in group.layers),
                     " ".join(f"{layer.output_share:.2f}" for layer in group.layers),
                     group.whitening if group.whitening == "eigh" else f"{group.damping:.0e}" if group.damping else "-",
@@ -230,6 +259,7 @@ class _Group:
 
     sites: list[_Site]
     shape: Shape
+    storage: str | None = None
     rank: int | None = None
     basis: Tensor | None = None
     coefficients: dict[_Site, Tensor] = field(default_factory=dict)
@@ -245,6 +275,22 @@ class _Group:
     @property
     def inputs(self) -> dict[tuple[int, str], None]:
         return dict.fromkeys((site.layer, site.source) for site in self.sites)
+
+    @property
+    def operations(self) -> int:
+        """Multiply-adds a token: linears that read one input multiply it by the basis once."""
+        if self.rank is None:
+            return self.shape.dense
+        return self.rank * (len(self.inputs) * self.shape.inputs + self.shape.outputs)
+
+    def stored_bytes(self, element: int) -> int:
+        """Bytes of the weights, or factors, beside numbers of ``element`` bytes."""
+        if self.rank is None:
+            return self.shape.dense * element
+        if self.storage is None:
+            return self.rank * self.shape.per_rank * element
+        scales = len(self.sites) * self.rank + self.shape.outputs  # each linear has those of its basis
+        return self.rank * self.shape.per_rank + scales * element
 
 
 def compress(
@@ -267,6 +313,7 @@ def compress(
     statistics: str = "original",
     output_weight: str | None = None,
     grouping: str = "adjacent",
+    storage: str | None = None,
 ) -> CompressionReport:
     """Replace a model's linears by calibrated low-rank ones that share bases between layers, in place.
 
@@ -283,7 +330,8 @@ def compress(
 
     Args:
         model: a decoder of `transformers` (Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, GPT-NeoX, OPT, GPT-2 and others
-            of their structure), linearised or not, in float32, bfloat16 or float16; factors are stored in its dtype.
+            of their structure), linearised or not, in float32, bfloat16 or float16; factors are stored in its dtype
+            unless ``storage`` says otherwise.
         calibration: token ids, a LongTensor [N, T], or an iterable, consumed once, of such tensors or of dicts with
             ``input_ids`` and maybe ``attention_mask``, whose zeros mark padding.
         method: "svd", "asvd", "fwsvd" and "svd-llm" factor each weight alone, whatever ``group_size`` and ``share``: as
@@ -325,6 +373,10 @@ def compress(
             Fisher information (`freqrank.lowrank.outputs`), so that what is dropped is what the loss least depends on.
         grouping: which layers share a basis: "adjacent" ones, or those that are most "similar"
             (`freqrank.lowrank.grouping`), which takes another run over the calibration.
+        storage: None: factors in the model's dtype; "int8": as 8-bit integers with a scale for each direction and each
+            output, half the bytes of bfloat16 (`freqrank.lowrank.modules.Int8LowRankLinear`). ``ratio`` counts
+            parameters as before. The basis is rounded first, and a refit fits coefficients to the rounded one. Such
+            factors do not train; adapters on top do.
 
     Returns:
         A :class:`CompressionReport`, also left as ``model.freqrank_report``.
@@ -355,7 +407,7 @@ def compress(
     architecture = find_architecture(model)
     _check_options(
         method, ratio, group_size, share, scale, exponent, block_weight, refit, allocation, seed, depth_weight,
-        statistics, output_weight, grouping,
+        statistics, output_weight, grouping, storage,
     )  # fmt: skip
     rule = METHODS[method](scale, float(exponent), block_weight)
     given = {
@@ -378,7 +430,7 @@ def compress(
         "method": method, "ratio": float(ratio), "group_size": group_size, "share": share, "scale": scale,
         "exponent": rule.exponent, "block_weight": block_weight, "refit": refit, "allocation": allocation,
         "seed": seed, "depth_weight": None if depth_weight is None else float(depth_weight),
-        "statistics": statistics, "output_weight": output_weight, "grouping": grouping,
+        "statistics": statistics, "output_weight": output_weight, "grouping": grouping, "storage": storage,
     }  # fmt: skip
     report = CompressionReport(settings, architecture.name, sum(batch.tokens for batch in batches))
     aware = statistics == "error-aware"
@@ -386,6 +438,8 @@ def compress(
     with offload.workspace(model) as architecture.scratch, evaluating(model):
         clusters = _clusters(architecture, batches, rule.shares, group_size, share, grouping, seed)
         groups = _group(architecture, rule.shares, share, clusters)
+        for group in groups:
+            group.storage = storage
         _warn_if_few(report, groups, architecture)
         if rule.channels == "gradient" or fisher or allocation == "sensitivity":
             _refuse_offloaded(model, architecture, batches, groups, ratio, backward=allocation != "sensitivity")
@@ -434,8 +488,8 @@ def install(model: nn.Module, spec: Mapping[str, Any]) -> dict[str, LowRankLinea
 
     Args:
         model: of the architecture that was compressed.
-        spec: ``{"groups": [{"modules": [name, ...], "rank": k}, ...]}``, what `compress` left in
-            ``model.config.quantization_config.lowrank``.
+        spec: ``{"groups": [{"modules": [name, ...], "rank": k}, ...]}``, groups of integers with ``"storage": "int8"``;
+            what `compress` left in ``model.config.quantization_config.lowrank``.
 
     Returns:
         The new layers by name.
@@ -459,7 +513,7 @@ def install(model: nn.Module, spec: Mapping[str, Any]) -> dict[str, LowRankLinea
 def _check_options(
     method: object, ratio: object, group_size: object, share: object, scale: object, exponent: object,
     block_weight: object, refit: object, allocation: object, seed: object, depth_weight: object,
-    statistics: object, output_weight: object, grouping: object,
+    statistics: object, output_weight: object, grouping: object, storage: object,
 ) -> None:  # fmt: skip
     for name, value, allowed in (
         ("method", method, tuple(METHODS)),
@@ -471,6 +525,7 @@ def _check_options(
         ("statistics", statistics, STATISTICS),
         ("output_weight", output_weight, OUTPUT_WEIGHTS),
         ("grouping", grouping, GROUPINGS),
+        ("storage", storage, tuple(STORAGES)),
     ):
         if not isinstance(value, (str, type(None))) or value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
@@ -872,7 +927,7 @@ class _Work:
             return
         stored = [self._stored(group, site) for site in group.sites]
         file = self.architecture.scratch / f"{self._name('factors', group)}.safetensors"
-        offload.write_factors(file, stored[0][0], [coefficient for _, coefficient in stored])
+        offload.write_factors(file, stored)
         group.file, group.basis = file, None
         group.coefficients.clear()
 
@@ -976,8 +1031,12 @@ class _Work:
             ]
         else:
             energy = factors.energy
-            group.basis = factors.basis
-            group.coefficients = dict(zip(group.sites, metric.restored(factors.coefficients), strict=True))
+            group.basis, coefficients = factors.basis, metric.restored(factors.coefficients)
+            if group.storage == "int8":  # the basis first, so that coefficients can be fitted to what is stored
+                group.basis, coefficients = balanced(group.basis, coefficients)
+                _, dtype = self.architecture.placement(group.sites[0].layer, group.sites[0].role)
+                group.basis = rounded(group.basis.mT, dtype).mT
+            group.coefficients = dict(zip(group.sites, coefficients, strict=True))
         group.energy = energy
         for i, site in enumerate(group.sites):
             at = group.layers.index(site.layer)
@@ -1000,9 +1059,9 @@ class _Work:
                     parameters_after=size if group.rank is None else group.rank * weights[i].shape[1],
                 )
             )
-            if own and factors is not None:
+            if own and group.basis is not None:
                 group.coefficients[site] = refit(
-                    factors.basis, group.coefficients[site], grams[at], grams[at] @ weights[i]
+                    group.basis, group.coefficients[site], grams[at], grams[at] @ weights[i]
                 )
         element = self.architecture.placement(group.sites[0].layer, group.sites[0].role)[1].itemsize
         after = shape.dense if group.rank is None else group.rank * shape.per_rank
@@ -1016,7 +1075,9 @@ class _Work:
             parameters_before=shape.dense,
             parameters_after=after,
             bytes_before=shape.dense * element,
-            bytes_after=after * element,
+            bytes_after=group.stored_bytes(element),
+            operations_before=shape.dense,
+            operations_after=group.operations,
             layers=layers,
         )  # fmt: skip
         if measure:
@@ -1029,8 +1090,7 @@ class _Work:
         assert group.report is not None
         pool, lost = metric.pool.gram, 0.0
         for i, site in enumerate(group.sites):
-            basis, coefficient = self._stored(group, site)
-            product = basis.double().mT @ coefficient.double().mT
+            product = self._stored(group, site).dense_weight(torch.float64).mT
             weight, own = self._weight(site), self.grams[site.layer, site.source].to(product.device)
             error = squared_norm(weight - product, own)
             group.report.layers[i].error = _relative(error, squared_norm(weight, own))
@@ -1039,7 +1099,7 @@ class _Work:
             lost += error * metric.block_weights[i] ** 2
         group.report.measured_error = _relative(lost, sum(group.energy))
 
-    def _stored(self, group: _Group, site: _Site) -> tuple[Tensor, Tensor]:
+    def _stored(self, group: _Group, site: _Site) -> LowRankLinear:
         return _stored(group, site, self.architecture)
 
     def notes(self) -> list[str]:
@@ -1068,25 +1128,39 @@ def _in_place_of(weights: Sequence[Tensor], products: Sequence[Tensor]) -> Itera
             weight.detach().copy_(own)
 
 
-def _stored(group: _Group, site: _Site, architecture: Architecture) -> tuple[Tensor, Tensor]:
-    """Basis [rank, in] and coefficient [out, rank] in the model's dtype, on the linear's device."""
+def _stored(group: _Group, site: _Site, architecture: Architecture) -> LowRankLinear:
+    """The layer that takes a linear's place, with the linear's bias, on its device."""
     assert group.basis is not None
+    linear: Any = architecture.linear(site.layer, site.role)
     device, dtype = architecture.placement(site.layer, site.role)
-    basis, coefficient = (t.mT.to(device, dtype).contiguous() for t in (group.basis, group.coefficients[site]))
-    if not bool(basis.isfinite().all() & coefficient.isfinite().all()):
+    basis, coefficient = (t.mT.to(device).contiguous() for t in (group.basis, group.coefficients[site]))
+    layer = _layer(group, basis, coefficient, linear, dtype)
+    if not all(bool(t.isfinite().all()) for t in layer.factors(torch.float64)):
         raise ValueError(
             f"the factors of {architecture.full_name(site.layer, architecture.roles[site.role])} do not fit into "
             f"{dtype}; convert the model to float32 or bfloat16 first"
         )
-    return basis, coefficient
+    return layer
 
 
-def _empty_factors(group: _Group, site: _Site, architecture: Architecture) -> tuple[Tensor, Tensor]:
+def _empty(group: _Group, site: _Site, architecture: Architecture) -> LowRankLinear:
     """As `_stored`, without data: that is in a file."""
     assert group.rank is not None
     outputs, inputs = architecture.shape(site.layer, site.role)
-    options: dict[str, Any] = {"dtype": architecture.placement(site.layer, site.role)[1], "device": "meta"}
-    return torch.empty(group.rank, inputs, **options), torch.empty(outputs, group.rank, **options)
+    _, dtype = architecture.placement(site.layer, site.role)
+    with torch.device("meta"):
+        basis, coefficient = torch.empty(group.rank, inputs), torch.empty(outputs, group.rank)
+    return _layer(group, basis, coefficient, architecture.linear(site.layer, site.role), dtype)
+
+
+def _layer(group: _Group, basis: Tensor, coefficient: Tensor, linear: Any, dtype: torch.dtype) -> LowRankLinear:
+    """The layer of such factors that takes a linear's place, with its bias, mode and whether it is trained."""
+    if group.storage == "int8":
+        layer: LowRankLinear = Int8LowRankLinear.from_factors(basis, coefficient, linear.bias, dtype=dtype)
+    else:
+        layer = LowRankLinear.from_factors(basis.to(dtype), coefficient.to(dtype), linear.bias)
+        layer.weight.requires_grad_(linear.weight.requires_grad)
+    return layer.train(linear.training)
 
 
 def _relative(part: float, whole: float) -> float:
@@ -1152,9 +1226,7 @@ class _Prefix:
                     group.coefficients[site] = refit(
                         group.basis.to(gram.device), group.coefficients[site].to(gram.device), gram, aim @ weight
                     )
-                basis, coefficient = _stored(group, site, self.architecture)
-                factors = LowRankLinear.from_factors(basis, coefficient, linear.bias)
-                block.set_submodule(self.architecture.roles[site.role], factors)
+                block.set_submodule(self.architecture.roles[site.role], _stored(group, site, self.architecture))
         self.original.advance()
         self.compressed.advance(block=block)
         for module in (*copied, *block.modules()):  # hooks of accelerate hold them in cycles: let the weights go now
@@ -1200,7 +1272,7 @@ class _Prefix:
 
 def _count(report: CompressionReport, groups: Sequence[_Group], architecture: Architecture) -> None:
     report.groups = [group.report for group in groups if group.report is not None]
-    for name in ("parameters_before", "parameters_after", "bytes_before", "bytes_after"):
+    for name in (f"{what}_{when}" for what in ("parameters", "bytes", "operations") for when in ("before", "after")):
         setattr(report, name, sum(getattr(group, name) for group in report.groups))
     report.block_ratio = 1 - report.parameters_after / report.parameters_before
     assert report.parameters_after <= kept(report.settings["ratio"]) * report.parameters_before
@@ -1215,13 +1287,27 @@ def _notes(groups: Sequence[_Group]) -> list[str]:
     eigh = [group.layers[0].module for group in reports if group.whitening == "eigh"]
     if eigh:
         notes.append(f"singular beyond any damping, so whitened by eigenvalues: {', '.join(eigh)}")
+    slow = [group for group in reports if group.rank is not None and group.operations_after >= group.operations_before]
+    if slow:
+        what = (
+            "{} of blocks {} (rank {} of {}, {:.2f} times)".format(
+                *group.roles_and_blocks, group.rank, group.full_rank, group.operations_after / group.operations_before
+            )
+            for group in slow
+        )
+        notes.append(
+            "smaller but not faster, since every layer multiplies by the basis that it shares: a token takes as many "
+            f"operations as with dense weights, or more, in {', '.join(what)}"
+        )
     return notes
 
 
 def _size(model: nn.Module) -> tuple[int, int]:
-    """Parameters and bytes; what several modules share counts once."""
+    """Parameters and bytes, the scales of integers among them; what several modules share counts once."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+    lowrank = [module for module in model.modules() if isinstance(module, LowRankLinear)]
+    scales = [buffer for module in lowrank for buffer in module.buffers(recurse=False)]
+    return sum(p.numel() for p in parameters), sum(t.numel() * t.element_size() for t in (*parameters, *scales))
 
 
 def _resident_bytes(architecture: Architecture, groups: Sequence[_Group]) -> int:
@@ -1246,26 +1332,21 @@ def _convert(model: nn.Module, architecture: Architecture, groups: Sequence[_Gro
     for group in groups:
         if group.rank is None:
             continue
-        names: list[str] = []
-        linears: list[Any] = [architecture.linear(site.layer, site.role) for site in group.sites]
-        shared: nn.Parameter | None = None
-        for site, linear in zip(group.sites, linears, strict=True):
-            if group.file is None:
-                basis, coefficient = _stored(group, site, architecture)
-            else:
-                basis, coefficient = _empty_factors(group, site, architecture)
-            if shared is None:
-                shared = nn.Parameter(basis, requires_grad=any(other.weight.requires_grad for other in linears))
-            weight = nn.Parameter(coefficient, requires_grad=linear.weight.requires_grad)
-            name = architecture.full_name(site.layer, architecture.roles[site.role])
-            bias = linear.bias
-            if group.file is None and bias is not None and bias.is_meta:  # of a group that is partly in memory
-                bias = nn.Parameter(offload.value(linear, "bias"), requires_grad=bias.requires_grad)
-            new[name] = LowRankLinear.from_factors(shared, weight, bias).train(linear.training)
+        names = [architecture.full_name(site.layer, architecture.roles[site.role]) for site in group.sites]
+        make = _stored if group.file is None else _empty
+        layers = [make(group, site, architecture) for site in group.sites]
+        basis = share(layers)
+        if basis.is_floating_point():
+            basis.requires_grad_(any(layer.weight.requires_grad for layer in layers))
+        for i, (site, layer) in enumerate(zip(group.sites, layers, strict=True)):
+            linear: Any = architecture.linear(site.layer, site.role)
             if group.file is not None:
-                offload.read_factors(new[name], linear, group.file, len(names))
-            names.append(name)
-        spec_groups.append({"modules": names, "rank": group.rank})
+                offload.read_factors(layer, linear, group.file, i)
+            elif layer.bias is not None and layer.bias.is_meta:  # of a group that is partly in memory
+                layer.bias = nn.Parameter(offload.value(linear, "bias"), requires_grad=layer.bias.requires_grad)
+        new |= dict(zip(names, layers, strict=True))
+        stored = {} if group.storage is None else {"storage": group.storage}
+        spec_groups.append({"modules": names, "rank": group.rank, **stored})
     old = {name: model.get_submodule(name) for name in new}
     try:
         for name, module in new.items():

@@ -37,7 +37,8 @@ class LinearizedAttention(DiJiangAttention):
     """A :class:`DiJiangAttention` that a transformers decoder block can call."""
 
     def __init__(self, attention: Any, hidden_size: int, num_heads: int, options: DiJiangOptions) -> None:
-        weight = next(p for p in attention.parameters() if p.is_floating_point())
+        tensors = (*attention.parameters(), *attention.buffers())
+        weight = next(tensor for tensor in tensors if tensor.is_floating_point())
         super().__init__(
             attention.q_proj,
             attention.k_proj,

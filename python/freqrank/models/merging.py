@@ -19,8 +19,8 @@ def merge(model: nn.Module) -> list[str]:
     """Replace low-rank linears by dense ones that hold the product of their factors, in place.
 
     The model then computes what it did but for rounding: products are made in float64 and rounded to the factors'
-    dtype. It has as many parameters as before it was compressed. Saved, it is a plain transformers model that needs no
-    freqrank to load, unless its attention is linearised, which stays.
+    dtype, that of the scales where factors are integers. It has as many parameters as before it was compressed. Saved,
+    it is a plain transformers model that needs no freqrank to load, unless its attention is linearised, which stays.
 
     Args:
         model: a model of `transformers`, compressed, or another module with `LowRankLinear` layers.
@@ -70,13 +70,14 @@ def _dense_kinds(model: Any) -> dict[str, nn.Module] | None:
 
 
 def _dense(layer: LowRankLinear, kind: nn.Module | None) -> nn.Module:
-    product = layer.dense_weight(torch.float64).to(layer.weight.dtype)
+    product = layer.dense_weight(torch.float64).to(layer.dtype)
     if kind is None:
         with torch.device("meta"):
             kind = nn.Linear(layer.in_features, layer.out_features, bias=False)
     if linear_weight(kind) is not kind.weight:  # a Conv1D
         product = product.mT.contiguous()
-    kind.weight = nn.Parameter(product, requires_grad=layer.weight.requires_grad)
+    trained = layer.weight.requires_grad or not layer.weight.is_floating_point()
+    kind.weight = nn.Parameter(product, requires_grad=trained)
     kind.bias = layer.bias
     return kind.train(layer.training)
 

@@ -23,6 +23,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_modul
 from accelerate.utils.offload import PrefixedDataset
 from torch import Tensor, nn
 
+from freqrank.lowrank.modules import LowRankLinear
 from freqrank.models.files import read_tensor, write_tensors
 
 __all__ = ["load_offloaded"]
@@ -359,19 +360,23 @@ def note(folder: Path, size: int) -> str:
     )
 
 
-def write_factors(path: Path, basis: Tensor, coefficients: Sequence[Tensor]) -> None:
-    """Write the factors of a group, in the dtype that the model gets them in."""
-    write_tensors(path, {"basis": basis, **{f"weight.{i}": c for i, c in enumerate(coefficients)}})
+def write_factors(path: Path, layers: Sequence[LowRankLinear]) -> None:
+    """Write the factors of a group as the model gets them: the first layer's basis, and what each has of its own."""
+    own = {f"weight.{i}": layer.weight.detach() for i, layer in enumerate(layers)}
+    own |= {f"{name}.{i}": buffer for i, layer in enumerate(layers) for name, buffer in layer.named_buffers()}
+    write_tensors(path, {"basis": layers[0].basis.detach(), **own})
 
 
-def read_factors(layer: nn.Module, linear: nn.Module, file: Path, number: int) -> None:
-    """Let ``layer``, low-rank and without data, read its factors whenever it runs, and its bias as ``linear`` did.
+def read_factors(layer: LowRankLinear, linear: nn.Module, file: Path, number: int) -> None:
+    """Let ``layer``, without data, read its factors whenever it runs, and its bias as ``linear`` did; scales at once.
 
     Args:
         file: what `write_factors` wrote.
-        number: which of its coefficients.
+        number: which of its layers.
     """
     hook = _hook(linear)
+    for name, _ in layer.named_buffers():
+        setattr(layer, name, read_tensor(file, f"{name}.{number}").to(hook.execution_device))
     index = {
         name: {"safetensors_file": str(file), "weight_name": stored}
         for name, stored in (("basis", "basis"), ("weight", f"weight.{number}"))

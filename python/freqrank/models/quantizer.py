@@ -19,20 +19,21 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from freqrank.lowrank.modules import LowRankLinear, install_lowrank, shared_groups
+from freqrank.lowrank.modules import STORAGES, Int8LowRankLinear, LowRankLinear, install_lowrank, shared_groups
 from freqrank.models.registration import QUANT_METHOD
 
 __all__ = ["FreqrankConfig", "FreqrankQuantizer", "attach", "declare_ties"]
 
-_FORMAT = 1
+_FORMAT = 2  # 1 knows no storage of groups
 
 
 class FreqrankConfig(QuantizationConfigMixin):
     """What was done to a model, in JSON types: the `quantization_config` of its config.json.
 
-    `lowrank`: ``{"groups": [{"modules": [name, ...], "rank": k}, ...], ...}``, the layers that share a basis, and
-    whatever settings made them. `linear_attention`: what `freqrank.models.linearization.install` takes. `format` is
-    the version of this layout. Raises ValueError for a layout that is newer than this library, or not one.
+    `lowrank`: ``{"groups": [{"modules": [name, ...], "rank": k}, ...], ...}``, the layers that share a basis, with
+    ``"storage": "int8"`` where their factors are stored so, and whatever settings made them. `linear_attention`: what
+    `freqrank.models.linearization.install` takes. `format` is the version of this layout that a reader must know; what
+    is written is the lowest that will do. Raises ValueError for a layout that is newer than this library, or not one.
 
     >>> FreqrankConfig(lowrank={"groups": [{"modules": ["q_proj"], "rank": 4}]}).to_dict()["quant_method"]
     'freqrank'
@@ -42,7 +43,7 @@ class FreqrankConfig(QuantizationConfigMixin):
         self,
         lowrank: Mapping[str, Any] | None = None,
         linear_attention: Mapping[str, Any] | None = None,
-        format: int = _FORMAT,
+        format: int = 1,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
@@ -52,7 +53,6 @@ class FreqrankConfig(QuantizationConfigMixin):
             wrong = sorted(unknown) or f"quant_method={quant_method!r}"
             raise ValueError(f"quantization_config of freqrank may hold lowrank, linear_attention, format; got {wrong}")
         self.quant_method: Any = QUANT_METHOD
-        self.format = format
         self.lowrank = _json_copy("lowrank", lowrank)
         self.linear_attention = _json_copy("linear_attention", linear_attention)
         if self.lowrank is not None:
@@ -61,6 +61,11 @@ class FreqrankConfig(QuantizationConfigMixin):
                 if not isinstance(group, dict) or not {"modules", "rank"} <= group.keys():
                     expected = "'groups', a list of {'modules': [name, ...], 'rank': k}"
                     raise ValueError(f"lowrank must hold {expected}; got {group!r:.200}")
+                if group.get("storage") not in list(STORAGES):  # a list, since JSON may hold what has no hash
+                    allowed = ", ".join(map(repr, STORAGES))
+                    raise ValueError(f"storage of a group must be one of {allowed}; got {group['storage']!r}")
+        groups = self.lowrank["groups"] if self.lowrank is not None else []
+        self.format = 2 if any(group.get("storage") is not None for group in groups) else 1
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a new dictionary, without the conversions that were not made."""
@@ -84,6 +89,10 @@ class FreqrankQuantizer(HfQuantizer):
             linearization.install(model, settings.linear_attention)
         if settings.lowrank is not None:
             install_lowrank(model, _local_groups(model, settings.lowrank["groups"]))
+        for module in model.modules():
+            if isinstance(module, Int8LowRankLinear):  # left on disk they stay placeholders, which would be drawn anew
+                for integers in (module.basis, module.weight):
+                    integers._is_hf_initialized = True  # type: ignore[attr-defined]
         declare_ties(model)
         if checkpoint_files:
             _check_files(model, checkpoint_files, dense)
@@ -139,8 +148,9 @@ def attach(
         entries["linear_attention"] = linear_attention
     settings = FreqrankConfig(**entries)
     described = _local_groups(model, (settings.lowrank or {"groups": []})["groups"])
-    expected = {frozenset(group["modules"]): group["rank"] for group in described}
-    actual = {frozenset(names): model.get_submodule(names[0]).rank for names in shared_groups(model)}
+    expected = {frozenset(group["modules"]): (group["rank"], STORAGES[group.get("storage")]) for group in described}
+    first = {frozenset(names): model.get_submodule(names[0]) for names in shared_groups(model)}
+    actual = {names: (layer.rank, type(layer)) for names, layer in first.items()}
     if expected != actual:
         wrong = sorted(name for names, _ in expected.items() ^ actual.items() for name in names)
         raise ValueError(f"lowrank['groups'] does not describe the low-rank layers of the model: {_some(wrong)}")

@@ -893,7 +893,7 @@ def test_the_report_says_where_factors_are_no_faster():
     assert (q.operations_before, q.operations_after) == (5 * 32 * 32, 5 * q.rank * 64)
     assert q.parameters_after < q.parameters_before < q.operations_after
     [note] = [note for note in report.notes if "not faster" in note]
-    assert f"q of blocks 0-4 (rank {q.rank} of 32, {q.operations_after / q.operations_before:.2f} times)" in note
+    assert f"q of blocks 0-4 (rank {q.rank} of 32: {q.operations_after / q.operations_before:.2f} times)" in note
     assert " o of block" not in note
     report = compressed(build(), method="basis-sharing", group_size=1, ratio=0.2)[1]
     assert report.operations_after == report.parameters_after

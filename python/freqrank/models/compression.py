@@ -1287,17 +1287,20 @@ def _notes(groups: Sequence[_Group]) -> list[str]:
     eigh = [group.layers[0].module for group in reports if group.whitening == "eigh"]
     if eigh:
         notes.append(f"singular beyond any damping, so whitened by eigenvalues: {', '.join(eigh)}")
-    slow = [group for group in reports if group.rank is not None and group.operations_after >= group.operations_before]
+    slow: dict[tuple[Any, ...], list[str]] = {}
+    for group in reports:
+        times = group.operations_after / group.operations_before
+        if group.rank is not None and times >= 1:
+            roles, blocks = group.roles_and_blocks
+            slow.setdefault((roles, group.rank, group.full_rank, f"{times:.2f}"), []).append(blocks)
     if slow:
-        what = (
-            "{} of blocks {} (rank {} of {}, {:.2f} times)".format(
-                *group.roles_and_blocks, group.rank, group.full_rank, group.operations_after / group.operations_before
-            )
-            for group in slow
-        )
+        what = [
+            f"{roles} of blocks {', '.join(blocks)} (rank {rank} of {full}: {times} times)"
+            for (roles, rank, full, times), blocks in slow.items()
+        ]
         notes.append(
             "smaller but not faster, since every layer multiplies by the basis that it shares: a token takes as many "
-            f"operations as with dense weights, or more, in {', '.join(what)}"
+            f"operations as with dense weights, or more, in {'; '.join(what)}"
         )
     return notes
 

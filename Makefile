@@ -20,7 +20,7 @@ test: $(VENV)/.test $(VENV)/.cpp-tests
 test-long: $(VENV)/.test
 	set -o pipefail; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long -n 2 --durations=10 2>&1 | tee docs/test-long.log
 
-# Rewrites bench/results in some 13 minutes. On an idle machine, or the figures mean nothing.
+# Rewrites bench/results in some 30 minutes. On an idle machine, or the figures mean nothing.
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.python.run $(if $(QUICK),--quick)
 	$(BIN)/python -m bench.python.cpp $(if $(QUICK),--quick) build/native/bench/cpp/freqrank_bench

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -333,6 +334,54 @@ def test_repetitions_of_a_cpp_benchmark_become_a_row():
     results.check(run.document("cpp", "C++", "n", [row, refused], CPU, quick=True))
 
 
+def _process(case, number):
+    return lambda number: bytearray(50_000_000)
+
+
+def _broken(case, number):
+    return lambda number: 1 // 0
+
+
+def _dead(case, number):
+    return lambda number: os._exit(7)
+
+
+def _impossible(case, number):
+    raise NotApplicable("not today")
+
+
+def _three(case, generator, device):
+    return (3,)
+
+
+def _length(result, reference):
+    return abs(len(result) - reference) / 1e9
+
+
+def _fifty_million(case, number):
+    return 50_000_000
+
+
+def test_calls_alone_have_the_memory_of_their_process():
+    case = toy_case(alone=True, inputs=_three, error=_length, reference=_fifty_million)
+    family = Family("toys", "Toys", "n", lambda device: [case])
+    for name, prepare in {
+        "freqrank": _process, "broken": _broken, "dead": _dead, "impossible": _impossible,
+    }.items():  # fmt: skip
+        family.implementation(name)(prepare)
+    rows, left_out = measured(family, case)
+    assert rows["freqrank"]["samples"] == 1
+    assert 50_000_000 <= rows["freqrank"]["memory"] < 60_000_000
+    assert rows["freqrank"]["error"] == 0
+    assert rows["broken"]["refused"] == "fails: ZeroDivisionError: integer division or modulo by zero"
+    assert rows["dead"]["refused"] == "fails: its process ended with code 7"
+    assert left_out == {"impossible": "not today"}
+    document = run.document("toys", "Toys", "n", [], CPU, quick=True)
+    about = {"case": case.name, "op": "double", "shape": [64, 8], "dtype": "float32", "options": {}, "device": "cpu"}
+    document["rows"] = [{**about, "n": 8, "series": "toys", "bytes": 1, **row} for row in rows.values()]
+    results.check(document)
+
+
 def test_every_family_has_its_cases_and_its_baseline():
     for name, family in families().items():
         assert family.name == name
@@ -359,6 +408,7 @@ def test_the_runner_ends_to_end(name, tmp_path, monkeypatch):
     [loaded] = results.load(tmp_path).values()
     assert loaded["settings"]["threads"] == 1
     timed = [row for row in loaded["rows"] if "seconds" in row]
-    assert {"freqrank", COPY} < {row["implementation"] for row in timed}
+    found = {row["implementation"] for row in timed}
+    assert found == {"freqrank"} if smallest.alone else {"freqrank", COPY} < found
     assert not [row for row in loaded["rows"] if "refused" in row]
     assert (tmp_path / results.SUMMARY).exists()

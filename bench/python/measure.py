@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import multiprocessing
 import random
 import statistics
 import time
@@ -17,6 +18,8 @@ import tracemalloc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +40,7 @@ SLEEP_CLOCK = 2e9  # cycles a second: no GPU's is much faster
 SLOW = 8.0  # an implementation this many times slower than the fastest one takes part in the first rounds only
 SLOW_ROUNDS = 3
 LONG_CALL = 0.1  # seconds; longer calls need no call before the timed ones
+ALONE_SAMPLES = 3
 
 
 def to_tensors(result: Any) -> tuple[Tensor, ...]:
@@ -205,6 +209,93 @@ def with_memory(run: Callable[[], Any], device: torch.device, *, arrays: bool = 
     return result, in_python + _peak((address, size) for _, address, size in found)
 
 
+def _resident(what: str) -> int:
+    """Bytes of this process: "VmRSS" now, "VmHWM" at the most."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what)]
+    return 1024 * int(line.split()[1])
+
+
+def _call_alone(
+    case: Case, prepare: Callable[..., Any], device: torch.device, seed: int, threads: int, answer: Connection
+) -> None:
+    """Sends seconds, error and memory of one call, on a CPU the growth of the resident set, or why there is none."""
+    try:
+        torch.set_num_threads(threads)
+        inputs = case.inputs(case, torch.Generator(device).manual_seed(seed), device)
+        call = prepare(case, *inputs)
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the most is counted from here on
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            allocated = torch.cuda.memory_allocated(device)
+        before, begin = _resident("VmRSS"), time.perf_counter()
+        result = call(*inputs)
+        _synchronize(device)
+        seconds = time.perf_counter() - begin
+        memory = max(0, _resident("VmHWM") - before)
+        if device.type == "cuda":  # the GPU's own is what is short
+            memory = torch.cuda.max_memory_allocated(device) - allocated
+        assert case.error is not None
+        answer.send((seconds, case.error(result, case.reference(case, *inputs)), memory))
+    except NotApplicable as reason:
+        answer.send(reason)
+    except Exception as error:
+        answer.send(f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def _measure_alone(
+    case: Case, implementations: Sequence[Implementation], device: torch.device, seconds: float, seed: int
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """For calls too long and too large to be repeated side by side: each in a fresh process, one after another."""
+    deadline = time.perf_counter() + seconds
+    rows: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    for implementation in implementations:
+        name = implementation.name
+        if missing := missing_modules(implementation):
+            left_out[name] = f"{' and '.join(missing)} cannot be imported"
+            continue
+        samples: list[tuple[float, float, int]] = []
+        while len(samples) < ALONE_SAMPLES and (not samples or time.perf_counter() < deadline):
+            receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
+            arguments = (case, implementation.prepare, device, seed, torch.get_num_threads(), send)
+            process = multiprocessing.get_context("spawn").Process(target=_call_alone, args=arguments)
+            process.start()
+            send.close()  # so that the other end's death is an end of file here
+            try:
+                found = receive.recv()
+            except EOFError:
+                found = None
+            process.join()
+            if found is None:
+                found = f"fails: its process ended with code {process.exitcode}"
+            if not isinstance(found, tuple):
+                break
+            samples.append(found)
+        if isinstance(found, NotApplicable):
+            left_out[name] = str(found)
+        elif isinstance(found, str):
+            rows.append({"implementation": name, "error": None, "refused": found})
+        else:
+            times = [sample[0] for sample in samples]
+            low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+            rows.append(
+                {
+                    "implementation": name,
+                    "seconds": statistics.median(times),
+                    "quartiles": [low, high],
+                    "samples": len(times),
+                    "calls_per_sample": 1,
+                    "error": samples[0][1],
+                    "ratio": None,
+                    "fraction_of_copy": None,
+                    "bytes_per_second": None,
+                    "memory": max(sample[2] for sample in samples),
+                }
+            )
+    return rows, left_out
+
+
 def _paired_ratio(over: Timed, under: Timed) -> float:
     rounds = over.samples.keys() & under.samples.keys()
     return statistics.median(over.samples[r] / under.samples[r] for r in rounds)
@@ -221,8 +312,11 @@ def measure(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Rows of results, and for each implementation without one the reason.
 
-    Takes at least the first, at most the second number of rounds, and in between as many as fit into `seconds`.
+    Takes at least the first, at most the second number of rounds, and in between as many as fit into `seconds`. Of
+    cases that run alone at least one call and at most three.
     """
+    if case.alone:
+        return _measure_alone(case, implementations, device, seconds, seed)
     deadline = time.perf_counter() + seconds
     shuffle = random.Random(seed)
     sets = _rotation(case, device, seed)

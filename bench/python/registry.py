@@ -38,6 +38,7 @@ class Case:
     compute: str | None = None  # dtype of that product; default `dtype`
     error: Callable[[Any, Any], float] | None = None  # of a result beside the reference; default: relative L2 error
     quick: bool = False  # part of --quick
+    alone: bool = False  # each call in a process of its own; memory is then all that the process takes for it
 
     @property
     def name(self) -> str:

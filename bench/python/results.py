@@ -171,7 +171,8 @@ def _baseline_cells(row: dict[str, Any] | None, matmul: bool, memory: bool) -> l
         return [row["refused"] if row else "", "", *([""] if matmul else []), "", *([""] if memory else [])]
     fraction = [f"{row['fraction_of_matmul']:.2f}" if row.get("fraction_of_matmul") else ""] if matmul else []
     taken = [_mebibytes(row)] if memory else []
-    return [seconds(row["seconds"]), f"{row['fraction_of_copy']:.2f}", *fraction, _error(row["error"]), *taken]
+    of_copy = "" if row["fraction_of_copy"] is None else f"{row['fraction_of_copy']:.2f}"
+    return [seconds(row["seconds"]), of_copy, *fraction, _error(row["error"]), *taken]
 
 
 def _document_section(name: str, document: dict[str, Any], folder: Path) -> list[str]:

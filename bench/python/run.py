@@ -61,7 +61,8 @@ def _line(case: Case, rows: list[dict[str, Any]]) -> str:
         if "refused" in row:
             parts.append(f"{name} {row['refused']}")
         elif name == BASELINE:
-            parts.insert(0, f"{results.seconds(row['seconds'])}, {row['fraction_of_copy']:.2f} of copy")
+            share = row["fraction_of_copy"]
+            parts.insert(0, results.seconds(row["seconds"]) + ("" if share is None else f", {share:.2f} of copy"))
         elif row["ratio"] is not None and name not in (COPY, MATMUL):
             parts.append(f"{name} x{row['ratio']:.2f}")
     return f"{case.name}: {'; '.join(parts)}"

@@ -306,10 +306,13 @@ class Int8LowRankLinear(LowRankLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         hidden = self._product(input)
-        unit = _unit(hidden.dtype)
-        output = _multiply_int8(hidden * (self.basis_scale.to(hidden.dtype) * unit), self.weight)
-        scale = self.weight_scale.to(output.dtype) * unit
-        return output * scale if self.bias is None else torch.addcmul(self.bias.to(output.dtype), output, scale)
+        output = _multiply_int8(hidden * self.basis_scale.to(hidden.dtype), self.weight)
+        scale = self.weight_scale.to(output.dtype)
+        # 128 twice, which in float16 both products have been divided by
+        unit = 1.0 if output.dtype == torch.float16 else 128.0**-2
+        if self.bias is None:
+            return output * (scale * unit)
+        return torch.addcmul(self.bias.to(output.dtype), output, scale, value=unit)
 
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         return from_int8(self.basis, self.basis_scale, dtype), from_int8(self.weight, self.weight_scale, dtype)
@@ -326,11 +329,6 @@ def _round_into(rows: Tensor, integers: Tensor, scale: Tensor) -> None:
     rounded, what_128_is = to_int8(rows, scale.dtype)
     integers.copy_(rounded)
     scale.copy_(what_128_is)
-
-
-def _unit(dtype: torch.dtype) -> float:
-    """What products of :func:`_multiply_int8` are to be multiplied by beside the scale."""
-    return 1.0 if dtype == torch.float16 else 1 / 128
 
 
 def _multiply_int8(input: Tensor, integers: Tensor) -> Tensor:

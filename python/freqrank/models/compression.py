@@ -137,9 +137,10 @@ class GroupReport:
 
     @property
     def roles_and_blocks(self) -> tuple[str, str]:
-        """Such as "q+k" and "0-1"."""
+        """Such as "q+k" and "0-1", or "0,3" where blocks are not neighbours."""
         blocks = sorted({layer.layer for layer in self.layers})
-        span = str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}"
+        adjacent = len(blocks) > 1 and blocks[-1] - blocks[0] == len(blocks) - 1
+        span = f"{blocks[0]}-{blocks[-1]}" if adjacent else ",".join(map(str, blocks))
         return "+".join(dict.fromkeys(layer.role for layer in self.layers)), span
 
 

@@ -493,7 +493,7 @@ def test_steps_leave_no_tensors_behind():
         model(IDS, labels=IDS).loss.backward()
         model.zero_grad()
         counts.append(tensors())
-    assert counts[1] == counts[2]
+    assert counts[2] <= counts[1]  # what earlier tests left may go meanwhile
 
 
 def test_lora_shares_under_its_wrappers():

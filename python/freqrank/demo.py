@@ -115,6 +115,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "Basis Sharing": (COLOURS["blue"], {"method": "basis-sharing"}),
     "LISC": (COLOURS["orange"], {"method": "lisc"}),
     "LISC + refit": (COLOURS["red"], {"method": "lisc", "refit": "own"}),
+    "best": (COLOURS["purple"], {"method": "best", "group_size": 1}),
 }
 
 

@@ -15,7 +15,7 @@ from bench.python import language_models
 from bench.python.language_models import BUNDLED, HALF_BILLION
 from bench.python.registry import Case, Family, Inputs
 
-METHODS = ("svd", "fwsvd", "asvd", "svd-llm", "basis-sharing", "lisc")
+METHODS = ("svd", "fwsvd", "asvd", "svd-llm", "basis-sharing", "lisc", "best")
 # sequences and their length
 TEXTS = {BUNDLED: (64, 256), HALF_BILLION: (4, 512)}
 QUICK = (8, 128)

@@ -60,6 +60,9 @@ def test_rows_are_what_compress_and_evaluate_give(model, texts):
 def test_switches_stand_behind_a_methods_name(model, texts):
     methods = ["best", "lisc block_weight=norm depth_weight=2", "basis-sharing share=modules"]
     done = compare(model, *texts, **{**OPTIONS, "methods": methods, "ratios": [0.5]})
+    both = comparing._wanted(methods, [0.5], [2], [None, "own"], ["none"])
+    assert [key[0] for key in both].count("best") == 1  # which has a refit of its own
+    assert [key[0] for key in both].count(methods[1]) == 2
     rows = [row for row in done.rows if row.ratio]
     assert [(row.name, row.group_size) for row in rows] == [
         ("best", 1), (methods[1], 2), (methods[1], 4), (methods[2], 1),
@@ -172,12 +175,16 @@ def test_a_folder_of_something_else_is_refused(model, texts, tmp_path):
         ({"methods": ["lisc norm"]}, "behind a method stand switches NAME=VALUE of allocation, .*; got 'norm'"),
         ({"methods": ["lisc refit=own"]}, "behind a method stand switches NAME=VALUE of .*; got 'refit=own'"),
         ({"methods": ["lisc exponent=x"]}, "exponent must be a number; got 'x'"),
+        ({"methods": ["svd", "lisc allocation=magic"]}, "allocation must be one of 'uniform'.*got 'magic'"),
+        ({"methods": ["svd", "best share=both"]}, "'best' sets share='modules' itself; got 'both'"),
+        ({"methods": ["svd", "lisc statistics=error-aware"], "refits": [None, "own"]}, "use refit='cross', or None"),
         ({"refits": ["again"]}, "refits must be of None, 'own'.*got 'again'"),
         ({"spreads": ["wide"]}, "spreads must be of 'none', 'rising', 'falling'; got 'wide'"),
         ({"ratios": []}, "ratios must not be empty"),
         ({"ratios": [1.5]}, "ratio must be between 0 and 1"),
     ],
 )
-def test_bad_input(model, texts, options, message):
+def test_bad_input(model, texts, options, message, monkeypatch):
+    monkeypatch.setattr(comparing, "_measure", None)  # nothing is measured before
     with pytest.raises(ValueError, match=message):
         compare(model, *texts, **{**OPTIONS, **options})

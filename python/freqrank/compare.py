@@ -26,7 +26,7 @@ from freqrank import _progress, evaluate, report
 from freqrank.lowrank.methods import METHODS
 from freqrank.models.architectures import find_architecture
 from freqrank.models.checkpoint import fingerprint
-from freqrank.models.compression import REFITS, compress
+from freqrank.models.compression import REFITS, check_options, compress
 from freqrank.report import COLOURS, Picture, Report, Section, Table
 
 __all__ = ["Comparison", "Row", "compare", "model_bytes", "round_to_bits", "spread_scales"]
@@ -260,7 +260,8 @@ def compare(
         calibration: token ids [N, T].
         validation, test: token ids [T] or [N, T]; group sizes are chosen on the first, the second is reported.
         methods: names, or names with other switches of `freqrank.compress` behind them: "lisc block_weight=norm
-            depth_weight=1.5". Those that factor each weight alone get one row a ratio, whatever ``group_sizes``.
+            depth_weight=1.5". Those that factor each weight alone get one row a ratio, whatever ``group_sizes``; one
+            that sets its refit itself, as "best" does, has no other, whatever ``refits``.
         ratios, group_sizes: as ``ratio`` and ``group_size`` of `freqrank.compress`.
         refits: refits of `freqrank.compress`; None is none.
         spreads: "none": the model as it is; "rising", "falling": its layers' input scales spread by powers of two from
@@ -274,8 +275,9 @@ def compare(
         A :class:`Comparison`; its first rows are the dense model and plain 8- and 4-bit rounding of the same linears.
 
     Raises:
-        ValueError: an unknown method, refit or spread, an empty list, a folder that holds a comparison of other data;
-            what `freqrank.compress` and `freqrank.evaluate.loss` raise.
+        ValueError: an unknown method, switch, refit or spread, switches that contradict one another, an empty list, a
+            folder that holds a comparison of other data, all before anything is measured; what `freqrank.compress` and
+            `freqrank.evaluate.loss` raise.
         FileExistsError: a folder that holds something else.
 
     Example:
@@ -300,6 +302,11 @@ def compare(
                           ("spreads", spreads)):  # fmt: skip
         if len(several) == 0:
             raise ValueError(f"{name} must not be empty")
+    wanted = _wanted(methods, ratios, group_sizes, refits, spreads)
+    for name, _, ratio, group_size, refit in wanted:
+        if ratio:
+            method, switches = _parse(name)
+            check_options(method=method, ratio=ratio, group_size=group_size, refit=refit, seed=seed, **switches)
     architecture = find_architecture(model)
     settings = {
         "model": type(model).__name__,
@@ -316,7 +323,6 @@ def compare(
         state = Path(folder) / _STATE
         settings["data"] = fingerprint(model, calibration, validation, test)
         known = _known(state, settings)
-    wanted = _wanted(methods, ratios, group_sizes, refits, spreads)
     layers = len(architecture.blocks)
     spread_models: dict[str, nn.Module] = {"none": model}
     with _progress.bar("compare", len(wanted), progress) as advance:
@@ -378,7 +384,8 @@ def _wanted(
         name, switches = _parse(method)
         spans = METHODS[name].spans_layers() and switches.get("share") != "modules"
         sizes = group_sizes if spans else (1,)
-        keys += [(method, spread, float(ratio), size, refit) for size in sizes for ratio in ratios]
+        other = None if "refit" in METHODS[name].preset else refit
+        keys += [(method, spread, float(ratio), size, other) for size in sizes for ratio in ratios]
     return list(dict.fromkeys(keys))
 
 

@@ -554,6 +554,20 @@ def _check_options(
         )
 
 
+def check_options(**options: Any) -> None:
+    """Raise what `compress` raises for options that are wrong whatever the model; those not given have their defaults.
+
+    >>> check_options(method="best", refit="own")
+    Traceback (most recent call last):
+        ...
+    ValueError: method 'best' sets refit='cross' itself; got 'own'. Take another method to choose switches one by one
+    """
+    known = inspect.signature(compress).parameters
+    given = {name: options.get(name, known[name].default) for name in inspect.signature(_check_options).parameters}
+    _check_options(**given)
+    _preset(METHODS[given["method"]](), given)
+
+
 def _preset(rule: Method, given: dict[str, Any]) -> dict[str, Any]:
     """The switches, where a method sets some itself. ValueError where it sets one that was given otherwise."""
     chosen = {**given, **rule.preset}

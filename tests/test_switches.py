@@ -15,6 +15,7 @@ from freqrank.lowrank.statistics import Batch, observe
 
 transformers = pytest.importorskip("transformers")
 
+from freqrank.models import compression  # noqa: E402
 from freqrank.models.architectures import find_architecture  # noqa: E402
 from freqrank.models.whole import output_fisher  # noqa: E402
 from test_compression import (  # noqa: E402
@@ -107,6 +108,26 @@ def test_error_aware_statistics_of_a_whole_model_in_one_group_begin_as_the_origi
         torch.testing.assert_close(weights_of(aware)[name], weights_of(plain)[name], rtol=1e-6, atol=1e-8)
     name = "model.layers.3.mlp.down_proj"
     assert (weights_of(aware)[name] - weights_of(plain)[name]).norm() > 0.01 * weights_of(plain)[name].norm()
+
+
+@pytest.mark.parametrize("grouping", ["adjacent", "similar"])
+def test_a_group_of_several_blocks_that_stays_dense_among_error_aware_ones(grouping, monkeypatch):
+    model = build()
+    ranks = {}
+
+    def dense_gates(kind, shapes, ratio, spectra, losses):
+        return [ranks.get(shape, 3) for shape in shapes]
+
+    monkeypatch.setattr(compression, "allocate", dense_gates)
+    options = {"method": "basis-sharing", "statistics": "error-aware", "refit": "cross", "grouping": grouping}
+    ranks[al.Shape(32, 2 * 56)] = None  # two blocks' gates, two blocks' ups
+    ours, report = compressed(model, ratio=0.01, allocation="auto", **options)
+    stayed = [group for group in report.groups if group.rank is None]
+    assert len(stayed) == 4
+    for group in stayed:
+        assert group.measured_error == 0
+        for layer in group.layers:
+            assert torch.equal(ours.get_submodule(layer.module).weight, model.get_submodule(layer.module).weight)
 
 
 def test_padding_enters_no_error_aware_statistic():

@@ -1213,7 +1213,7 @@ class _Prefix:
 
     def block(self, groups: Sequence[_Group]) -> None:
         """Compress one block's linears, one input after the other, and move on to the next block."""
-        ahead = self._ahead([group for group in groups if group.layers[0] == self.layer and group.rank is not None])
+        ahead = self._ahead([group for group in groups if group.layers[0] == self.layer])
         with offload.resident(self.architecture.running(self.architecture.blocks[self.layer])):
             self._block(groups, ahead)
 

@@ -51,6 +51,8 @@ class Stopped(Exception):
         {"refit": "sequential", "allocation": "auto"},
         {"method": "fwsvd", "allocation": "effective-rank"},
         {"method": "asvd", "allocation": "sensitivity", "ratio": 0.6},
+        {"method": "best"},
+        {"statistics": "error-aware", "refit": "cross", "grouping": "similar", "storage": "int8"},
     ],
     ids=str,
 )

@@ -89,6 +89,17 @@ def test_a_stopped_run_goes_on(options, tmp_path, monkeypatch):
     assert report(again) == report(whole)
 
 
+@pytest.mark.parametrize("storage", [None, "int8"])
+def test_a_run_that_goes_on_has_the_same_bits_in_float64(storage, tmp_path):
+    """Where nothing is rounded away: refits to what was kept must not see that it was kept."""
+    options = OPTIONS | {"refit": "cross", "storage": storage, "checkpoint": tmp_path}
+    whole, again = build(3).double(), build(3).double()
+    freqrank.compress(whole, tokens(), **options)
+    freqrank.compress(again, tokens(), **options)
+    other = again.state_dict()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in whole.state_dict().items())
+
+
 KILLED = """
 import sys
 import torch

@@ -957,8 +957,9 @@ class _Work:
         layers = [LayerReport(**layer) for layer in about["report"].pop("layers")]
         group.report = GroupReport(**about["report"], layers=layers)
         if "basis" in tensors:
-            group.basis = tensors.pop("basis").to(device)
-            group.coefficients = {site: tensors[str(i)].to(device) for i, site in enumerate(group.sites)}
+            # copies, since a file's tensors may begin anywhere
+            group.basis = tensors.pop("basis").to(device, copy=True)
+            group.coefficients = {site: tensors[str(i)].to(device, copy=True) for i, site in enumerate(group.sites)}
         return True
 
     def _collect(self, stream: BlockStream) -> None:
@@ -1051,7 +1052,11 @@ class _Work:
                 group.basis, coefficients = balanced(group.basis, coefficients)
                 _, dtype = self.architecture.placement(group.sites[0].layer, group.sites[0].role)
                 group.basis = rounded(group.basis.mT, dtype).mT
-            group.coefficients = dict(zip(group.sites, coefficients, strict=True))
+            # laid out as a checkpoint gives them back, since bits of later products depend on it
+            group.basis = group.basis.contiguous()
+            group.coefficients = {
+                site: coefficient.contiguous() for site, coefficient in zip(group.sites, coefficients, strict=True)
+            }
         group.energy = energy
         for i, site in enumerate(group.sites):
             at = group.layers.index(site.layer)

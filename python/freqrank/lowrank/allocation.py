@@ -90,7 +90,7 @@ def allocate(
         shapes: sizes of the groups.
         ratio: fraction of their parameters that is removed.
         spectra: squared singular values of each group, largest first, for all but "uniform" and
-            "sensitivity"; for "loss" those of S [b_1 W_1 T_1 | ...] per token, T the root of the outputs' Fisher
+            "sensitivity"; for "loss" those of S [W_1 T_1 | ...] per token, T the root of the outputs' Fisher
             information (`freqrank.lowrank.outputs`).
         losses: the model's loss with each group alone cut off at each of its :func:`trial_ranks`, for "sensitivity".
 

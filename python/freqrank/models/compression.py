@@ -75,9 +75,11 @@ class LayerReport:
         role: "q", "k", "v", "o", "gate", "up" or "down"; "qkv" or "gate_up" where one linear computes several.
         rank: directions kept; None if it stayed dense.
         predicted_error: sqrt(share of ||S b W||_F^2 that the truncation drops), before any refit: the relative output
-            error on the data the group was decomposed with. 0 if dense.
-        error: measured, ||X (W - B C)||_F / ||X W||_F on the layer's own calibration inputs X, with the factors as
-            they are stored.
+            error on the data the group was decomposed with. 0 if dense. With ``output_weight``, W T stands for W, here
+            and in ``output_share``.
+        error: measured, ||X (W - B C)||_F / ||X W||_F on the layer's own calibration inputs X in the dense model, with
+            the factors as they are stored. Those made for inputs of the compressed model (error-aware statistics, refit
+            "sequential" or "cross") may be above 1 here and still be right for what they get.
         input_scale: mean square of an entry of X (or what ``scale`` says).
         alpha: coefficient of the layer's Gram matrix in the group's pool.
         block_weight: factor b on its weight in the decomposition (mean 1 over the group).
@@ -322,12 +324,13 @@ def compress(
     group of layers, in float64, and one block's activations are what it needs in memory. A model whose weights are on
     disk (`freqrank.load_offloaded`) stays there: weights are read when they are needed, hidden states of the
     calibration tokens and the factors go to its offload folder, and the memory that is needed does not grow with the
-    number of blocks. Some options, which an offloaded model does not have, take the whole model at once: "fwsvd",
-    output weight "fisher" and allocation "loss" run the calibration backwards, with all its activations
-    (`freqrank.models.whole.backward_bytes` estimates them, the report says how many); allocation "sensitivity" makes
-    about ten runs a group over up to 8,192 calibration tokens: 7 x 32 linears of a 7B model are 2,000 runs, or
-    2,000 x 8,192 x 14 GFLOP = 2 x 10^17 operations. Nothing of the model changes before everything has been computed:
-    if anything fails it is as it was. Embeddings, norms, biases and the language model head stay.
+    number of blocks, but with grouping "similar", where Gram matrices wait for blocks far apart. Some options, which an
+    offloaded model does not have, take the whole model at once: "fwsvd", output weight "fisher" and allocation "loss"
+    run the calibration backwards, with all its activations (`freqrank.models.whole.backward_bytes` estimates them, the
+    report says how many); allocation "sensitivity" makes about ten runs a group over up to 8,192 calibration tokens: 7
+    x 32 linears of a 7B model are 2,000 runs, or 2,000 x 8,192 x 14 GFLOP = 2 x 10^17 operations. Nothing of the model
+    changes before everything has been computed: if anything fails it is as it was. Embeddings, norms, biases and the
+    language model head stay.
 
     Args:
         model: a decoder of `transformers` (Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, GPT-NeoX, OPT, GPT-2 and others
@@ -385,10 +388,10 @@ def compress(
     Raises:
         TypeError: model, calibration, or an option of the wrong type.
         ValueError: an unknown option or architecture, options that contradict one another, a ratio outside (0, 1), a
-            group size below 1, wrong calibration
-            shapes or values, NaN or Inf in activations, gradients or weights (the message names the layer), a model
-            that is compressed already, or has no language-model head where its loss is wanted, a checkpoint of another
-            run, an offloaded model without an ``offload_folder`` or with an option that takes all of it at once.
+            group size below 1, wrong calibration shapes or values, NaN or Inf in activations, gradients or weights (the
+            message names the layer), a model that is compressed already, or has no language-model head where its loss
+            is wanted, a checkpoint of another run, an offloaded model without an ``offload_folder`` or with an option
+            that takes all of it at once.
         OSError: the checkpoint, or what is found for an offloaded model, does not fit on the disk.
 
     Warns:

@@ -362,3 +362,10 @@ def test_without_the_extra_the_library_imports_and_the_command_says_what_to_inst
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "pip install 'freqrank[cli]'" in done.stderr
+
+
+def test_options_that_contradict_one_another_are_refused_before_a_model_is_loaded(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("freqrank.cli._load", None)
+    arguments = ("compress", folder / "tiny", "--calibration", folder / "text.txt", "--output", tmp_path / "out")
+    failed(run(*arguments, "--method", "best", "--refit", "own"), "'best' sets refit='cross' itself; got 'own'")
+    failed(run(*arguments, "--storage", "int4"), "storage must be one of None, 'int8'; got 'int4'")

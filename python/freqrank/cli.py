@@ -384,10 +384,18 @@ def compress(
 ) -> None:
     """Replace a model's linears by calibrated low-rank factors that layers share, and save the smaller model."""
     from freqrank.models.checkpoint import Checkpoint
+    from freqrank.models.compression import check_options
     from freqrank.models.compression import compress as compress_model
     from freqrank.models.saving import check_output_folder
 
     check_output_folder(output)
+    options: dict[str, Any] = {
+        "method": method, "ratio": ratio, "group_size": group_size, "share": share, "scale": scale,
+        "exponent": exponent, "block_weight": block_weight, "refit": refit, "allocation": allocation, "seed": seed,
+        "depth_weight": depth_weight, "statistics": statistics, "output_weight": output_weight, "grouping": grouping,
+        "storage": storage,
+    }  # fmt: skip
+    check_options(**options)
     scratch = None
     if offload is not None:
         offload.mkdir(parents=True, exist_ok=True)
@@ -404,23 +412,9 @@ def compress(
     done = compress_model(
         network,
         _calibration(ids, samples, length, seed),
-        method=method,
-        ratio=ratio,
-        group_size=group_size,
-        share=share,
-        scale=scale,
-        exponent=exponent,
-        block_weight=block_weight,
-        refit=refit,
-        allocation=allocation,
-        seed=seed,
         progress=True,
-        depth_weight=depth_weight,
         checkpoint=checkpoint,
-        statistics=statistics,
-        output_weight=output_weight,
-        grouping=grouping,
-        storage=storage,
+        **options,
     )
     if held_out is not None:
         losses["after"] = evaluate.loss(network, held_out, window=window, progress=True)

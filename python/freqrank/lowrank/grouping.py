@@ -40,7 +40,7 @@ def similarity(moments: Sequence[Tensor]) -> Tensor:
             [0., 1., 0.],
             [1., 0., 1.]], dtype=torch.float64)
     """
-    unit = [moment.double() for moment in moments]
+    unit = [moment.double().to(moments[0].device) for moment in moments]
     inner = torch.tensor([[float((a.mT @ b).square().sum()) for b in unit] for a in unit], dtype=torch.float64)
     norms = inner.diagonal().sqrt()
     return inner / (norms[:, None] * norms).clamp_min(torch.finfo(torch.float64).tiny)

@@ -819,8 +819,11 @@ class _Work:
 
         def spectrum(group: _Group) -> Tensor:
             if of_loss:
-                weights = [self.outputs[s.layer, s.role].weighted(self._weight(s)) for s in group.sites]
-                return squared_singular_values(weights, self._mean_root(group))
+                root = self._mean_root(group)
+                weights = [
+                    self.outputs[s.layer, s.role].weighted(self._weight(s).to(root.gram.device)) for s in group.sites
+                ]
+                return squared_singular_values(weights, root)
             metric = self._metric(group)
             return squared_singular_values(metric.weighted, metric.pool.root, metric.block_weights)
 
@@ -831,6 +834,7 @@ class _Work:
         key = tuple(group.layers), f"{group.sites[0].source} per token"
         if key not in self.pools:
             grams = [self.grams[at] for at in group.inputs]
+            grams = [gram.to(grams[0].device) for gram in grams]
             root = Root(pooled(grams, [1.0] * len(grams)) / (len(grams) * self.tokens))
             self.pools[key] = Pool(root, [1.0] * len(grams), [])
         root_or_none = self.pools[key].root
@@ -1118,7 +1122,8 @@ class _Work:
             error = squared_norm(weight - product, own)
             group.report.layers[i].error = _relative(error, squared_norm(weight, own))
             if pool is not own or metric.outputs is not None:
-                error = squared_norm(metric.output(i, metric.weights[i] - product), pool)
+                aim = metric.weights[i]  # on the device of the group's first
+                error = squared_norm(metric.output(i, aim - product.to(aim.device)), pool)
             lost += error * metric.block_weights[i] ** 2
         group.report.measured_error = _relative(lost, sum(group.energy))
 

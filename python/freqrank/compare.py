@@ -11,6 +11,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -213,13 +214,16 @@ class Comparison:
                 axes.plot(
                     [row.bytes / 1e6 for row in best],
                     [row.test for row in best],
-                    "o-" if refit is None else "o--",
+                    ("o-" if number < len(colours) else "s:") if refit is None else "o--",
                     color=colours[number % len(colours)],
                     label=_label(name, refit),
                 )
             for row, marker in zip(self.references, "Ds^", strict=False):
                 axes.plot(row.bytes / 1e6, row.test, marker, color="black", label=row.name, linestyle="none")
-            axes.set_yscale("log")
+            shown = [
+                row.test for row in self.rows if math.isfinite(row.test) and (row.spread == spread or not row.ratio)
+            ]
+            report.log_losses(axes, shown)
             axes.set_xlabel("bytes of the model (MB)")
             axes.set_ylabel("test loss (nats a token, log scale)")
             axes.set_xlim(left=0)

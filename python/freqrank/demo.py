@@ -24,7 +24,7 @@ from freqrank.lowrank.factorize import factorize, squared_error
 from freqrank.lowrank.methods import METHODS as METHODS_BY_NAME
 from freqrank.lowrank.methods import Method
 from freqrank.models.architectures import find_architecture
-from freqrank.report import COLOURS, Picture, Report, Section, Table, Text, label_ends, plot, png, size
+from freqrank.report import COLOURS, Picture, Report, Section, Table, Text, label_ends, log_losses, plot, png, size
 
 Tick = Callable[[str], None]
 
@@ -165,8 +165,6 @@ def _cell(rows: list[dict[str, Any]], name: str, group: Any, ratio: float) -> st
 
 def _loss_plot(demo: Demo, rows: list[dict[str, Any]]) -> Picture:
     group = demo.sizes.groups[0]
-    losses = [row["loss"] for row in rows]
-    ticks = [t for t in (0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0) if min(losses) < t < max(losses)]
 
     def line(name: str, sizes: Sequence[int]) -> tuple[list[float], list[float]]:
         points = sorted((r["bytes"] / 1e6, r["loss"]) for r in rows if r["name"] == name and r["group"] in sizes)
@@ -174,10 +172,7 @@ def _loss_plot(demo: Demo, rows: list[dict[str, Any]]) -> Picture:
 
     with plot(2, width=10, height=4.4, sharey=True) as (figure, (left, right)):
         for axes in (left, right):
-            axes.set_yscale("log")
-            axes.set_ylim(min(losses) * 0.91, max(losses) * 1.03)
-            axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
-            axes.minorticks_off()
+            log_losses(axes, [row["loss"] for row in rows])
             axes.set_xlim(0, 1.08 * max(row["bytes"] for row in rows) / 1e6)
             axes.set_xlabel("bytes of the model (MB)")
             axes.axhline(demo.base_loss, color="#BBBBBB", linewidth=0.8, zorder=0)

@@ -329,6 +329,17 @@ def plot(columns: int = 1, *, width: float = 8.0, height: float = 4.2, **options
         yield figure, list(axes[0])
 
 
+def log_losses(axes: Any, losses: Sequence[float]) -> None:
+    """A logarithmic axis that shows all of ``losses`` and has them written as plain numbers."""
+    low, high = min(losses), max(losses)
+    axes.set_yscale("log")
+    axes.set_ylim(low * 0.91, high * 1.03)
+    steps = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)
+    ticks = [step for step in steps if low < step < high] or [low]
+    axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.minorticks_off()
+
+
 def png(figure: Any, dpi: int = 150) -> bytes:
     """The figure as PNG bytes."""
     buffer = io.BytesIO()

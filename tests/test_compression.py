@@ -561,7 +561,7 @@ def test_depth_weight_changes_nothing_where_nothing_is_shared():
     assert_same(compressed(model, group_size=1, depth_weight=3.0)[0], plain)
     assert_same(compressed(model, share="modules", depth_weight=3.0)[0], compressed(model, share="modules")[0])
     assert_same(compressed(model, group_size=2, depth_weight=1.0)[0], compressed(model, group_size=2)[0])
-    with pytest.warns(UserWarning, match="'svd' factors each weight alone, so depth_weight changes nothing"):
+    with pytest.warns(UserWarning, match="no layers share a basis here, so depth_weight changes nothing"):
         compressed(model, method="svd", depth_weight=2.0)
 
 

@@ -333,7 +333,7 @@ def compress(
     calibration: Annotated[str, typer.Option(help="Text that the model is measured on: " + _TEXT_HELP)],
     method: Annotated[str, typer.Option(help="svd, fwsvd, asvd, svd-llm, basis-sharing, lisc or best.")] = "lisc",
     ratio: Annotated[float, typer.Option(help="Fraction of the compressed linears' parameters to remove.")] = 0.2,
-    group_size: Annotated[int, typer.Option(help="Neighbouring layers that share one basis.")] = 2,
+    group_size: Annotated[int, typer.Option(help="Layers that share one basis.")] = 2,
     share: Annotated[str, typer.Option(help="What shares a basis: layers, modules or both.")] = "layers",
     scale: Annotated[str, typer.Option(help="A layer's input scale: trace, frobenius, spectral or none.")] = "trace",
     exponent: Annotated[

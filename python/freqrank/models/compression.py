@@ -372,7 +372,8 @@ def compress(
             and options, and ends with the same bytes. It stays when all is done: delete it once the model is saved.
         statistics: of which inputs groups are decomposed: "original", those in the dense model; "error-aware", those
             that the compressed blocks before give, aiming at the original outputs: argmin ||X W - X' B C|| as AA-SVD
-            (arXiv 2604.02119) has it. Of a group that spans blocks the first and its like are taken as dense.
+            (arXiv 2604.02119) has it. Where a group spans blocks, what its later layers read is taken from blocks that
+            are dense from its first one on.
         output_weight: how the outputs of each linear are weighted: None, alike; "fisher", by the Kronecker-factored
             Fisher information (`freqrank.lowrank.outputs`), so that what is dropped is what the loss least depends on.
         grouping: which layers share a basis: "adjacent" ones, or those that are most "similar"
@@ -419,14 +420,13 @@ def compress(
         "output_weight": output_weight,
     }  # fmt: skip
     refit, allocation, share, statistics, output_weight = _preset(rule, given).values()
-    if depth_weight is not None and not rule.shares:
-        warnings.warn(f"{method!r} factors each weight alone, so depth_weight changes nothing", stacklevel=2)
     unused = {"block_weight": block_weight is not None, "exponent": exponent != 1.0}
     for name in [name for name, given in unused.items() if given and name not in rule.switches]:
         users = ", ".join(repr(other) for other, known in METHODS.items() if name in known.switches)
         warnings.warn(f"{name} is a switch of {users}; {method!r} ignores it", stacklevel=2)
-    if grouping != "adjacent" and not (rule.shares and share != "modules"):
-        warnings.warn(f"no layers share a basis here, so grouping={grouping!r} changes nothing", stacklevel=2)
+    idle = {"grouping": grouping != "adjacent", "depth_weight": depth_weight is not None}
+    for name in [name for name, given in idle.items() if given and not (rule.shares and share != "modules")]:
+        warnings.warn(f"no layers share a basis here, so {name} changes nothing", stacklevel=2)
     _check_model(model, architecture)
     config = getattr(model, "config", None)
     batches = read_calibration(calibration, getattr(config, "vocab_size", None))

@@ -57,6 +57,18 @@ def test_rows_are_what_compress_and_evaluate_give(model, texts):
     assert dense.bytes > eight.bytes > four.bytes
 
 
+def test_a_folder_holds_what_was_measured_for_some_ratios_and_spreads(model, texts, tmp_path):
+    options = {"folder": tmp_path / "one", **OPTIONS, "group_sizes": [2]}
+    compare(model, *texts, **{**options, "methods": ["svd"]})
+    done = compare(model, *texts, **{**options, "methods": ["lisc"], "ratios": [0.3], "spreads": ["rising"]})
+    assert [row.name for row in done.rows if row.ratio] == ["lisc"]
+    stored = json.loads((tmp_path / "one" / "rows.json").read_text())
+    held = Comparison(stored["settings"], [Row(**row) for row in stored["rows"]])
+    assert [[line[0] for line in table.rows] for table in held.tables()[:2]] == [["lisc"], ["svd"]]
+    assert held.tables()[0].rows[0][2] == "-"
+    assert len(list((tmp_path / "one").glob("*.png"))) == 2
+
+
 def test_switches_stand_behind_a_methods_name(model, texts):
     methods = ["best", "lisc block_weight=norm depth_weight=2", "basis-sharing share=modules"]
     done = compare(model, *texts, **{**OPTIONS, "methods": methods, "ratios": [0.5]})

@@ -164,8 +164,12 @@ class Comparison:
             title = "Test loss in nats a token (layers a basis, chosen on the validation text)"
             lines: list[Sequence[str]] = []
             for name, refit in methods:
-                best = [self.best(name, ratio, spread, refit) for ratio in ratios]
-                lines.append([_label(name, refit), *(f"{row.test:.4f} ({row.group_size})" for row in best)])
+                measured = {
+                    row.ratio for row in self.rows if (row.name, row.spread, row.refit) == (name, spread, refit)
+                }
+                best = [self.best(name, ratio, spread, refit) if ratio in measured else None for ratio in ratios]
+                cells = ("-" if row is None else f"{row.test:.4f} ({row.group_size})" for row in best)
+                lines.append([_label(name, refit), *cells])
             title += "" if spread == "none" else f", input scales {spread} with depth"
             made.append(Table(["method", *(f"{ratio:.0%} removed" for ratio in ratios)], lines, title))
         beside: list[Sequence[str]] = [[row.name, f"{row.test:.4f}", report.size(row.bytes)] for row in self.references]
@@ -209,7 +213,8 @@ class Comparison:
             for number, (name, refit) in enumerate(
                 dict.fromkeys((r.name, r.refit) for r in self.rows if r.ratio and r.spread == spread)
             ):
-                ratios = sorted({r.ratio for r in self.rows if r.ratio and (r.name, r.refit) == (name, refit)})
+                found = [r for r in self.rows if r.ratio and (r.name, r.spread, r.refit) == (name, spread, refit)]
+                ratios = sorted({r.ratio for r in found})
                 best = sorted((self.best(name, ratio, spread, refit) for ratio in ratios), key=lambda row: row.bytes)
                 axes.plot(
                     [row.bytes / 1e6 for row in best],

@@ -356,11 +356,15 @@ def refit(basis: Tensor, coefficient: Tensor, gram: Tensor, moment: Tensor) -> T
     >>> refit(basis, torch.zeros(1, 1, dtype=torch.float64), x.T @ x, x.T @ x @ w).round(decimals=4)
     tensor([[1.6301]], dtype=torch.float64)
     """
-    product = gram @ basis
-    normal = basis.mT @ product
-    right = basis.mT @ moment - normal @ coefficient
+    normal = basis.mT @ (gram @ basis)
+    return _moved(coefficient, normal, basis.mT @ moment, basis.square().sum(0), gram)
+
+
+def _moved(coefficient: Tensor, normal: Tensor, right: Tensor, squares: Tensor, gram: Tensor) -> Tensor:
+    """C0 + dC of :func:`refit`, normal = B^T G B, right = B^T moment and squares those of the columns of B."""
+    right = right - normal @ coefficient
     # What B^T G B holds of a direction that the data does not excite is rounding, which need not be definite.
-    rounding = 10 * torch.finfo(gram.dtype).eps * gram.shape[0] * gram.trace() * basis.square().sum(0)
+    rounding = 10 * torch.finfo(gram.dtype).eps * gram.shape[0] * gram.trace() * squares
     diagonal = normal.diagonal() + rounding
     scale = torch.where(diagonal > 0, diagonal, diagonal.mean()).sqrt()
     if not bool(scale.isfinite().all() & (scale > 0).all()):
@@ -390,8 +394,7 @@ def adapted(weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
     tensor([[0.5000],
             [1.0000]], dtype=torch.float64)
     """
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return refit(identity, weight, gram, cross @ weight)
+    return _moved(weight, gram, cross @ weight, torch.ones_like(gram.diagonal()), gram)  # B is the identity
 
 
 def squared_error(weight: Tensor, approximation: Tensor, gram: Tensor | None) -> tuple[float, float]:

@@ -107,9 +107,8 @@ def run_tasks(
                 tokenizer=byte_tokenizer() if tokenizer is None else tokenizer,
                 batch_size=batch_size,
             )
-            found: Any = None
             try:
-                found = lm_eval.simple_evaluate(
+                found: Any = lm_eval.simple_evaluate(
                     model=wrapped,
                     tasks=list(tasks),
                     num_fewshot=num_fewshot,
@@ -122,18 +121,22 @@ def run_tasks(
                     torch_random_seed=seed,
                     fewshot_random_seed=seed,
                 )
-            except OSError as error:  # the hub's errors and those of an offline cache
+            except Exception as error:
+                _check_metrics(refused)  # what follows from a metric that is not there says less
+                if not isinstance(error, OSError):  # the hub's errors and those of an offline cache are
+                    raise
                 first = (str(error).splitlines() or [type(error).__name__])[0]
                 advice = "" if download else "; it is fetched only with --download"
                 raise ValueError(f"the data of a task cannot be read ({first}){advice}") from error
-            finally:
-                if refused:  # what follows from a metric that is not there says less
-                    raise ValueError(
-                        f"lm-eval has no metric called {refused[0]!r}, and no script is fetched from the hub for it"
-                    )
+            _check_metrics(refused)
     finally:
         model.train(was_training)
     return [_result(name, found) for name in [*found["results"]]]
+
+
+def _check_metrics(refused: Sequence[str]) -> None:
+    if refused:
+        raise ValueError(f"lm-eval has no metric called {refused[0]!r}, and no script is fetched from the hub for it")
 
 
 def _result(name: str, found: dict[str, Any]) -> TaskResult:

@@ -201,7 +201,7 @@ class LISC(Method):
 
 @register
 class Best(BasisSharing):
-    """The combination of switches that lost least on the bundled model's validation text: docs/compression.md.
+    """The switches that together lost least, or nearly so, on the bundled model's validation text: docs/compression.md.
 
     Both metrics at once, inputs as the compressed model gives them and outputs by their Fisher information, ranks where
     they lower the loss most, one basis for the linears of a layer that read the same input.

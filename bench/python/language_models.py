@@ -13,7 +13,7 @@ import torch
 from freqrank.lowrank.allocation import uniform_rank
 from freqrank.lowrank.modules import Int8LowRankLinear, LowRankLinear, install_lowrank, share, share_products
 from freqrank.models.architectures import find_architecture
-from freqrank.models.compression import _group
+from freqrank.models.compression import group_linears
 
 BUNDLED = "bundled"
 HALF_BILLION = "0.5B"
@@ -59,8 +59,7 @@ def factored(
     architecture = find_architecture(made)
     names: list[Sequence[str]] = []
     spec = []
-    span = 1 if share_by == "modules" else 2
-    for group in _group(architecture, True, share_by, lambda layer, name: layer // span):
+    for group in group_linears(architecture, True, 2, share_by):
         names.append([architecture.full_name(site.layer, architecture.roles[site.role]) for site in group.sites])
         spec.append({"modules": names[-1], "rank": uniform_rank(group.shape, ratio)})
     new = install_lowrank(made, spec)

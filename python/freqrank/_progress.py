@@ -1,7 +1,8 @@
-"""A progress bar on standard error: rich's where it is installed, else one line now and then."""
+"""What standard error shows: a bar, rich's where it is installed, else one line now and then; no remarks of others."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,18 @@ def bar(title: str, total: int, show: bool = True) -> Iterator[Callable[[str], N
             progress.update(task, advance=1, description=f"{title} {what}".rstrip())
 
         yield advance
+
+
+@contextmanager
+def quiet(library: str) -> Iterator[None]:
+    """Keep a library's logger to errors: remarks on how it was called are not for those who call us."""
+    logger = logging.getLogger(library)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _nothing(what: str = "") -> None:

@@ -565,10 +565,12 @@ def reproduce(
             "--text": text,
             "--samples": samples,
             "--window": window,
+            "--output": output,
+            "--checkpoint": checkpoint,
         }
         for option, value in given.items():
             if value is not None:
-                raise ValueError(f"--dry-run describes the published run; leave out {option}")
+                raise ValueError(f"--dry-run describes the published run and writes nothing; leave out {option}")
         planned = reproducing.plan(row, chosen, zero_shot=zero_shot)
 
         def tell() -> None:

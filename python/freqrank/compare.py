@@ -176,13 +176,7 @@ class Comparison:
         return [*made, Table(["reference", "test loss", "bytes"], beside)]
 
     def __str__(self) -> str:
-        lines = []
-        for table in self.tables():
-            cells = [list(table.columns), *map(list, table.rows)]
-            widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-            lines += [table.title] * bool(table.title)
-            lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-        return "\n".join(lines)
+        return "\n".join(map(str, self.tables()))
 
     def report(self) -> Report:
         """Tables and plots, for :func:`freqrank.report.write_folder`."""

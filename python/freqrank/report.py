@@ -129,6 +129,20 @@ class Table:
             if len(row) != len(self.columns):
                 raise ValueError(f"every row must have {len(self.columns)} cells; got {len(row)}: {row!r}")
 
+    def __str__(self) -> str:
+        """Plain lines, columns side by side.
+
+        >>> print(Table(["method", "loss"], [["svd", "1.5"], ["svd-llm", "1.25"]], "Losses"))
+        Losses
+        method   loss
+        svd      1.5
+        svd-llm  1.25
+        """
+        cells = [list(self.columns)] * any(self.columns) + [list(row) for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+        return "\n".join([self.title] * bool(self.title) + lines)
+
     def is_numeric(self, column: int) -> bool:
         cells = [row[column] for row in self.rows if row[column] not in ("", "-")]
         return bool(cells) and all(cell.lstrip("+-")[:1].isdigit() for cell in cells)

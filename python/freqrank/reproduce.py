@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from freqrank import evaluate, report
 from freqrank._network import network
-from freqrank.lowrank.allocation import Shape, trial_ranks, uniform_rank
+from freqrank.lowrank.allocation import trial_ranks, uniform_rank
 from freqrank.lowrank.methods import METHODS
 from freqrank.models.architectures import find_architecture
-from freqrank.models.compression import _TRIAL_TOKENS, compress
+from freqrank.models.compression import _TRIAL_TOKENS, compress, group_linears
 from freqrank.models.whole import backward_bytes
 from freqrank.published import DATA, MODELS, PAPERS, PROTOCOLS, ROWS, ZERO_SHOT, Model, Protocol, Row, TextData
 from freqrank.report import Report, Section, Table
@@ -250,21 +250,6 @@ def _shapes(name: str) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def _groups(architecture: Any, row: Row) -> list[tuple[Shape, int, int]]:
-    """(shape, first layer, layers) of every group of linears that gets one basis."""
-    rule = METHODS[row.options["method"]]
-    layers, span = len(architecture.blocks), row.options.get("group_size", 1)
-    shared = architecture.shared_roles() if rule.shares else frozenset()
-    found = []
-    for role in architecture.roles:
-        outputs, inputs = architecture.shape(0, role)
-        step = span if role in shared else 1
-        for first in range(0, layers, step):
-            count = min(step, layers - first)
-            found.append((Shape(inputs, outputs * count), first, count))
-    return found
-
-
 def estimate(row: Row, data: Sequence[str] | None = None) -> Estimate:
     """Memory, disk and operations of a row's run, from shapes alone.
 
@@ -294,12 +279,14 @@ def estimate(row: Row, data: Sequence[str] | None = None) -> Estimate:
     calibration = DATA[row.calibration]
     disk[calibration.hub] = calibration.size
     sampled = protocol.samples * pin.window
-    groups = _groups(architecture, row)
-    after = sum(uniform_rank(shape, row.ratio) * shape.per_rank for shape, *_ in groups)
+    shares = METHODS[row.options["method"]].shares
+    groups = group_linears(architecture, shares, row.options.get("group_size", 1), "layers")
+    shapes = [group.shape for group in groups]
+    after = sum(uniform_rank(shape, row.ratio) * shape.per_rank for shape in shapes)
     widths = [architecture.shape(0, inputs[0])[1] for inputs in architecture.inputs]
-    span = max(count for *_, count in groups)
-    largest = max(groups, key=lambda group: group[0].dense)[0]
-    sides = [min(shape.inputs, shape.outputs) for shape, *_ in groups]
+    span = max(len(group.layers) for group in groups)
+    largest = max(shapes, key=lambda shape: shape.dense)
+    sides = [min(shape.inputs, shape.outputs) for shape in shapes]
     refit = row.options.get("refit") in ("sequential", "cross")
     searched = row.options.get("allocation", "uniform") != "uniform"
     memory |= {
@@ -316,7 +303,7 @@ def estimate(row: Row, data: Sequence[str] | None = None) -> Estimate:
         "Gram matrices": float(sampled) * layers * sum(width * width for width in widths) * (1 + searched),
         "decompositions": sum(
             side * side * max(shape.inputs, shape.outputs) + 13.0 * side**3
-            for side, (shape, *_) in zip(sides, groups, strict=True)
+            for side, shape in zip(sides, shapes, strict=True)
         )
         * (1 + searched),
     }
@@ -325,7 +312,7 @@ def estimate(row: Row, data: Sequence[str] | None = None) -> Estimate:
         memory["backward pass"] = backward_bytes(linears, pin.window, vocabulary)
         operations["backward passes"] = 6.0 * sampled * inside
     if row.options.get("allocation") == "sensitivity":
-        runs = sum(len(trial_ranks(shape, row.ratio)) for shape, *_ in groups)
+        runs = sum(len(trial_ranks(shape, row.ratio)) for shape in shapes)
         operations["search for ranks"] = 2.0 * runs * min(_TRIAL_TOKENS, sampled) * (inside + hidden * vocabulary)
     return Estimate(total, inside, total - inside + after, memory, disk, operations)
 
@@ -448,7 +435,7 @@ class Plan:
         ]
 
     def __str__(self) -> str:
-        return _plain_text(self.tables())
+        return "\n".join(map(str, self.tables()))
 
 
 _SAMPLINGS = {
@@ -476,16 +463,6 @@ def _shown(value: float) -> str:
 def _printed(value: float | None) -> str:
     """A published value as precise as it was printed."""
     return "-" if value is None else f"{value:,}"
-
-
-def _plain_text(tables: Sequence[Table]) -> str:
-    lines = []
-    for table in tables:
-        cells = [list(table.columns), *map(list, table.rows)] if any(table.columns) else [*map(list, table.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines += [table.title] * bool(table.title)
-        lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join(lines)
 
 
 def plan(row: str | Row, data: Sequence[str] | None = None, *, zero_shot: bool = False) -> Plan:
@@ -609,7 +586,7 @@ class Reproduction:
         return [Table(head, lines, self.plan.row.name)]
 
     def __str__(self) -> str:
-        return "\n".join([*[self.warning] * (not self.applies), _plain_text(self.tables()), *self.notes])
+        return "\n".join([*[self.warning] * (not self.applies), *map(str, self.tables()), *self.notes])
 
     def write(self, folder: str | os.PathLike[str]) -> list[Path]:
         """A page and ``results.json``, in place of an earlier report."""

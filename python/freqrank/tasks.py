@@ -6,7 +6,6 @@ So a compressed or a linearised model runs as any other does, without a detour o
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from unittest import mock
 from torch import nn
 
 from freqrank._network import network
+from freqrank._progress import quiet
 
 __all__ = ["TaskResult", "run_tasks"]
 
@@ -98,7 +98,7 @@ def run_tasks(
 
     was_training = model.training
     try:
-        with _quiet(), network(download), _no_metric_scripts() as refused:
+        with quiet("lm_eval"), network(download), _no_metric_scripts() as refused:
             manager = _manager(tasks, include_path)
             _check_names(tasks, manager.all_tasks)
             wrapped = HFLM(
@@ -210,18 +210,6 @@ def byte_tokenizer() -> Any:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token=end, pad_token=end, unk_token=end)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval's remarks on how it was called are not for those who call us."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def output_blocks(outputs: int) -> list[int]:
 class OutputRoot:
     """T with T T^T = F and a little more, block-diagonal, so that ||X D T||_F^2 / 2 estimates what an error D costs.
 
-    F = E[g g^T], g the gradient of a token's loss by the linear's outputs. With the inputs' Gram matrix G per token it
+    F = E[g g^T], g the gradient of a text's loss by the linear's outputs at a token. With the inputs' G per token it
     makes up the Kronecker-factored Fisher information (K-FAC, Martens & Grosse, arXiv 1503.05671), and the loss rises
     by about tr(D^T G D F) / 2 for a small change D of the weight. A truncated SVD in both metrics is GFW-SVD's (arXiv
     2505.17974).

@@ -260,10 +260,7 @@ def compress(
     aware = statistics == "error-aware"
     fisher = output_weight == "fisher" or allocation == "loss"
     with offload.workspace(model) as architecture.scratch, evaluating(model):
-        clusters = _clusters(architecture, batches, rule.shares, group_size, share, grouping, seed)
-        groups = _group(architecture, rule.shares, share, clusters)
-        for group in groups:
-            group.storage = storage
+        groups = group_linears(architecture, rule.shares, group_size, share)
         _warn_if_few(report, groups, architecture)
         if rule.channels == "gradient" or fisher or allocation == "sensitivity":
             _refuse_offloaded(model, architecture, batches, groups, ratio, backward=allocation != "sensitivity")
@@ -273,6 +270,11 @@ def compress(
             store = Checkpoint(
                 checkpoint, {**settings, "data": fingerprint(model, *texts), "version": freqrank.__version__}
             )
+        if grouping == "similar":  # groups of the same sizes
+            alike = _alike(architecture, batches, rule.shares, group_size, share, seed)
+            groups = group_linears(architecture, rule.shares, group_size, share, alike)
+        for group in groups:
+            group.storage = storage
         work = _Work(architecture, batches, rule, groups, report.tokens, depth_weight, output_weight == "fisher", store)
         passes = 1 + (allocation != "uniform") + (aware or refit in ("sequential", "cross"))
         steps = passes * len(architecture.blocks) + len(batches) * ((rule.channels == "gradient") + fisher)
@@ -486,16 +488,15 @@ def _roles_sharing(architecture: Architecture, shares: bool, share: str) -> tupl
     return shared, share != "layers"
 
 
-def _clusters(
-    architecture: Architecture, batches: Sequence[Batch], shares: bool, group_size: int, share: str, grouping: str,
-    seed: int,
-) -> Callable[[int, str], int]:  # fmt: skip
-    """``cluster(layer, name)``: layers of one number share; ``name`` is a role, or the first of those of one input."""
-    span = 1 if share == "modules" else group_size
-    if grouping == "adjacent" or not shares or span == 1:
-        return lambda layer, name: layer // span
+def _alike(
+    architecture: Architecture, batches: Sequence[Batch], shares: bool, group_size: int, share: str, seed: int
+) -> dict[tuple[int, str], int]:
+    """Numbers for ``cluster`` of `group_linears`: those of layers that do alike are the same."""
     shared, together = _roles_sharing(architecture, shares, share)
     parts: dict[tuple[str, int], list[Tensor]] = {}
+    cluster: dict[tuple[int, str], int] = {}
+    if not shared or share == "modules" or group_size == 1:
+        return cluster
     stream = BlockStream(architecture, batches)
     for layer in range(len(architecture.blocks)):
         grams = Grams()
@@ -506,17 +507,32 @@ def _clusters(
                     weight = architecture.weight(layer, role).detach().double().mT
                     moment = sketch(grams.of[roles[0]] @ weight, seed)
                     parts.setdefault((roles[0] if together else role, layer), []).append(moment)
-    names = dict.fromkeys(name for name, _ in parts)
-    cluster: dict[tuple[int, str], int] = {}
-    for name in names:
+    for name in dict.fromkeys(name for name, _ in parts):
         moments = [torch.cat(parts[name, layer], 1) for layer in range(len(architecture.blocks))]
-        for number, layers in enumerate(similar_groups(similarity(moments), span)):
+        for number, layers in enumerate(similar_groups(similarity(moments), group_size)):
             cluster |= {(layer, name): number for layer in layers}
-    return lambda layer, name: cluster[layer, name]
+    return cluster
 
 
-def _group(architecture: Architecture, shares: bool, share: str, cluster: Callable[[int, str], int]) -> list[_Group]:
-    """The linears of the model in groups that get one basis each, ordered by the last block they need."""
+def group_linears(
+    architecture: Architecture,
+    shares: bool,
+    group_size: int,
+    share: str,
+    cluster: Mapping[tuple[int, str], int] | None = None,
+) -> list[_Group]:
+    """The linears of the model in groups that get one basis each, ordered by the last block they need.
+
+    Args:
+        shares, group_size, share: whether the method shares bases, and as for `compress`.
+        cluster: of a layer and a role, or the first role of an input whose linears share: layers of one number share.
+            Those it does not have, all if None, share with their neighbours.
+    """
+    span = 1 if share == "modules" else group_size
+
+    def number(layer: int, name: str) -> int:
+        return (cluster or {}).get((layer, name), layer // span)
+
     source = {role: group[0] for group in architecture.inputs for role in group}
     shared, together = _roles_sharing(architecture, shares, share)
     buckets: dict[tuple[Any, ...], list[_Site]] = {}
@@ -527,9 +543,9 @@ def _group(architecture: Architecture, shares: bool, share: str, cluster: Callab
             if role not in shared:
                 key = (layer, role)
             elif together:
-                key = ("shared", cluster(layer, source[role]), source[role], shape[1])
+                key = ("shared", number(layer, source[role]), source[role], shape[1])
             else:  # linears of another shape, should an architecture have them, stay apart
-                key = ("shared", cluster(layer, role), role, *shape)
+                key = ("shared", number(layer, role), role, *shape)
             buckets.setdefault(key, []).append(_Site(layer, role, source[role]))
     groups = []
     for sites in buckets.values():

@@ -7,7 +7,6 @@ it runs. Here are those hooks as compression needs them.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import tempfile
@@ -23,6 +22,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_modul
 from accelerate.utils.offload import PrefixedDataset
 from torch import Tensor, nn
 
+from freqrank._progress import quiet
 from freqrank.lowrank.modules import LowRankLinear
 from freqrank.models.files import read_tensor, write_tensors
 
@@ -59,24 +59,13 @@ def load_offloaded(source: str | os.PathLike[str], offload_folder: str | os.Path
 
     # paths that still hold when the program goes to another folder
     place = os.path.abspath(source) if os.path.isdir(source) else source
-    with _unmapped(), _quiet():
+    # accelerate warns that parameters are on the meta device: here they were asked to be
+    with _unmapped(), quiet("accelerate.big_modeling"):
         loaded = AutoModelForCausalLM.from_pretrained(
             place, device_map={"": "disk"}, offload_folder=os.path.abspath(offload_folder), **options
         )
     adopt(loaded[0] if isinstance(loaded, tuple) else loaded)
     return loaded
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """accelerate warns that parameters are on the meta device: here they were asked to be."""
-    logger = logging.getLogger("accelerate.big_modeling")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def output_fisher(
     seed: int = 0,
     advance: Callable[[str], None] = lambda what: None,
 ) -> dict[str, list[Tensor]]:
-    """E[g g^T] of each linear, g [out] the gradient of one token's negative log-likelihood by the linear's outputs.
+    """E[g g^T] of each linear, g [out] the gradient of a sequence's negative log-likelihood by its outputs at a token.
 
     The output side of the Kronecker-factored Fisher information (K-FAC, Martens & Grosse, arXiv 1503.05671): the next
     token is drawn from the model's own prediction, once a token. Sequences of a batch run together as long as their

@@ -929,14 +929,14 @@ def test_dense_groups_report_the_shares_of_factored_ones(monkeypatch):
     options = {"group_size": 2, "block_weight": "norm", "ratio": 0.1}
     _, factored = compressed(model, **options)
     sites = []
-    group = compression._group
+    group = compression.group_linears
 
     def grouped(*args):
         found = group(*args)
         sites.append([{site.role for site in one.sites} for one in found])
         return found
 
-    monkeypatch.setattr(compression, "_group", grouped)
+    monkeypatch.setattr(compression, "group_linears", grouped)
     monkeypatch.setattr(compression, "allocate", lambda *_: [None if roles == {"q"} else 1 for roles in sites[-1]])
     _, dense = compressed(model, **options)
     for one, other in zip(factored.layers, dense.layers, strict=True):

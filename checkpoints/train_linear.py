@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--position-table", type=int, default=0)
     parser.add_argument("--shortest-span", type=float, default=32.0)
-    parser.add_argument("--learned-decay", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--decay", default="multi-scale")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("python/freqrank/bundled/linear"))
     parser.add_argument("--log", type=Path, default=Path("checkpoints/train_linear.jsonl"))
@@ -90,7 +90,7 @@ def main() -> None:
         temperature=args.temperature,
         position_table=args.position_table,
         shortest_span=args.shortest_span,
-        learned_decay=args.learned_decay,
+        decay=args.decay,
     )
     validation = windows(stdlib_bytes("validation"), args.context, 64, seed=1)
     data = RandomWindows(stdlib_bytes("train"), args.context, args.batch, args.seed)

@@ -9,6 +9,7 @@ import sys
 import textwrap
 
 import freqrank
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,13 @@ import transformers
 from freqrank import distill, linearize
 from freqrank.attention import sampling
 from freqrank.attention.dijiang import DiJiangAttention, DiJiangOptions
-from freqrank.attention.feature_maps import FEATURE_MAPS, CosineFeatureMap, dct_matrix
+from freqrank.attention.feature_maps import FEATURE_MAPS, FeatureMap
 from freqrank.models.cache import LinearStateLayer
 from freqrank.models.linearization import FLOAT32_TENSORS, install
 from freqrank.models.masks import attention_mask_2d, packed_cu_seqlens
 from scipy import stats
-from scipy.fft import idct
+from scipy.fft import dct, idct
+from scipy.stats import qmc
 from torch import nn
 from transformers import (
     BloomConfig,
@@ -94,7 +96,7 @@ def released_attention(layer: DiJiangAttention, x: torch.Tensor, cos: torch.Tens
     q, k, v = features(rotated(split(layer.q_proj))), features(rotated(split(layer.k_proj))), split(layer.v_proj)
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     position = torch.arange(time)
-    gamma = layer.decay().double().exp().repeat_interleave(groups)[:, None]
+    gamma = layer.decay(x).double().exp().repeat_interleave(groups)[:, None]
     a, b = torch.ones(heads, time).double(), torch.ones(heads, time).double()
     table = min(time, layer.options.position_table)
     if table:
@@ -121,7 +123,7 @@ def released_attention(layer: DiJiangAttention, x: torch.Tensor, cos: torch.Tens
         {},
         {"norm_groups": "heads", "gate": "open"},
         {"position_table": 7},
-        {"position_table": 0, "learned_decay": True, "shortest_span": 2.0, "longest_span": 64},
+        {"position_table": 0, "decay": "learned", "shortest_span": 2.0, "longest_span": 64},
     ],
 )
 @torch.no_grad()
@@ -139,7 +141,9 @@ def test_released_defaults():
     model = small_model()
     report = linearize(model)
     layer = model.model.layers[1].self_attn
-    assert layer.options == DiJiangOptions("dijiang", "head_dim", "released", 1.0, 2048, 32.0, 512.0, False)
+    assert layer.options == DiJiangOptions(
+        "dijiang", None, 1.0, "multi-scale", "group", "head_dim", "released", 2048, 32.0, 512.0, 0, 0
+    )
     assert layer.norm.num_groups == layer.head_dim
     assert layer.gate_proj.bias is None
     assert layer.gate_proj.weight.abs().max() <= 2**-2.5 * math.sqrt(6 / 64)
@@ -173,32 +177,81 @@ def test_projections_stay_and_layers_differ():
     assert not torch.equal(other.model.layers[0].self_attn.feature_map.scales, scales[0])
 
 
+def formula_of_the_map(fmap: FeatureMap, x: torch.Tensor) -> torch.Tensor:
+    """phi(x) [B, T, H, features] in float64, from the map's own numbers and SciPy's transform."""
+    kind, count = fmap.kind, fmap.num_frequencies
+    if fmap.matrix is not None:
+        p = torch.einsum("bthk,hkm->bthm", x, fmap.matrix.detach().double())
+    elif fmap.scales is None:
+        p = x @ fmap.frequencies.double()
+    else:
+        transform = idct if kind.frequencies == "idct" else dct
+        blocks = [x] if fmap.signs is None else [x * signs for signs in fmap.signs.double()]
+        p = torch.cat([torch.from_numpy(transform(block.numpy(), norm="ortho")) for block in blocks], -1)[..., :count]
+        p = p * fmap.scales.double()
+    if kind.feature == "exp":
+        phi = p.exp()
+        if kind.prefactor:
+            y = x * fmap.temperature
+            phi = phi * torch.exp(-kind.prefactor * y.square().sum(-1, keepdim=True)) / count**0.5
+    else:
+        phi = torch.softmax(torch.cat([p, -p], -1) if kind.feature == "softmax_pm" else p, -1)
+    return phi if fmap.weights is None else phi * fmap.weights.detach().double()
+
+
+@pytest.mark.parametrize("count", [None, 5, 19])
 @pytest.mark.parametrize("name", sorted(FEATURE_MAPS))
-def test_feature_map_equals_its_formula_and_the_fused_op(name):
-    fmap = CosineFeatureMap(8, name, temperature=1.5)
+def test_feature_map_equals_its_formula_and_the_fused_op(name, count):
+    fmap = FeatureMap(8, name, num_frequencies=count, num_heads=2, temperature=0.7)
     fmap.reset_parameters(torch.Generator().manual_seed(3))
-    if fmap.weights is not None:
-        with torch.no_grad():
-            fmap.weights.uniform_(0.5, 2)
-    x = torch.randn(1, 5, 2, 8, dtype=torch.float64)
-    signed = x if fmap.signs is None else x * fmap.signs.double()
-    basis = dct_matrix(8, torch.device("cpu")).double()
-    p = signed @ (basis if fmap.kind.transform == "idct" else basis.T) * fmap.scales.double()
-    expected = {
-        "softmax": lambda: p.softmax(-1),
-        "softmax_pm": lambda: torch.cat([p, -p], -1).softmax(-1),
-        "exp": lambda: p.exp(),
-    }[fmap.kind.feature]()
-    if fmap.weights is not None:
-        expected = expected * fmap.weights.double()
+    with torch.no_grad():
+        for p in fmap.parameters():
+            p.add_(torch.rand(p.shape, generator=torch.Generator().manual_seed(4)))
+    assert fmap.num_features == (count or 8) * (2 if fmap.kind.feature == "softmax_pm" else 1)
+    x = torch.randn(1, 5, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    expected = formula_of_the_map(fmap, x)
     torch.testing.assert_close(fmap(x), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(fmap(x.float()), expected.float(), atol=1e-4, rtol=1e-4)
     v = torch.randn(1, 5, 2, 8, dtype=torch.float64)
-    o, _ = freqrank.dijiang_attention(
-        x, x, v, fmap.scales, transform=fmap.kind.transform, signs=fmap.signs, feature=fmap.kind.feature,
-        weights=fmap.weights,
-    )  # fmt: skip
+    y = fmap.augment(x)
+    o, _ = freqrank.feature_map_attention(
+        y, y, v, fmap.projection(torch.float64), feature=fmap.kind.feature, weights=fmap.weights
+    )
     scores = torch.einsum("bihm,bjhm->bhij", expected, expected).tril()
     torch.testing.assert_close(o, torch.einsum("bhij,bjhv->bihv", scores, v), atol=1e-6, rtol=1e-5)
+
+
+def test_maps_that_transforms_and_released_code_share():
+    """The released map is dijiang_attention's, and the first of several transforms has no signs it would not have."""
+    x = torch.randn(1, 5, 1, 8)
+    for name in ("dijiang", "dcf"):
+        fmap = FeatureMap(8, name)
+        fmap.reset_parameters(torch.Generator().manual_seed(0))
+        o, _ = freqrank.feature_map_attention(x, x, x, fmap.projection(), feature=fmap.kind.feature)
+        expected, _ = freqrank.dijiang_attention(
+            x, x, x, fmap.scales, transform=fmap.kind.frequencies, feature=fmap.kind.feature,
+            signs=None if fmap.signs is None else fmap.signs[0],
+        )  # fmt: skip
+        torch.testing.assert_close(o, expected)
+    wide = FeatureMap(8, "dijiang", num_frequencies=20)
+    wide.reset_parameters(torch.Generator().manual_seed(0))
+    assert (wide.signs[0] == 1).all()
+    assert (wide.signs[1:].abs() == 1).all()
+    assert (wide.signs[1] != wide.signs[2]).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "cosine"}, "feature_map must be one of 'dijiang', .*; got 'cosine'"),
+        ({"num_frequencies": 0}, "num_frequencies must be from 1 to 512"),
+        ({"num_frequencies": 257, "name": "hedgehog"}, "num_frequencies must be from 1 to 256 with feature map 'hedg"),
+        ({"temperature": 0.0}, "temperature must be a positive number"),
+    ],
+)
+def test_bad_feature_maps(options, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureMap(8, **options)
 
 
 @pytest.mark.parametrize("name", sorted(FEATURE_MAPS))
@@ -206,10 +259,12 @@ def test_feature_map_equals_its_formula_and_the_fused_op(name):
 def test_decoding_follows_the_map_of_the_moment(name):
     model = linear_model(2, feature_map=name, position_table=0)
     ids = tokens(2, 12)
-    for change in (None, lambda fmap: fmap.scales.mul_(0.5), lambda fmap: setattr(fmap, "scales", fmap.scales + 0.25)):
-        if change is not None:
-            for layer in model.model.layers:
-                change(layer.self_attn.feature_map)
+    for factor in (1.0, 0.5, 0.75):
+        for layer in model.model.layers:
+            for numbers in ("scales", "frequencies", "matrix"):
+                tensor = getattr(layer.self_attn.feature_map, numbers)
+                if tensor is not None:
+                    tensor.mul_(factor)
         cache = DynamicCache(config=model.config)
         got = [model(token, past_key_values=cache).logits for token in ids.split(1, 1)]
         torch.testing.assert_close(torch.cat(got, 1), model(ids).logits, atol=2e-4, rtol=1e-4)
@@ -223,11 +278,56 @@ def test_sampling_matches_scipy():
     torch.testing.assert_close(sampling.normal_quantile(u), torch.from_numpy(stats.norm.ppf(u.numpy())))
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(ValueError, match="points must be one of"):
-        sampling.uniform_points(4, points="sobol", generator=generator)
+        sampling.uniform_points(4, points="lattice", generator=generator)
+    with pytest.raises(ValueError, match="count and dimensions"):
+        sampling.uniform_points(4, 0, generator=generator)
+    with pytest.raises(ValueError, match="at most 21201 dimensions"):
+        sampling.uniform_points(4, 30000, points="sobol", generator=generator)
     with pytest.raises(ValueError, match="radii must be one of"):
-        sampling.sample_scales(4, radii="cauchy", generator=generator)
+        sampling.sample_scales(4, 4, radii="cauchy", generator=generator)
+    with pytest.raises(ValueError, match="directions must be one of"):
+        sampling.sample_frequencies(4, 4, directions="lattice", generator=generator)
     with pytest.raises(ValueError, match="degrees"):
         sampling.chi_quantile(u, 0)
+
+
+@pytest.mark.parametrize("points", sampling.POINTS)
+def test_points_are_seeded_uniform_and_as_even_as_they_claim(points):
+    def draw(count: int, dimensions: int, seed: int) -> torch.Tensor:
+        return sampling.uniform_points(count, dimensions, points=points, generator=torch.Generator().manual_seed(seed))
+
+    assert draw(8, 3, 0).shape == (8, 3)
+    assert draw(8, 3, 0).dtype == torch.float64
+    assert torch.equal(draw(8, 3, 0), draw(8, 3, 0))
+    assert not torch.equal(draw(8, 3, 0), draw(8, 3, 1))
+    # Randomised rules are uniform point by point: over many seeds any one point's coordinates pass for uniform ones.
+    first = torch.stack([draw(4, 3, seed)[0] for seed in range(400)])
+    assert ((first > 0) & (first < 1)).all()
+    for coordinate in first.T:
+        assert stats.kstest(coordinate.numpy(), "uniform").pvalue > 1e-4
+    # discrepancy against independent draws of as many points, averaged over seeds
+    mean = sum(qmc.discrepancy(draw(64, 2, seed).numpy()) for seed in range(20)) / 20
+    independent = sum(qmc.discrepancy(np.random.default_rng(seed).random((64, 2))) for seed in range(20)) / 20
+    factor = {"random": 2.0, "stratified": 0.7, "sobol": 0.1, "halton": 0.15}[points]
+    assert mean < factor * independent
+
+
+@pytest.mark.parametrize("directions", sampling.DIRECTIONS)
+def test_frequencies_are_standard_normal(directions):
+    draws = [
+        sampling.sample_frequencies(4, 7, directions=directions, generator=torch.Generator().manual_seed(seed))
+        for seed in range(400)
+    ]
+    w = torch.stack(draws)  # [seed, 4, 7]
+    assert w.dtype == torch.float32
+    for values in (w[:, 0, 0], w[:, 3, 6]):
+        assert stats.kstest(values.numpy(), "norm").pvalue > 1e-4
+    lengths = w.norm(dim=1)
+    assert stats.kstest(lengths[:, 2].numpy(), stats.chi(4).cdf).pvalue > 1e-4
+    if directions == "orthogonal":
+        gram = w[:, :, :4].mT @ w[:, :, :4]
+        off = gram - torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
+        assert off.abs().max() < 1e-4
 
 
 # --- precision, copies, devices --------------------------------------------------------------------------------------
@@ -255,7 +355,7 @@ def test_bfloat16_model_is_near_the_float32_one():
     assert (model(ids).logits.float() - expected).norm() <= 0.1 * expected.norm()
     step = model(ids[:, :39], use_cache=True)
     last = model(ids[:, 39:], past_key_values=step.past_key_values).logits
-    assert step.past_key_values.layers[0].state.kv.dtype == torch.float32
+    assert step.past_key_values.layers[0].state.linear.kv.dtype == torch.float32
     assert (last[:, 0].float() - expected[:, -1]).norm() <= 0.1 * expected[:, -1].norm()
 
 
@@ -305,14 +405,14 @@ def test_steps_and_chunks_equal_one_forward(kv_heads, convert):
 def test_state_does_not_grow_and_copies_are_independent():
     model = linear_model()
     cache = model(tokens(1, 9), use_cache=True).past_key_values
-    size = sum(layer.state.kv.numel() for layer in cache.layers)
+    size = sum(layer.state.linear.kv.numel() for layer in cache.layers)
     branch = copy.deepcopy(cache)
-    kept = branch.layers[0].state.kv.clone()
+    kept = branch.layers[0].state.linear.kv.clone()
     model(tokens(1, 50), past_key_values=cache)
     model(tokens(1, 1), past_key_values=cache)
-    assert sum(layer.state.kv.numel() for layer in cache.layers) == size
+    assert sum(layer.state.linear.kv.numel() for layer in cache.layers) == size
     assert cache.get_seq_length() == 60
-    assert torch.equal(branch.layers[0].state.kv, kept)
+    assert torch.equal(branch.layers[0].state.linear.kv, kept)
     cache.reset()
     assert cache.get_seq_length() == 0
     ids = tokens(1, 7)
@@ -720,7 +820,7 @@ def test_distill_refuses_bad_input():
         ({"position_table": -1}, ValueError, "position_table"),
         ({"shortest_span": 1}, ValueError, "shortest_span and longest_span must be"),
         ({"shortest_span": 64, "longest_span": 32}, ValueError, "shortest_span and longest_span must be"),
-        ({"window": 3}, TypeError, "unknown option window; linearize knows gate, learned_decay"),
+        ({"windows": 3}, TypeError, "unknown option windows; linearize knows decay, gate"),
         ({"layers": [0, 3]}, ValueError, "layers must hold indices from -3 to 2"),
         ({"layers": [0.5]}, TypeError, "layers must hold integers"),
         ({"layers": [True]}, TypeError, "layers must hold integers"),
@@ -790,7 +890,7 @@ def test_install_refuses_a_bad_spec():
         with pytest.raises(ValueError, match="spec must be a dict"):
             install(small_model(), spec)
     with pytest.raises(ValueError, match=r"spec\['options'\] must hold only"):
-        install(small_model(), {"layers": [0], "options": {"window": 4}})
+        install(small_model(), {"layers": [0], "options": {"windows": 4}})
 
 
 def test_core_imports_without_transformers():

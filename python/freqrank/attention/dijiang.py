@@ -1,29 +1,37 @@
-"""The DiJiang attention layer: the released algorithm in its linear form (arXiv 2403.19928 and its code).
+"""The DiJiang attention layer: the released algorithm in its linear form (arXiv 2403.19928 and its code), and options.
 
-Queries and keys, rotated as the pretrained model rotates them, pass through phi(x) = softmax(x C T); a causal scan
-with one decay a head replaces the softmax over positions; GroupNorm takes the place of the denominator, and a SiLU gate
-from a new matrix multiplies the result before the pretrained output projection.
+As released, queries and keys, rotated as the pretrained model rotates them, pass through phi(x) = softmax(x C T); a
+causal scan with one decay a head replaces the softmax over positions; GroupNorm takes the place of the denominator, and
+a SiLU gate from a new matrix multiplies the result before the pretrained output projection.
 
 The released tensors D1[i] and D2[j], learned from gamma^i and gamma^-j, overflow beyond a few thousand positions.
 Here they are a[i] gamma^i and b[j] gamma^-j: only gamma^(i - j) ever enters, through the scan, and a and b are
 learned factors.
+
+With a window, softmax attention over the newest tokens and the first few carries the layer at the start, and what the
+scan finds beyond is added to it with a weight that training raises from 0.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freqrank import ops
-from freqrank.attention.feature_maps import CosineFeatureMap, Float32Module, feature_map_kind
+from freqrank.attention.feature_maps import FeatureMap, Float32Module, feature_map_kind
+from freqrank.attention.window import WindowState, window_attention
 
+NORMS = ("group", "rms", "denominator", "none")
 NORM_GROUPS = ("head_dim", "heads")
-GATES = ("released", "open")
+GATES = ("released", "open", "none")
+DECAYS = ("multi-scale", "learned", "token", "none")
+#: What ``feature_map`` is called where a layer has no linear part, only a window.
+WINDOW_ONLY = "none"
 
 
 @dataclass(frozen=True)
@@ -31,43 +39,68 @@ class DiJiangOptions:
     """How a layer is built; the defaults are the released combination. JSON-serialisable through :meth:`to_dict`.
 
     Args:
-        feature_map: a name in :data:`freqrank.attention.feature_maps.FEATURE_MAPS`.
-        norm_groups: "head_dim" (as released: as many groups as a head has channels) or "heads" (recommended: one a
-            head).
-        gate: "released" (a random matrix, no bias: the layer starts at about a tenth of its output) or "open" (the same
-            matrix with a bias at which SiLU is 1: the layer starts with the pretrained output's scale).
-        temperature: factor on queries and keys before the map; see :class:`CosineFeatureMap`.
+        feature_map: a name in :data:`freqrank.attention.feature_maps.FEATURE_MAPS`; "none" leaves the linear part out
+            and keeps the window alone, for comparison.
+        num_frequencies: columns of the map's projection; None: as many as a head has channels. See
+            :class:`freqrank.attention.feature_maps.FeatureMap`.
+        temperature: factor on queries and keys before the map, or "pretrained": the one that restores the scale of the
+            pretrained logits (:func:`freqrank.attention.feature_maps.pretrained_temperature`).
+        decay: of the state. "multi-scale": one fixed rate a head, as released; "learned": the same, trained; "token": a
+            rate that also depends on the token, -log gamma = exp(w . x + log rate), w trained from 0; "none".
+        norm: what stands for softmax's denominator: "group" (GroupNorm, as released), "rms" (of each head),
+            "denominator" (the kernel's own, the sum of phi(q) . phi(k)) or "none".
+        norm_groups: of "group": "head_dim" (as released: as many groups as a head has channels) or "heads"
+            (recommended: one a head).
+        gate: "released" (a random matrix, no bias: the layer starts at about a tenth of its output), "open" (the same
+            matrix with a bias at which SiLU is 1: the layer starts with the pretrained output's scale) or "none".
         position_table: entries of the learned factors a and b; 0 leaves them out. Beyond the table they are 1.
         shortest_span, longest_span: 1 / (1 - gamma) of the first and the last head, in tokens.
-        learned_decay: train each head's gamma, instead of leaving it fixed as released.
+        window: newest tokens, the query's own among them, that softmax attention sees; 0: none.
+        sinks: first tokens that it sees besides.
 
     Raises:
-        ValueError: an unknown name, a temperature that is not positive, a negative table length.
+        ValueError: an unknown name, a temperature that is not positive, a negative length, sinks or no feature map
+            without a window.
     """
 
     feature_map: str = "dijiang"
+    num_frequencies: int | None = None
+    temperature: float | str = 1.0
+    decay: str = "multi-scale"
+    norm: str = "group"
     norm_groups: str = "head_dim"
     gate: str = "released"
-    temperature: float = 1.0
     position_table: int = 2048
     shortest_span: float = 32.0
     longest_span: float = 512.0
-    learned_decay: bool = False
+    window: int = 0
+    sinks: int = 0
 
     def __post_init__(self) -> None:
-        feature_map_kind(self.feature_map)
-        for name, allowed in (("norm_groups", NORM_GROUPS), ("gate", GATES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}")
-        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
-            raise ValueError(f"temperature must be a positive number; got {self.temperature!r}")
-        if not isinstance(self.position_table, int) or self.position_table < 0:
-            raise ValueError(f"position_table must be an integer >= 0; got {self.position_table!r}")
+        if self.feature_map != WINDOW_ONLY:
+            feature_map_kind(self.feature_map)
+        allowed = {"decay": DECAYS, "norm": NORMS, "norm_groups": NORM_GROUPS, "gate": GATES}
+        for name, names in allowed.items():
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}; got {getattr(self, name)!r}")
+        number = isinstance(self.temperature, (int, float)) and not isinstance(self.temperature, bool)
+        if not (self.temperature == "pretrained" or (number and 0 < float(self.temperature) < math.inf)):
+            raise ValueError(f'temperature must be a positive number or "pretrained"; got {self.temperature!r}')
+        for name in ("position_table", "window", "sinks"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an integer >= 0; got {value!r}")
+        count = self.num_frequencies
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ValueError(f"num_frequencies must be None or an integer >= 1; got {count!r}")
         if not 1 < self.shortest_span <= self.longest_span < math.inf:
             raise ValueError(
                 "shortest_span and longest_span must be numbers with 1 < shortest_span <= longest_span; "
                 f"got {self.shortest_span!r} and {self.longest_span!r}"
             )
+        if not self.window and (self.sinks or self.feature_map == WINDOW_ONLY):
+            what = f"sinks={self.sinks}" if self.sinks else f"feature_map={WINDOW_ONLY!r}"
+            raise ValueError(f"{what} needs a window: give window=64, say")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,32 +118,50 @@ def multiscale_log_decay(heads: int, shortest_span: float = 32.0, longest_span: 
 
 
 class Decay(Float32Module):
-    """The per-head log decay [heads], float32 whatever the model's dtype (0.998 is 1 in bfloat16).
+    """The log decay, [heads] or, if it depends on the token, [B, T, heads]; float32 (0.998 is 1 in bfloat16).
 
     Fixed, it is a buffer ``log_decay``. Learned, the parameter ``log_rate`` is log(-log gamma), which keeps gamma in
-    (0, 1).
+    (0, 1), and ``weight`` [heads, hidden_size], for a decay that depends on the token, is what adds to it.
     """
 
-    log_rate: nn.Parameter
+    log_rate: nn.Parameter | None
+    weight: nn.Parameter | None
     log_decay: Tensor | None
 
-    def __init__(self, heads: int, options: DiJiangOptions, device: torch.device | None = None) -> None:
+    def __init__(
+        self, heads: int, hidden_size: int, options: DiJiangOptions, device: torch.device | None = None
+    ) -> None:
         super().__init__()
         self.heads, self.options = heads, options
-        empty = torch.empty(heads, dtype=torch.float32, device=device)
-        self.register_parameter("log_rate", nn.Parameter(empty) if options.learned_decay else None)
-        self.register_buffer("log_decay", None if options.learned_decay else empty)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
+        fixed, learned = options.decay == "multi-scale", options.decay in ("learned", "token")
+        self.register_parameter("log_rate", nn.Parameter(empty(heads)) if learned else None)
+        self.register_parameter("weight", nn.Parameter(empty(heads, hidden_size)) if options.decay == "token" else None)
+        self.register_buffer("log_decay", empty(heads) if fixed else None)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         start = multiscale_log_decay(self.heads, self.options.shortest_span, self.options.longest_span)
         if self.log_decay is not None:
             self.log_decay.copy_(start)
-        else:
+        if self.log_rate is not None:
             self.log_rate.copy_(start.neg().log())
+        if self.weight is not None:
+            self.weight.zero_()
 
-    def forward(self) -> Tensor:
-        return self.log_decay if self.log_decay is not None else -self.log_rate.exp()
+    def forward(self, x: Tensor) -> Tensor | None:
+        """From the layer's input [B, T, hidden_size]."""
+        if self.log_rate is None:
+            return self.log_decay
+        if self.weight is None:
+            return -self.log_rate.exp()
+        with torch.autocast(x.device.type, enabled=False):
+            # e^3 times the usual rate is as good as forgetting, e^-8 as never; beyond, gradients only do harm
+            change = F.linear(x.float(), self.weight).clamp(-8.0, 3.0)
+            return -(self.log_rate + change).exp()
 
 
 class PositionFactors(nn.Module):
@@ -132,27 +183,53 @@ class PositionFactors(nn.Module):
         return F.embedding(positions.clamp(max=self.weight.shape[1]), table)
 
 
+class HeadRMSNorm(nn.Module):
+    """RMS norm of each head's channels, with a learned gain for each."""
+
+    def __init__(
+        self, heads: int, head_dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, head_dim, device=device, dtype=dtype))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.fill_(1.0)
+
+    def forward(self, o: Tensor) -> Tensor:
+        """[..., heads, head_dim], the same shape."""
+        return F.rms_norm(o, o.shape[-1:], eps=1e-6) * self.weight
+
+
+class AttentionState(NamedTuple):
+    """What a layer keeps of earlier tokens: the scan's state, the window's, or both. Its size does not depend on T."""
+
+    linear: ops.LinearAttentionState | None
+    window: WindowState | None
+
+
 class DiJiangAttention(nn.Module):
-    """Linear attention in place of a pretrained softmax layer, around its own four projections.
+    """Linear attention between a pretrained layer's projections: what becomes of q, k and v before the output.
 
     Args:
-        q_proj, k_proj, v_proj, o_proj: the pretrained linears (or whatever stands for them), kept as children of
-            these names.
         hidden_size: size of the layer's input.
         num_heads, num_key_value_heads, head_dim: the pretrained geometry. Decay and the factor b are one a key head,
             so that a group of query heads shares one state; a is one a query head.
         options: see :class:`DiJiangOptions`.
-        device, dtype: of the new parameters. ``log_decay`` and the map's frequencies are float32 whatever ``dtype``.
+        device, dtype: of the new parameters. Decay and feature map are float32 whatever ``dtype``.
 
     New tensors are empty until :meth:`reset_parameters` or a checkpoint fills them.
+
+    >>> layer = DiJiangAttention(hidden_size=8, num_heads=2, num_key_value_heads=1, head_dim=4)
+    >>> layer.reset_parameters(seed=0)
+    >>> x = torch.randn(1, 5, 8); q = torch.randn(1, 5, 2, 4); k = torch.randn(1, 5, 1, 4)
+    >>> o, _ = layer.mix(x, q, k, k, torch.arange(5)[None])
+    >>> o.shape
+    torch.Size([1, 5, 8])
     """
 
     def __init__(
         self,
-        q_proj: nn.Module,
-        k_proj: nn.Module,
-        v_proj: nn.Module,
-        o_proj: nn.Module,
         *,
         hidden_size: int,
         num_heads: int,
@@ -166,36 +243,63 @@ class DiJiangAttention(nn.Module):
         options = options or DiJiangOptions()
         self.options = options
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = q_proj, k_proj, v_proj, o_proj
+        if options.feature_map == WINDOW_ONLY:
+            return
         channels = num_heads * head_dim
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.feature_map = CosineFeatureMap(
-            head_dim, options.feature_map, temperature=options.temperature, device=device
+        self.feature_map = FeatureMap(
+            head_dim,
+            options.feature_map,
+            num_frequencies=options.num_frequencies,
+            num_heads=num_key_value_heads,
+            temperature=options.temperature,
+            device=device,
         )
-        self.decay = Decay(num_key_value_heads, options, device)
+        self.decay = Decay(num_key_value_heads, hidden_size, options, device)
         if options.position_table:
             self.query_factors = PositionFactors(num_heads, options.position_table, **placed)
             self.key_factors = PositionFactors(num_key_value_heads, options.position_table, **placed)
-        groups = head_dim if options.norm_groups == "head_dim" else num_heads
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-5, **placed)
-        self.gate_proj = nn.Linear(hidden_size, channels, bias=options.gate == "open", **placed)
+        if options.norm == "group":
+            groups = head_dim if options.norm_groups == "head_dim" else num_heads
+            self.norm: nn.Module = nn.GroupNorm(groups, channels, eps=1e-5, **placed)
+        elif options.norm == "rms":
+            self.norm = HeadRMSNorm(num_heads, head_dim, **placed)
+        if options.gate != "none":
+            self.gate_proj = nn.Linear(hidden_size, channels, bias=options.gate == "open", **placed)
+        if options.window:
+            self.linear_weight = nn.Parameter(torch.zeros(num_heads, **placed))
+
+    @property
+    def state_elements(self) -> int:
+        """Numbers that the state of one sequence has, however long it is."""
+        count = 0
+        if self.options.feature_map != WINDOW_ONLY:
+            kept = self.head_dim + (1 if self.options.norm == "denominator" else 0)
+            count += self.num_key_value_heads * self.feature_map.num_features * kept
+        return count + 2 * (self.options.window + self.options.sinks) * self.num_key_value_heads * self.head_dim
 
     @torch.no_grad()
     def reset_parameters(self, seed: int = 0) -> None:
         """Draw what conversion adds, the frequencies and the gate, from a generator of its own."""
+        if self.options.feature_map == WINDOW_ONLY:
+            return
         generator = torch.Generator("cpu").manual_seed(seed)
         self.feature_map.reset_parameters(generator)
         self.decay.reset_parameters()
-        self.norm.reset_parameters()
+        if self.options.norm in ("group", "rms"):
+            self.norm.reset_parameters()  # type: ignore[operator]  # both have one
         if self.options.position_table:
             self.query_factors.reset_parameters()
             self.key_factors.reset_parameters()
-        fan_out, fan_in = self.gate_proj.weight.shape
-        bound = 2**-2.5 * math.sqrt(6 / (fan_in + fan_out))
-        draw = torch.empty(fan_out, fan_in, device="cpu").uniform_(-bound, bound, generator=generator)
-        self.gate_proj.weight.copy_(draw)
-        if self.gate_proj.bias is not None:
-            self.gate_proj.bias.fill_(1.2784645)  # SiLU(1.2784645) = 1
+        if self.options.gate != "none":
+            fan_out, fan_in = self.gate_proj.weight.shape
+            bound = 2**-2.5 * math.sqrt(6 / (fan_in + fan_out))
+            draw = torch.empty(fan_out, fan_in, device="cpu").uniform_(-bound, bound, generator=generator)
+            self.gate_proj.weight.copy_(draw)
+            if self.gate_proj.bias is not None:
+                self.gate_proj.bias.fill_(1.2784645)  # SiLU(1.2784645) = 1
+        if self.options.window:
+            self.linear_weight.zero_()
 
     def mix(
         self,
@@ -206,61 +310,113 @@ class DiJiangAttention(nn.Module):
         positions: Tensor,
         *,
         mask: Tensor | None = None,
-        state: ops.LinearAttentionState | None = None,
+        sink_q: Tensor | None = None,
+        state: AttentionState | None = None,
         output_state: bool = False,
         cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, ops.LinearAttentionState | None]:
-        """From projected (and rotated) heads to the layer's output.
+    ) -> tuple[Tensor, AttentionState | None]:
+        """From projected (and rotated) heads to what the output projection takes.
 
         Args:
-            x: the layer's input [B, T, hidden_size], for the gate.
-            q, k, v: [B, T, H, K], [B, T, Hk, K], [B, T, Hk, K].
+            x: the layer's input [B, T, hidden_size], for the gate and the decay.
+            q, k, v: [B, T, H, K], [B, T, Hk, K], [B, T, Hk, K]; q is not scaled.
             positions: absolute position of every token among its sequence's own, integer [B, T] or [1, T].
             mask: bool [B, T]; a token that is False leaves no trace.
+            sink_q: queries rotated for the sinks, see :func:`freqrank.attention.window.window_attention`.
             state: what earlier tokens left. A single token is decoded into it in place, where no gradient is asked for.
             output_state: return the state after the last token.
             cu_seqlens: int [N + 1], for several sequences in one row (B == 1).
 
         Returns:
-            the output [B, T, hidden_size], and the state or None.
+            [B, T, H K], and the :class:`AttentionState` or None.
         """
-        phi = self.feature_map
-        log_decay = self.decay()
-        if self.options.position_table:
-            v = self.key_factors(positions)[..., None] * v
+        linear, window = (None, None) if state is None else state
+        o = None
+        if self.options.window:
+            o, window = window_attention(
+                q,
+                k,
+                v,
+                window=self.options.window,
+                sinks=self.options.sinks,
+                mask=mask,
+                sink_q=sink_q,
+                state=window,
+                output_state=output_state,
+                cu_seqlens=cu_seqlens,
+            )
+        if self.options.feature_map != WINDOW_ONLY:
+            far, linear = self._linear(x, q, k, v, positions, mask, linear, output_state, cu_seqlens)
+            o = far if o is None else o + self.linear_weight[:, None] * far
+        assert o is not None
+        kept = AttentionState(linear, window) if output_state or state is not None else None
+        return o.flatten(2), kept
+
+    def _linear(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        state: ops.LinearAttentionState | None,
+        output_state: bool,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, ops.LinearAttentionState | None]:
+        phi, options, dim = self.feature_map, self.options, self.head_dim
+        dtype = v.dtype
+        normalize = options.norm == "denominator"
+        if options.position_table:
+            factors = self.key_factors(positions)[..., None]
+            v = factors * v
+            if normalize:  # b belongs to phi(k), so to the denominator as well: as one more channel of the values
+                v, normalize = torch.cat([v, factors.to(v.dtype).expand(*v.shape[:-1], 1)], -1), False
+        q, k, log_decay = phi.augment(q), phi.augment(k), self.decay(x)
+        projection = phi.projection(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        shared: dict[str, Any] = {
+            "feature": phi.kind.feature,
+            "weights": phi.weights,
+            "normalize": normalize,
+        }
         if state is not None and q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
             o = ops.feature_map_attention_step(
                 q[:, 0],
                 k[:, 0],
                 v[:, 0],
                 state,
-                phi.projection(),
-                feature=phi.kind.feature,
-                weights=phi.weights,
-                log_decay=log_decay,
+                projection,
+                log_decay=log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[:, 0],
                 mask=None if mask is None else mask[:, 0],
+                **shared,
             )[:, None]
         else:
-            o, state = ops.dijiang_attention(
+            o, state = ops.feature_map_attention(
                 q,
                 k,
                 v,
-                phi.scales,
-                transform=phi.kind.transform,
-                signs=phi.signs,
-                feature=phi.kind.feature,
-                weights=phi.weights,
+                projection,
                 log_decay=log_decay,
                 mask=mask,
                 initial_state=state,
                 output_final_state=output_state,
                 cu_seqlens=cu_seqlens,
+                **shared,
             )
-        if self.options.position_table:
+        if o.shape[-1] > dim:
+            o = o[..., :dim] / (o[..., dim:] + 1e-6)
+        if options.position_table:
             o = self.query_factors(positions)[..., None] * o
-        o = self.norm(o.flatten(2).flatten(0, 1)).view(*x.shape[:-1], -1)
-        return self.o_proj(F.silu(self.gate_proj(x)) * o), state
+        if options.norm == "group":
+            o = self.norm(o.flatten(2).flatten(0, 1)).view(o.shape)
+        elif options.norm == "rms":
+            o = self.norm(o)
+        if options.gate != "none":
+            o = F.silu(self.gate_proj(x)).view(o.shape) * o
+        return o.to(dtype), state
 
     def extra_repr(self) -> str:
         heads = f"heads={self.num_heads}, key_value_heads={self.num_key_value_heads}, head_dim={self.head_dim}"
-        return f"{heads}, norm_groups={self.options.norm_groups!r}, gate={self.options.gate!r}"
+        defaults = DiJiangOptions()
+        changed = {n: v for n, v in self.options.to_dict().items() if v != getattr(defaults, n)}
+        return ", ".join([heads, *(f"{name}={value!r}" for name, value in changed.items())])

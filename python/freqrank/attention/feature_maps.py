@@ -1,10 +1,13 @@
-"""Positive feature maps built on the cosine transform: phi(x) = feature(x S C diag(scales)) * weights.
+"""Positive feature maps phi of queries and keys, all of the form feature(x P) * weights.
 
-``FEATURE_MAPS`` names the ones that a model can be converted with; a new one is one entry there.
+A map is put together from few parts: where its frequencies come from (:mod:`freqrank.attention.sampling`), what is done
+to the products (softmax, exponential, both signs), a factor for each feature, a factor for each vector, a temperature.
+``FEATURE_MAPS`` names the combinations that a model can be converted with; a new one is one entry there.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +15,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from freqrank.attention.sampling import sample_scales, sample_signs
+from freqrank.attention.sampling import sample_frequencies, sample_scales, sample_signs
+
+TRANSFORMS = ("idct", "dct")
 
 
 @dataclass(frozen=True)
@@ -21,19 +26,24 @@ class FeatureMapKind:
 
     Args:
         feature: "softmax", "exp" or "softmax_pm" (softmax over the products and their negatives: twice the features).
-        transform: "idct" (x C, as released) or "dct" (x C^T, as in the paper).
-        radii: distribution of the scales, see :func:`freqrank.attention.sampling.sample_scales`.
-        points: "random" or "stratified" uniforms behind the scales.
+        frequencies: the columns of P. "idct" (x C diag(scales), as released) or "dct" (x C^T diag(scales), as in the
+            paper); "gaussian", "orthogonal" or "sphere" (:func:`freqrank.attention.sampling.sample_frequencies`); or
+            "learned": a matrix for each key head, trained, the identity at first (Hedgehog).
+        radii: distribution of the scales of "idct" and "dct", see :func:`freqrank.attention.sampling.sample_scales`.
+        points: the uniform points behind the frequencies, see :func:`freqrank.attention.sampling.uniform_points`.
         signs: flip the coordinates of x by fixed random signs before the transform.
         weighted: one learned weight a feature, 1 at first (the paper's D).
+        prefactor: exponent a of exp(-a |x|^2) / sqrt(num_features) before "exp" features: 1/2 makes phi(q) . phi(k) an
+            estimate of exp(q . k), 1 one of the Gaussian kernel exp(-|q - k|^2 / 2); 0 leaves the whole factor out.
     """
 
     feature: str
-    transform: str
+    frequencies: str
     radii: str = "normal"
     points: str = "random"
     signs: bool = False
     weighted: bool = False
+    prefactor: float = 0.0
 
 
 FEATURE_MAPS: dict[str, FeatureMapKind] = {
@@ -41,8 +51,18 @@ FEATURE_MAPS: dict[str, FeatureMapKind] = {
     "dijiang": FeatureMapKind("softmax", "idct"),
     # The same with both signs of every frequency, as hyperbolic random features have.
     "dijiang-pm": FeatureMapKind("softmax_pm", "idct", points="stratified", signs=True),
-    # The paper's equation 12: D exp(T C x), radii of a normal vector; the signs tame inputs with a common mean.
+    # The paper's equation 12, D exp(T C x), radii of a normal vector; the signs tame inputs with a common mean.
     "wdcf": FeatureMapKind("exp", "dct", radii="chi", points="stratified", signs=True, weighted=True),
+    # The same without D.
+    "dcf": FeatureMapKind("exp", "dct", radii="chi", points="stratified", signs=True),
+    # Performer's positive random features (Choromanski et al., ICLR 2021), and with orthogonal blocks.
+    "prf": FeatureMapKind("exp", "gaussian", prefactor=0.5),
+    "orthogonal-prf": FeatureMapKind("exp", "orthogonal", prefactor=0.5),
+    # The paper's Theorems 3.2 and 3.3: quasi-Monte Carlo directions and radii, the Gaussian kernel; D for WPFF.
+    "pff": FeatureMapKind("exp", "sphere", points="sobol", prefactor=1.0),
+    "wpff": FeatureMapKind("exp", "sphere", points="sobol", prefactor=1.0, weighted=True),
+    # A learned map for comparison: softmax(+-x W), W trained (Hedgehog, Zhang et al., ICLR 2024).
+    "hedgehog": FeatureMapKind("softmax_pm", "learned"),
 }
 
 
@@ -58,8 +78,8 @@ def feature_map_kind(name: str) -> FeatureMapKind:
 
 
 @lru_cache(maxsize=64)
-def dct_matrix(size: int, device: torch.device, transform: str = "idct") -> Tensor:
-    """The orthonormal DCT-II matrix C, fp32 [size, size]; row k is the k-th cosine (computed in fp64). For "dct", C^T.
+def dct_matrix(size: int, device: torch.device, transform: str = "idct", dtype: torch.dtype = torch.float32) -> Tensor:
+    """The orthonormal DCT-II matrix C [size, size]; row k is the k-th cosine (computed in fp64). For "dct", C^T.
 
     >>> c = dct_matrix(8, torch.device("cpu"))
     >>> torch.allclose(c @ c.T, torch.eye(8), atol=1e-6)
@@ -68,7 +88,21 @@ def dct_matrix(size: int, device: torch.device, transform: str = "idct") -> Tens
     n = torch.arange(size, dtype=torch.float64, device="cpu")
     c = torch.cos(torch.pi / (2 * size) * (2 * n + 1) * n[:, None]) * (2 / size) ** 0.5
     c[0] *= 0.5**0.5
-    return (c if transform == "idct" else c.T.contiguous()).float().to(device)
+    return (c if transform == "idct" else c.T.contiguous()).to(device, dtype)
+
+
+def pretrained_temperature(kind: FeatureMapKind, head_dim: int) -> float:
+    """The factor on x at which the map's kernel has the scale of a pretrained model's exp(q . k / sqrt(head_dim)).
+
+    Frequencies of the length of a normal vector (about sqrt(head_dim)) give exp(q . k), so queries and keys are
+    divided by head_dim^(1/4). Rows of a transform times standard normal radii, or an identity, are about sqrt(head_dim)
+    times shorter and give exp(q . k / head_dim): multiplied by head_dim^(1/4).
+
+    >>> pretrained_temperature(FEATURE_MAPS["dijiang"], 16), pretrained_temperature(FEATURE_MAPS["prf"], 16)
+    (2.0, 0.5)
+    """
+    short = kind.frequencies == "learned" or (kind.frequencies in TRANSFORMS and kind.radii == "normal")
+    return head_dim ** (0.25 if short else -0.25)
 
 
 class Float32Module(nn.Module):
@@ -85,55 +119,126 @@ class Float32Module(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
 
-class CosineFeatureMap(Float32Module):
-    """phi(x) of one attention layer: fixed frequencies, the same for every head, for queries and keys.
+class FeatureMap(Float32Module):
+    """phi(x) of one attention layer, the same for queries and keys.
 
     Args:
         head_dim: size K of a query.
         name: an entry of ``FEATURE_MAPS``.
-        temperature: factor on x. The released map has 1; ``head_dim ** 0.25`` restores the scale of the logits
-            q.k / sqrt(head_dim) that a pretrained model was trained with. It is kept inside ``scales``.
+        num_frequencies: columns M of the projection, by default ``head_dim``. Transforms have ``head_dim`` of them; of
+            fewer the first are taken, and more are made of several transforms, those after the first behind random
+            signs of their own. ``num_features`` is M, or 2M with both signs of each; at most 512.
+        num_heads: key heads, each with a matrix of its own, of a learned map.
+        temperature: factor on x, or "pretrained" (:func:`pretrained_temperature`). The released map has 1.
         device: where the tensors live.
 
-    The tensors are empty until :meth:`reset_parameters`, or until a checkpoint fills them.
+    The tensors are empty until :meth:`reset_parameters`, or until a checkpoint fills them. The temperature is kept
+    inside of them.
+
+    Raises:
+        ValueError: an unknown name, a number of frequencies out of range, a temperature that is not positive.
     """
 
-    scales: Tensor
+    scales: Tensor | None
     signs: Tensor | None
+    frequencies: Tensor | None
+    matrix: nn.Parameter | None
+    weights: nn.Parameter | None
 
     def __init__(
-        self, head_dim: int, name: str = "dijiang", *, temperature: float = 1.0, device: torch.device | None = None
+        self,
+        head_dim: int,
+        name: str = "dijiang",
+        *,
+        num_frequencies: int | None = None,
+        num_heads: int = 1,
+        temperature: float | str = 1.0,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.kind, self.head_dim, self.temperature = name, feature_map_kind(name), head_dim, temperature
-        self.num_features = head_dim * (2 if self.kind.feature == "softmax_pm" else 1)
-        self.register_buffer("scales", torch.empty(head_dim, dtype=torch.float32, device=device))
-        self.register_buffer(
-            "signs", torch.empty(head_dim, dtype=torch.float32, device=device) if self.kind.signs else None
-        )
-        weights = torch.ones(self.num_features, dtype=torch.float32, device=device) if self.kind.weighted else None
-        self.weights = nn.Parameter(weights) if weights is not None else None
+        self.name, self.kind, self.head_dim = name, feature_map_kind(name), head_dim
+        kind = self.kind
+        signs = 2 if kind.feature == "softmax_pm" else 1
+        self.num_frequencies = head_dim if num_frequencies is None else num_frequencies
+        if not 1 <= self.num_frequencies * signs <= 512:
+            raise ValueError(
+                f"num_frequencies must be from 1 to {512 // signs} with feature map {name!r}; got {num_frequencies}"
+            )
+        self.num_features = self.num_frequencies * signs
+        self.temperature = pretrained_temperature(kind, head_dim) if temperature == "pretrained" else float(temperature)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f'temperature must be a positive number or "pretrained"; got {temperature!r}')
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
+        blocks = -(-self.num_frequencies // head_dim)
+        is_transform = kind.frequencies in TRANSFORMS
+        signed = is_transform and (kind.signs or blocks > 1)
+        is_drawn = not is_transform and kind.frequencies != "learned"
+        self.register_buffer("scales", empty(self.num_frequencies) if is_transform else None)
+        self.register_buffer("signs", empty(blocks, head_dim) if signed else None)
+        self.register_buffer("frequencies", empty(head_dim, self.num_frequencies) if is_drawn else None)
+        learned = empty(num_heads, head_dim, self.num_frequencies) if kind.frequencies == "learned" else None
+        self.matrix = None if learned is None else nn.Parameter(learned)
+        self.weights = nn.Parameter(empty(self.num_features)) if kind.weighted else None
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draw the frequencies from a CPU generator, so that every device gets the same."""
-        kind = self.kind
-        scales = sample_scales(self.head_dim, radii=kind.radii, points=kind.points, generator=generator)
-        self.scales.copy_(scales * self.temperature)
+        kind, count, dim = self.kind, self.num_frequencies, self.head_dim
+        if self.scales is not None:
+            scales = sample_scales(count, dim, radii=kind.radii, points=kind.points, generator=generator)
+            self.scales.copy_(scales * self.temperature)
+        if self.frequencies is not None:
+            w = sample_frequencies(dim, count, directions=kind.frequencies, points=kind.points, generator=generator)
+            self.frequencies.copy_(w * self.temperature)
         if self.signs is not None:
-            self.signs.copy_(sample_signs(self.head_dim, generator=generator))
+            self.signs.copy_(sample_signs((len(self.signs), dim), generator=generator))
+            if not kind.signs:
+                self.signs[0] = 1.0
+        if self.matrix is not None:
+            blocks = [torch.eye(dim)]
+            while len(blocks) * dim < count:
+                signs = sample_signs((dim, 1), generator=generator)
+                blocks.append(signs * dct_matrix(dim, torch.device("cpu")))
+            self.matrix.copy_(torch.cat(blocks, 1)[:, :count] * self.temperature)
         if self.weights is not None:
             self.weights.fill_(1.0)
 
-    def projection(self) -> Tensor:
-        """The matrix S C diag(scales), fp32 [K, K], that x is multiplied by on the right."""
-        p = dct_matrix(self.head_dim, self.scales.device, self.kind.transform) * self.scales
-        return p if self.signs is None else self.signs[:, None] * p
+    def projection(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """P [K, M], or [heads, K, M] if it is learned, that x is multiplied by on the right.
+
+        With a prefactor it is [K + 1, M], for x as :meth:`augment` returns it. ``dtype``: float32 or float64.
+        """
+        if self.matrix is not None:
+            return self.matrix.to(dtype)
+        if self.scales is not None:
+            p = dct_matrix(self.head_dim, self.scales.device, self.kind.frequencies, dtype)
+            if self.signs is not None:
+                p = (self.signs[:, :, None] * p).transpose(0, 1).flatten(1)
+            p = p[:, : self.num_frequencies] * self.scales
+        else:
+            assert self.frequencies is not None
+            p = self.frequencies.to(dtype)
+        return torch.cat([p, torch.ones_like(p[:1])]) if self.kind.prefactor else p
+
+    def augment(self, x: Tensor) -> Tensor:
+        """x, with one more channel if the map has a prefactor: its logarithm, which every product gets added to it."""
+        if not self.kind.prefactor:
+            return x
+        x = x if x.dtype == torch.float64 else x.float()
+        norms = x.square().sum(-1, keepdim=True) * self.temperature**2
+        return torch.cat([x, -self.kind.prefactor * norms - 0.5 * math.log(self.num_features)], -1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """phi(x) in fp32 (fp64 for fp64): [..., K] -> [..., num_features], as the ops make it on their way."""
-        x = x if x.dtype == torch.float64 else x.float()
-        p = x @ self.projection().to(x.dtype)
+        """phi(x) in fp32 (fp64 for fp64), as the ops make it on their way: [..., heads, K] -> [..., num_features].
+
+        A map that is not learned takes [..., K] of any shape.
+        """
+        x = self.augment(x if x.dtype == torch.float64 else x.float())
+        projection = self.projection(x.dtype)
+        p = x @ projection if projection.dim() == 2 else (x[..., None, :] @ projection)[..., 0, :]
         if self.kind.feature == "exp":
             phi = p.exp()
         else:

@@ -1,18 +1,19 @@
-"""The cache of a linear-attention layer: one state of fixed size and a token count, inside a transformers ``Cache``."""
+"""The cache of a linear-attention layer: a state of fixed size and a token count, inside a transformers ``Cache``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer, StaticLayer
 
-from freqrank.ops import LinearAttentionState
+from freqrank.attention.dijiang import AttentionState
 
 
 class LinearStateLayer(LinearAttentionLayer, DynamicLayer):  # type: ignore[misc]  # both have a dtype and device
-    """State [B, H, K, V] of one layer and the number of tokens that went into it.
+    """The state of one layer (:class:`freqrank.attention.dijiang.AttentionState`) and the tokens that went into it.
 
     A ``LinearAttentionLayer`` for its state, so that it counts as one wherever transformers asks, and a
     ``DynamicLayer`` for its length, which ``generate`` asks any Llama-like model's cache for.
@@ -31,28 +32,19 @@ class LinearStateLayer(LinearAttentionLayer, DynamicLayer):  # type: ignore[misc
         LinearAttentionLayer.__init__(self, number_of_states=1)
         self.length = 0
         self.static_length = static_length  # of the static cache around it
+        self.state: AttentionState | None = None  # what the tokens so far left; None before the first
 
-    @property
-    def state(self) -> LinearAttentionState | None:
-        """What the tokens so far left, or None before the first."""
-        return LinearAttentionState(self._kv, None) if self.is_initialized else None
-
-    @property
-    def _kv(self) -> Tensor:
-        kv = self.recurrent_states[0]
-        assert kv is not None
-        return kv
-
-    @_kv.setter
-    def _kv(self, kv: Tensor) -> None:
-        self.recurrent_states[0] = kv
-
-    def advance(self, state: LinearAttentionState, tokens: int) -> None:
+    def advance(self, state: AttentionState, tokens: int) -> None:
         """Keep ``state`` as it is after ``tokens`` more tokens."""
-        self._kv = state.kv
-        self.is_recurrent_states_initialized[0] = self.has_previous_state[0] = self.is_initialized = True
-        self.dtype, self.device = state.kv.dtype, state.kv.device
+        self.state = state
+        self.has_previous_state[0] = self.is_initialized = True
+        first = state_tensors(state)[0]
+        self.dtype, self.device = first.dtype, first.device
         self.length += tokens
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.state is not None:
+            self.state = map_state(change, self.state)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise RuntimeError(
@@ -71,25 +63,23 @@ class LinearStateLayer(LinearAttentionLayer, DynamicLayer):  # type: ignore[misc
         return -1
 
     def offload(self) -> None:
-        LinearAttentionLayer.offload(self)
+        self._change(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        LinearAttentionLayer.prefetch(self)
+        self._change(lambda x: x.to(self.device, non_blocking=True))
 
     def reset(self) -> None:
         """Forget every token. The state is dropped, not zeroed: somebody may hold it."""
         self.__init__(self.static_length)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self._kv = self._kv.repeat_interleave(repeats, dim=0)
+        self._change(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
-            self._kv = self._kv[indices]
+        self._change(lambda x: x[indices])
 
     def activate_past_recording(self) -> None:
         raise RuntimeError(
@@ -103,6 +93,20 @@ class LinearStateLayer(LinearAttentionLayer, DynamicLayer):  # type: ignore[misc
                 f"crop({tokens_to_remove}): a linear-attention state cannot forget its last tokens, they are summed "
                 "into it; copy.deepcopy the cache before going on, and go back to the copy"
             )
+
+
+def state_tensors(state: AttentionState) -> list[Tensor]:
+    """Every tensor of a layer's state."""
+    return [x for part in state if part is not None for x in part if x is not None]
+
+
+def map_state(change: Callable[[Tensor], Tensor], state: AttentionState) -> AttentionState:
+    """The state with ``change`` applied to every tensor, whose first dimension is the batch."""
+
+    def mapped(part: Any) -> Any:
+        return None if part is None else type(part)(*(None if x is None else change(x) for x in part))
+
+    return AttentionState(mapped(state.linear), mapped(state.window))
 
 
 def linear_cache_layer(cache: Cache, layer_idx: int) -> LinearStateLayer:

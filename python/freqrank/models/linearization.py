@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -27,6 +27,9 @@ ATTENTION_CLASSES = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
 FLOAT32_TENSORS = {
     "decay.log_decay",
     "decay.log_rate",
+    "decay.weight",
+    "feature_map.frequencies",
+    "feature_map.matrix",
     "feature_map.scales",
     "feature_map.signs",
     "feature_map.weights",
@@ -34,16 +37,22 @@ FLOAT32_TENSORS = {
 
 
 class LinearizedAttention(DiJiangAttention):
-    """A :class:`DiJiangAttention` that a transformers decoder block can call."""
+    """A :class:`DiJiangAttention` that a transformers decoder block can call, around the pretrained projections.
 
-    def __init__(self, attention: Any, hidden_size: int, num_heads: int, options: DiJiangOptions) -> None:
+    They stay children of the names that they have in the attention module which it replaces.
+    """
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+
+    def __init__(
+        self, attention: Any, hidden_size: int, num_heads: int, options: DiJiangOptions, rotary: nn.Module | None
+    ) -> None:
         tensors = (*attention.parameters(), *attention.buffers())
         weight = next(tensor for tensor in tensors if tensor.is_floating_point())
         super().__init__(
-            attention.q_proj,
-            attention.k_proj,
-            attention.v_proj,
-            attention.o_proj,
             hidden_size=hidden_size,
             num_heads=num_heads,
             num_key_value_heads=num_heads // attention.num_key_value_groups,
@@ -52,10 +61,19 @@ class LinearizedAttention(DiJiangAttention):
             device=weight.device,
             dtype=weight.dtype,
         )
+        for name, child in attention.named_children():
+            self.add_module(name, child)
         self.layer_idx: int = attention.layer_idx
         self.config = attention.config
         self.rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        self._rotary = (rotary,)  # the decoder's own; in a tuple, or its buffers would be this layer's too
         self.train(attention.training)
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, T, heads, head_dim], not rotated."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (proj(hidden_states).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v
 
     def forward(
         self,
@@ -68,10 +86,8 @@ class LinearizedAttention(DiJiangAttention):
     ) -> tuple[Tensor, None]:
         past = kwargs.get("past_key_values") if cache is None else cache  # its name before transformers 5.24
         length = hidden_states.shape[1]
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q = self.q_proj(hidden_states).view(heads)
-        k = self.k_proj(hidden_states).view(heads)
-        v = self.v_proj(hidden_states).view(heads)
+        q, k, v = self.project(hidden_states)
+        sink_q = self._sink_queries(q, k) if self.options.sinks else None
         q, k = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
         layer = None if past is None else linear_cache_layer(past, self.layer_idx)
         start = layer.length if layer is not None else 0
@@ -85,13 +101,26 @@ class LinearizedAttention(DiJiangAttention):
             v,
             position_ids,
             mask=attention_mask_2d(attention_mask, length, start) if cu_seqlens is None else None,  # packed: no padding
+            sink_q=sink_q,
             state=layer.state if layer is not None else None,
             output_state=layer is not None,
             cu_seqlens=cu_seqlens,
         )
         if layer is not None and state is not None:
             layer.advance(state, length)
-        return output, None
+        return self.o_proj(output), None
+
+    def _sink_queries(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """Queries rotated to the first position from which the last sink is out of the window, whatever their own.
+
+        Distances to the sinks then stay within what the model was trained with, however long the text
+        (StreamingLLM, Xiao et al., ICLR 2024).
+        """
+        rotary = self._rotary[0]
+        if rotary is None:
+            return None
+        position = torch.full((1, 1), self.options.window + self.options.sinks - 1, device=q.device)
+        return self.rotate(q, k[:, :1], *rotary(q, position), unsqueeze_dim=2)[0]
 
 
 @dataclass
@@ -171,7 +200,8 @@ def _swap(model: PreTrainedModel, architecture: Architecture, layers: list[int],
     config = model.config.get_text_config()
     for index in layers:
         old = architecture.attention(index)
-        new = LinearizedAttention(old, config.hidden_size, config.num_attention_heads, options)
+        rotary = getattr(architecture.decoder, "rotary_emb", None)
+        new = LinearizedAttention(old, config.hidden_size, config.num_attention_heads, options, rotary)
         architecture.blocks[index].set_submodule(architecture.attention_path, new)
     all_linear = all(isinstance(architecture.attention(i), DiJiangAttention) for i in range(len(architecture.blocks)))
     share_products(model)
@@ -259,7 +289,7 @@ def linearize(
         assert isinstance(attention, LinearizedAttention)
         attention.reset_parameters((seed * 1_000_003 + index) % 2**63)  # a generator takes no larger seed
         heads, head_dim = attention.num_key_value_heads, attention.head_dim
-        state += heads * attention.feature_map.num_features * head_dim
+        state += attention.state_elements
         cache += 2 * heads * head_dim
     linear = [i for i in range(len(architecture.blocks)) if isinstance(architecture.attention(i), DiJiangAttention)]
     report = LinearizationReport(

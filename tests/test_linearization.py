@@ -244,8 +244,7 @@ def test_maps_that_transforms_and_released_code_share():
     ("options", "message"),
     [
         ({"name": "cosine"}, "feature_map must be one of 'dijiang', .*; got 'cosine'"),
-        ({"num_frequencies": 0}, "num_frequencies must be from 1 to 512"),
-        ({"num_frequencies": 257, "name": "hedgehog"}, "num_frequencies must be from 1 to 256 with feature map 'hedg"),
+        ({"num_frequencies": 0}, "num_frequencies must be at least 1; got 0"),
         ({"temperature": 0.0}, "temperature must be a positive number"),
     ],
 )

@@ -255,6 +255,11 @@ class DiJiangAttention(nn.Module):
             temperature=options.temperature,
             device=device,
         )
+        if not self.feature_map.num_features <= ops.attention.MAX_FEATURES:
+            raise ValueError(
+                f"feature map {options.feature_map!r} with num_frequencies={self.feature_map.num_frequencies} has "
+                f"{self.feature_map.num_features} features; the kernels take up to {ops.attention.MAX_FEATURES}"
+            )
         self.decay = Decay(num_key_value_heads, hidden_size, options, device)
         if options.position_table:
             self.query_factors = PositionFactors(num_heads, options.position_table, **placed)

@@ -124,10 +124,10 @@ class FeatureMap(Float32Module):
 
     Args:
         head_dim: size K of a query.
-        name: an entry of ``FEATURE_MAPS``.
+        name: an entry of ``FEATURE_MAPS``, or a :class:`FeatureMapKind` of one's own.
         num_frequencies: columns M of the projection, by default ``head_dim``. Transforms have ``head_dim`` of them; of
             fewer the first are taken, and more are made of several transforms, those after the first behind random
-            signs of their own. ``num_features`` is M, or 2M with both signs of each; at most 512.
+            signs of their own. ``num_features`` is M, or 2M with both signs of each; the ops take up to 512.
         num_heads: key heads, each with a matrix of its own, of a learned map.
         temperature: factor on x, or "pretrained" (:func:`pretrained_temperature`). The released map has 1.
         device: where the tensors live.
@@ -136,7 +136,7 @@ class FeatureMap(Float32Module):
     inside of them.
 
     Raises:
-        ValueError: an unknown name, a number of frequencies out of range, a temperature that is not positive.
+        ValueError: an unknown name, no frequencies, a temperature that is not positive.
     """
 
     scales: Tensor | None
@@ -148,7 +148,7 @@ class FeatureMap(Float32Module):
     def __init__(
         self,
         head_dim: int,
-        name: str = "dijiang",
+        name: str | FeatureMapKind = "dijiang",
         *,
         num_frequencies: int | None = None,
         num_heads: int = 1,
@@ -156,15 +156,12 @@ class FeatureMap(Float32Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.kind, self.head_dim = name, feature_map_kind(name), head_dim
-        kind = self.kind
-        signs = 2 if kind.feature == "softmax_pm" else 1
+        self.name, self.head_dim = name, head_dim
+        self.kind = kind = name if isinstance(name, FeatureMapKind) else feature_map_kind(name)
         self.num_frequencies = head_dim if num_frequencies is None else num_frequencies
-        if not 1 <= self.num_frequencies * signs <= 512:
-            raise ValueError(
-                f"num_frequencies must be from 1 to {512 // signs} with feature map {name!r}; got {num_frequencies}"
-            )
-        self.num_features = self.num_frequencies * signs
+        if self.num_frequencies < 1:
+            raise ValueError(f"num_frequencies must be at least 1; got {num_frequencies}")
+        self.num_features = self.num_frequencies * (2 if kind.feature == "softmax_pm" else 1)
         self.temperature = pretrained_temperature(kind, head_dim) if temperature == "pretrained" else float(temperature)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f'temperature must be a positive number or "pretrained"; got {temperature!r}')

@@ -160,7 +160,8 @@ class Decay(Float32Module):
             return -self.log_rate.exp()
         with torch.autocast(x.device.type, enabled=False):
             # e^3 times the usual rate is as good as forgetting, e^-8 as never; beyond, gradients only do harm
-            change = F.linear(x.float(), self.weight).clamp(-8.0, 3.0)
+            x = x if x.dtype == torch.float64 else x.float()
+            change = F.linear(x, self.weight.to(x.dtype)).clamp(-8.0, 3.0)
             return -(self.log_rate + change).exp()
 
 

@@ -1,51 +1,155 @@
-"""Recover a converted model: next-token training as released, or distillation from the original."""
+"""Recover a converted model: next-token training as released, distillation, or alignment in stages, then both."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-RECIPES = ("released", "distill")
+from freqrank.attention.training.batches import Batch, Data, as_batch, batches, on
+from freqrank.attention.training.objectives import LOSSES, Objective, next_token
+from freqrank.attention.training.parameters import TRAIN, converted_layers, trained
+from freqrank.attention.training.processes import Processes
+from freqrank.attention.training.report import TrainingReport
 
-Batch = dict[str, Tensor]
-Data = Tensor | Iterable[Tensor | Mapping[str, Tensor]]
+__all__ = ["TrainingReport", "cosine_schedule", "default_optimizer", "distill", "validation_loss"]
+
+RECIPES = ("released", "distill", "align")
+PRECISIONS = ("float32", "bfloat16")
+
+#: The stages of recipe "align" and the fraction of the steps that each takes.
+ALIGN_STAGES = (("attention", 0.2), ("hidden", 0.2), ("logits", 0.5), ("next-token", 0.1))
+
+#: At most so many steps lie between a loss that is not finite and the state that the model is put back to.
+_STEPS_BETWEEN_COPIES = 50
 
 
-@dataclass
-class TrainingReport:
-    """What :func:`distill` did. ``to_dict`` is JSON-serialisable.
-
-    Attributes:
-        recipe: "released" or "distill".
-        settings: every option that shaped the run.
-        losses: the loss of each step, as it was minimised (nats a token, plus the weighted distillation terms).
-        next_token: the next-token part of each step's loss, nats a token.
-        validation: (steps done, mean next-token loss) pairs.
-        tokens: input tokens that were trained on.
-        seconds: wall-clock time, validation included.
-    """
+@dataclass(frozen=True)
+class Settings:
+    """The options of a run that shape its result, checked; see :func:`distill`."""
 
     recipe: str
-    settings: dict[str, Any]
-    losses: list[float] = field(default_factory=list)
-    next_token: list[float] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
+    steps: int
+    batch_size: int = 8
+    accumulate: int = 1
+    clip: float = 1.0
+    seed: int = 0
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    warmup: int | None = None
+    kl_weight: float = 1.0
+    temperature: float = 1.0
+    hidden_weight: float = 0.0
+    align_steps: int = 0
+    stages: Sequence[tuple[str, float]] | None = None
+    train: str = "all"
+    lora_rank: int = 8
+    precision: str = "float32"
+    checkpointing: bool = False
+    plan: list[tuple[str, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._check()
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", max(1, self.steps // 20))
+        if self.recipe == "released":
+            plan = [("next-token", self.steps)]
+        elif self.recipe == "distill":
+            aligned = min(self.align_steps, self.steps)
+            plan = [("hidden", aligned), ("logits", self.steps - aligned)]
+        else:
+            plan = self._planned(ALIGN_STAGES if self.stages is None else self.stages)
+        object.__setattr__(self, "plan", [(name, count) for name, count in plan if count])
+
+    def _check(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ValueError(
+                f"recipe must be one of 'released', 'distill'; got {self.recipe!r}; or 'align', which has stages"
+            )
+        for name in ("steps", "seed"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer; got {value!r}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1; got {self.steps}")
+        for name in ("lr", "clip", "temperature"):
+            if not _is_number(value := getattr(self, name)) or value <= 0:
+                raise ValueError(f"{name} must be a positive number; got {value!r}")
+        for name in ("weight_decay", "kl_weight", "hidden_weight", "align_steps", "warmup"):
+            if (value := getattr(self, name)) is not None and (not _is_number(value) or value < 0):
+                raise ValueError(f"{name} must be a number of at least 0; got {value!r}")
+        for name in ("batch_size", "accumulate", "lora_rank"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
+        for name, allowed in (("train", TRAIN), ("precision", PRECISIONS)):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+        if not isinstance(self.checkpointing, bool):
+            raise TypeError(f"checkpointing must be True or False; got {self.checkpointing!r}")
+        if self.align_steps and self.recipe != "distill":
+            raise ValueError('align_steps needs recipe="distill"; with "align", stages says how long each is')
+        if self.stages is not None and self.recipe != "align":
+            raise ValueError(f'stages needs recipe="align"; got recipe={self.recipe!r}')
+
+    def _planned(self, stages: Sequence[tuple[str, float]]) -> list[tuple[str, int]]:
+        """Stages with their steps: each ends at the nearest step to its share of all."""
+        pairs = list(stages) if isinstance(stages, Iterable) and not isinstance(stages, str) else []
+        for pair in pairs:
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] in LOSSES):
+                raise ValueError(
+                    f"stages must be pairs of one of {', '.join(map(repr, LOSSES))} and a fraction of the steps; "
+                    f"got {pair!r}"
+                )
+            if not _is_number(pair[1]) or not 0 < pair[1] <= 1:
+                raise ValueError(f"stages must have fractions above 0 and up to 1; got {pair!r}")
+        if not pairs or abs(sum(share for _, share in pairs) - 1) > 1e-6:
+            raise ValueError(f"stages must have fractions that sum to 1; got {stages!r}")
+        ends, total = [0], 0.0
+        for _, share in pairs:
+            total += share
+            ends.append(round(total * self.steps))
+        return [(name, ends[i + 1] - ends[i]) for i, (name, _) in enumerate(pairs)]
+
+    def stage(self, step: int) -> str:
+        """The stage of a step, counted from 0."""
+        for name, count in self.plan:
+            if step < count:
+                return name
+            step -= count
+        raise AssertionError("the plan has all steps")
+
+    def weights(self, stage: str) -> dict[str, float]:
+        """Which losses a stage counts, and how much."""
+        if stage == "logits":
+            return {"next-token": 1.0, "logits": self.kl_weight, "hidden": self.hidden_weight}
+        return {stage: 1.0}
 
     @property
-    def steps(self) -> int:
-        return len(self.losses)
+    def uses_teacher(self) -> bool:
+        return any(set(self.weights(stage)) - {"next-token"} for stage, _ in self.plan)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "steps": self.steps}
+        """What a report shows: the options that this recipe reads."""
+        names = ["steps", "batch_size", "accumulate", "clip", "seed", "lr", "weight_decay", "warmup", "train"]
+        names += ["precision", "checkpointing"]
+        if self.train == "lora":
+            names.append("lora_rank")
+        if self.recipe != "released":
+            names += ["kl_weight", "temperature", "hidden_weight"]
+        if self.recipe == "distill":
+            names.append("align_steps")
+        found = {name: getattr(self, name) for name in names}
+        return found if self.recipe != "align" else {**found, "stages": [list(stage) for stage in self.plan]}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def cosine_schedule(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
@@ -58,69 +162,6 @@ def cosine_schedule(step: int, steps: int, warmup: int, floor: float = 0.1) -> f
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def next_token_loss(logits: Tensor, input_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean cross-entropy of each token given those before it; where ``mask`` [B, T] is False, no target."""
-    labels = input_ids if mask is None else input_ids.masked_fill(~mask, -100)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-
-
-def divergence(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
-    """Mean KL(teacher || student) over tokens of the distributions at ``temperature``, times temperature squared."""
-    p = (teacher.float() / temperature).log_softmax(-1)
-    q = (student.float() / temperature).log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1)
-    return (kl.mean() if mask is None else kl[mask].mean()) * temperature**2
-
-
-def hidden_mismatch(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-    """Mean over layers of |h_student - h_teacher|^2 / |h_teacher|^2, the embeddings left out."""
-    terms = []
-    for s, t in zip(student[1:], teacher[1:], strict=True):
-        s, t = (s.float(), t.float()) if mask is None else (s[mask].float(), t[mask].float())
-        terms.append((s - t).square().sum() / t.square().sum())
-    return torch.stack(terms).mean()
-
-
-def _as_batch(item: Any) -> Batch:
-    batch = dict(item) if isinstance(item, Mapping) else {"input_ids": item}
-    ids = batch.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2 or ids.shape[1] < 2:
-        what = f"a tensor {ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(
-            f"data must give integer token ids [B, T] with T >= 2 (or dicts with them as input_ids); got {what}"
-        )
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}; got {tuple(mask.shape)}"
-        )
-    return {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
-
-
-def _batches(data: Data, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-    """Endless batches: rows of a tensor in a new random order each epoch, or an iterable's items over and over."""
-    if isinstance(data, Tensor):
-        _as_batch(data)
-        while True:
-            for rows in torch.randperm(len(data), generator=generator).split(batch_size):
-                yield {"input_ids": data[rows]}
-    seen = 0
-    while True:
-        start = seen
-        for item in data:
-            seen += 1
-            yield _as_batch(item)
-        if seen == start:
-            raise ValueError(
-                f"data ran out after {seen} batches; give more, or an iterable that can be gone through again"
-            )
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    config: Any = getattr(model, "config", None)
-    return getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "vocab_size", None)
 
 
 def default_optimizer(model: nn.Module, *, lr: float, weight_decay: float = 0.1) -> torch.optim.Optimizer:
@@ -138,69 +179,69 @@ def default_optimizer(model: nn.Module, *, lr: float, weight_decay: float = 0.1)
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, data: Data, batch_size: int = 8) -> float:
-    """Mean next-token loss over ``data`` (each batch weighted by its rows), in evaluation mode."""
+    """Mean next-token loss over all tokens of ``data`` that are a target, nats a token, in evaluation mode.
+
+    Raises:
+        ValueError: ``data`` holds no target, or is none, see :func:`distill`.
+    """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    total = rows = 0.0
+    total, count = 0.0, 0
     items: Iterable[Any] = data.split(batch_size) if isinstance(data, Tensor) else data
     for item in items:
-        batch = {name: value.to(device) for name, value in _as_batch(item).items()}
-        mask = batch.get("attention_mask")
-        logits = model(**batch, use_cache=False).logits
-        loss = next_token_loss(logits, batch["input_ids"], None if mask is None else mask.bool())
-        total += loss.item() * len(logits)
-        rows += len(logits)
+        batch = on(as_batch(item), device)
+        loss = next_token(model(**batch, use_cache=False).logits, batch)
+        total += loss.numerators.item()
+        count += int(loss.denominators)
     model.train(was_training)
-    if not rows:
-        raise ValueError("validation must hold at least one batch; got none")
-    return total / rows
+    if not count:
+        raise ValueError("validation must hold at least one token to predict; got none")
+    return total / count
 
 
-def _check(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    data: Any,
-    recipe: str,
-    steps: int,
-    positive: dict[str, float],
-    not_negative: dict[str, float],
-) -> None:
+def _vocabulary(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    return getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "vocab_size", None)
+
+
+def _check_models(student: nn.Module, teacher: nn.Module | None, settings: Settings) -> None:
     if not isinstance(student, nn.Module):
         raise TypeError(f"student must be a torch.nn.Module; got {type(student).__name__}")
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(map(repr, RECIPES))}; got {recipe!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps must be an integer; got {steps!r}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}")
-    for name, value in positive.items():
-        if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-            raise ValueError(f"{name} must be a positive number; got {value!r}")
-    for name, value in not_negative.items():
-        if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-            raise ValueError(f"{name} must be a number of at least 0; got {value!r}")
-    if recipe == "distill" and teacher is None:
-        raise ValueError('recipe="distill" needs a teacher; give the original model, or use recipe="released"')
+    if teacher is None and settings.recipe != "released":
+        raise ValueError(
+            f'recipe="{settings.recipe}" needs a teacher; give the original model, or use recipe="released"'
+        )
     if teacher is student:
         raise ValueError("teacher must be another model than student; copy.deepcopy the model before converting it")
     if teacher is not None:
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(f"teacher must be a torch.nn.Module or None; got {type(teacher).__name__}")
         own, other = _vocabulary(student), _vocabulary(teacher)
-        if own != other:
+        if own is not None and other is not None and own != other:
             raise ValueError(f"teacher must have the student's vocabulary of {own} tokens; got {other}")
-    if isinstance(data, Tensor) and data.numel() == 0:
+    if settings.precision == "bfloat16":
+        for name, p in student.named_parameters():
+            if p.is_floating_point() and p.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f'precision="bfloat16" computes in bfloat16 and keeps float32 weights; {name} is {p.dtype}: call '
+                    "student.float() first"
+                )
+
+
+def _check_data(data: Any, vocabulary: int | None) -> None:
+    if not isinstance(data, (Tensor, Iterable)):
+        raise TypeError(f"data must be a LongTensor [N, T] or an iterable of batches; got {type(data).__name__}")
+    if not isinstance(data, Tensor):
+        return
+    if data.numel() == 0:
         raise ValueError("data must hold at least one row; got none")
-    vocabulary = _vocabulary(student)
-    integers = isinstance(data, Tensor) and not data.is_floating_point()
-    if integers and vocabulary and not (data.min() >= 0 and data.max() < vocabulary):
+    as_batch(data)
+    if vocabulary and not (data.min() >= 0 and data.max() < vocabulary):
         raise ValueError(
             f"data must hold token ids from 0 to {vocabulary - 1}; got values from {int(data.min())} to "
             f"{int(data.max())}"
         )
-    if not isinstance(data, (Tensor, Iterable)):
-        raise TypeError(f"data must be a LongTensor [N, T] or an iterable of batches; got {type(data).__name__}")
-    if not any(p.requires_grad for p in student.parameters()):
-        raise ValueError("student has no parameter that requires a gradient; nothing can be trained")
 
 
 def distill(
@@ -211,6 +252,7 @@ def distill(
     recipe: str = "released",
     steps: int,
     batch_size: int = 8,
+    accumulate: int = 1,
     lr: float = 1e-3,
     warmup: int | None = None,
     weight_decay: float = 0.1,
@@ -219,6 +261,11 @@ def distill(
     temperature: float = 1.0,
     hidden_weight: float = 0.0,
     align_steps: int = 0,
+    stages: Sequence[tuple[str, float]] | None = None,
+    train: str = "all",
+    lora_rank: int = 8,
+    precision: str = "float32",
+    checkpointing: bool = False,
     validation: Data | None = None,
     validate_every: int | None = None,
     optimizer: Callable[[nn.Module], Sequence[torch.optim.Optimizer]] | None = None,
@@ -233,19 +280,36 @@ def distill(
     schedule with warm-up, gradients clipped to norm 1 (the released script of arXiv 2403.19928; its learning rate is
     3e-4 for 70 M parameters, small models want more). Recipe "distill" adds ``kl_weight`` times KL(teacher || student)
     of the next-token distributions, and ``hidden_weight`` times the relative distance of the hidden states; during
-    the first ``align_steps`` steps only the latter counts.
+    the first ``align_steps`` steps only the latter counts. Recipe "align" goes through ``stages``, one schedule over
+    all of them:
+
+    - "attention": each converted attention gives what the teacher's gives on the same input, the one that it has in
+      the student; gradients stay inside it. Loss: squared error over the squared norm, summed over layers.
+    - "hidden": the hidden states are the teacher's, end to end. Loss: the same fraction, its mean over layers.
+    - "logits": the loss of "distill", next-token and ``kl_weight`` and ``hidden_weight`` times the others.
+    - "next-token": that alone.
 
     Args:
-        student: the model to train; called as ``model(input_ids=..., attention_mask=..., use_cache=False)``.
+        student: the model to train; called as ``model(input_ids=..., attention_mask=..., position_ids=...,
+            use_cache=False)``, the second and third where the data has them.
         teacher: the original model. "released" may have None, and leaves a teacher unused.
         data: LongTensor [N, T], shuffled anew each epoch and cut into batches of ``batch_size`` rows, or an iterable
-            of batches: tensors [B, T] or dicts with ``input_ids`` (and ``attention_mask``), gone through again when
-                it ends.
-        recipe: "released" or "distill".
+            of batches: tensors [B, T] or dicts with ``input_ids`` (and ``attention_mask``, ``position_ids``), gone
+            through again when it ends.
+        recipe: "released", "distill" or "align".
         steps: optimiser steps.
+        accumulate: batches an optimiser step: to rounding what one batch of all their rows gives. Relative errors
+            then need their norms first, for which the teacher (and in "attention" the student) runs once more.
         lr, weight_decay: of the default optimiser. ``warmup``: steps, by default a twentieth of ``steps``.
         clip: largest norm of the gradient.
-        kl_weight, temperature, hidden_weight, align_steps: of "distill".
+        kl_weight, temperature, hidden_weight: of "distill" and "align". ``align_steps``: of "distill".
+        stages: of "align": pairs of a name and its fraction of the steps; by default attention 0.2, hidden 0.2,
+            logits 0.5, next-token 0.1.
+        train: "all" (what requires a gradient), "attention" (the converted attention modules) or "lora" (what the
+            teacher has not, and adapters of rank ``lora_rank`` beside the other linears of the blocks, merged in the
+            end; needs peft). The last two need a teacher.
+        precision: "float32", or "bfloat16": computed by autocast, weights stay as they are.
+        checkpointing: keep the activations of one block at a time and compute the others again: less memory, more time.
         validation, validate_every: data to measure on before the first, every so many, and after the last step.
         optimizer: makes other optimisers from the model; their learning rates are the peaks of the schedule.
         schedule: another factor on the learning rate, a function of the step.
@@ -261,137 +325,238 @@ def distill(
         FloatingPointError: the loss or a gradient is not finite. Names the step; the model is put back to the last
             state whose loss was finite, at most 50 steps earlier.
     """
-    warmup = max(1, steps // 20) if warmup is None and isinstance(steps, int) else warmup
-    _check(
-        student, teacher, data, recipe, steps, {"lr": lr, "clip": clip, "temperature": temperature},
-        {
-            "weight_decay": weight_decay, "kl_weight": kl_weight, "hidden_weight": hidden_weight,
-            "align_steps": align_steps, "warmup": 0 if warmup is None else warmup,
-        },
+    settings = Settings(
+        recipe, steps, batch_size, accumulate, clip, seed, lr, weight_decay, warmup, kl_weight, temperature,
+        hidden_weight, align_steps, stages, train, lora_rank, precision, checkpointing,
     )  # fmt: skip
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer; got {seed!r}")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1; got {batch_size!r}")
-    if align_steps and recipe == "released":
-        raise ValueError('align_steps needs recipe="distill"')
-    assert warmup is not None
-    settings: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "clip": clip, "seed": seed}
-    if optimizer is None:
-        settings |= {"lr": lr, "weight_decay": weight_decay}
-    settings |= {"schedule": "cosine", "warmup": warmup} if schedule is None else {"schedule": "given"}
-    if recipe == "distill":
-        settings |= {
-            "kl_weight": kl_weight, "temperature": temperature, "hidden_weight": hidden_weight,
-            "align_steps": align_steps,
-        }  # fmt: skip
-    report = TrainingReport(recipe, settings)
-    optimizers = (
-        [default_optimizer(student, lr=lr, weight_decay=weight_decay)]
-        if optimizer is None
-        else list(optimizer(student))
-    )
-    settings["optimizers"] = [{"name": type(o).__name__, "lr": [g["lr"] for g in o.param_groups]} for o in optimizers]
-    peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
-    trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    batches = _batches(data, batch_size, torch.Generator().manual_seed(seed))
-    device = next(student.parameters()).device
-    wants_hidden = recipe == "distill" and (hidden_weight > 0 or align_steps > 0)
-    was_training, teacher_was_training = student.training, teacher is not None and teacher.training
-    good: list[Tensor] = [p.detach().clone() for p in trained]
-    good_step = 0
-    start = time.perf_counter()
-    bar = _progress_bar(steps, progress)
+    _check_models(student, teacher, settings)
+    _check_data(data, _vocabulary(student))
+    with ExitStack() as stack:
+        stack.enter_context(trained(student, teacher, train, lora_rank=lora_rank, seed=seed))
+        if not any(p.requires_grad for p in student.parameters()):
+            raise ValueError("student has no parameter that requires a gradient; nothing can be trained")
+        stack.enter_context(_modes(student, teacher))
+        if checkpointing:
+            stack.enter_context(_checkpointing(student))
+        run = _Run(student, teacher, settings, optimizer, schedule, Processes())
+        stack.callback(run.clear_gradients)
+        bar = stack.enter_context(_progress_bar(steps, progress))
+        _train(run, data, validation, validate_every, on_step, bar)
+    student.freqrank_report = run.report  # type: ignore[assignment]
+    return run.report
+
+
+def _train(
+    run: _Run,
+    data: Data,
+    validation: Data | None,
+    validate_every: int | None,
+    on_step: Callable[[int, TrainingReport], None] | None,
+    bar: Callable[[float], None],
+) -> None:
+    """The training loop."""
+    settings, report = run.settings, run.report
+    source = batches(data, settings.batch_size, torch.Generator().manual_seed(settings.seed))
+    start = time.perf_counter() - report.seconds
 
     def measure(done: int) -> None:
         if validation is not None:
-            report.validation.append((done, validation_loss(student, validation, batch_size)))
+            report.validation.append((done, validation_loss(run.student, validation, settings.batch_size)))
 
-    def losses(batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        mask = None if mask is None else mask.bool()
-        out = student(**batch, use_cache=False, **({"output_hidden_states": True} if wants_hidden else {}))
-        ce = next_token_loss(out.logits, ids, mask)
-        if recipe == "released":
-            return ce, ce
-        assert teacher is not None
-        with torch.no_grad():
-            target = teacher(**batch, use_cache=False, **({"output_hidden_states": True} if wants_hidden else {}))
-        mismatch = hidden_mismatch(out.hidden_states, target.hidden_states, mask) if wants_hidden else 0.0
-        if step < align_steps:
-            assert isinstance(mismatch, Tensor)
-            return mismatch, ce
-        return ce + kl_weight * divergence(out.logits, target.logits, mask, temperature) + hidden_weight * mismatch, ce
+    measure(0)
+    for step in range(settings.steps):
+        run.step(step, [next(source) for _ in range(settings.accumulate)])
+        done = step + 1
+        if (validate_every and done % validate_every == 0) or done == settings.steps:
+            measure(done)
+        report.seconds = time.perf_counter() - start
+        if on_step is not None:
+            on_step(done, report)
+        bar(report.losses[-1])
 
-    def stop(what: str, step: int) -> None:
+
+class _Run:
+    """A model in training: its optimisers, its objectives, its last good state, and the report."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        settings: Settings,
+        optimizer: Callable[[nn.Module], Sequence[torch.optim.Optimizer]] | None,
+        schedule: Callable[[int], float] | None,
+        processes: Processes,
+    ) -> None:
+        self.student, self.teacher, self.settings, self.processes = student, teacher, settings, processes
+        self.device = next(student.parameters()).device
+        if optimizer is None:
+            lr, decay = settings.lr, settings.weight_decay
+            self.optimizers = [default_optimizer(student, lr=lr, weight_decay=decay)]
+        else:
+            self.optimizers = list(optimizer(student))
+        self.peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
+        self.trained = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+        self.schedule = schedule or self._cosine
+        self.good, self.good_step = [p.detach().clone() for p in self.trained], 0
+        stages = {name for name, _ in settings.plan}
+        layers = []
+        if "attention" in stages:
+            assert teacher is not None
+            layers = converted_layers(student, teacher)
+        self.objectives = {
+            name: Objective(
+                student,
+                teacher,
+                settings.weights(name),
+                layers=layers,
+                temperature=settings.temperature,
+                recompute=settings.checkpointing,
+            )
+            for name in stages
+        }
+        shown = settings.to_dict() | {"schedule": "cosine" if schedule is None else "given"}
+        for name in ["lr", "weight_decay"] * (optimizer is not None) + ["warmup"] * (schedule is not None):
+            del shown[name]
+        shown["optimizers"] = [
+            {"name": type(o).__name__, "lr": peaks} for o, peaks in zip(self.optimizers, self.peaks, strict=True)
+        ]
+        self.report = TrainingReport(settings.recipe, shown)
+
+    def _cosine(self, step: int) -> float:
+        assert self.settings.warmup is not None
+        return cosine_schedule(step, self.settings.steps, self.settings.warmup)
+
+    def step(self, step: int, micro_batches: list[Batch]) -> None:
+        """One optimiser step."""
+        factor = self.schedule(step)
+        for o, peaks in zip(self.optimizers, self.peaks, strict=True):
+            for group, peak in zip(o.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+        stage = self.settings.stage(step)
+        objective = self.objectives[stage]
+        values = self.backward(objective, micro_batches)
+        loss = sum(weight * values[name] for name, weight in objective.weights.items())
+        if not math.isfinite(loss):
+            self.stop(f"the loss ({loss})", step)
+        if step - self.good_step >= _STEPS_BETWEEN_COPIES:
+            self.good_step = step
+            torch._foreach_copy_(self.good, [p.detach() for p in self.trained])
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip).item()
+        if not math.isfinite(norm):
+            self.stop("the gradient", step)
+        for o in self.optimizers:
+            _step(o)
+        self.clear_gradients()
+        report = self.report
+        report.losses.append(loss)
+        report.next_token.append(values["next-token"])
+        report.stages.append(stage)
+        report.learning_rates.append(self.optimizers[0].param_groups[0]["lr"])
+        report.gradient_norms.append(norm)
+        report.tokens += sum(batch["input_ids"].numel() for batch in micro_batches)
+
+    def backward(self, objective: Objective, micro_batches: list[Batch]) -> dict[str, float]:
+        """Leave the gradient of the loss on all rows of the micro-batches in the parameters; return each loss."""
+        own = [(on(batch, self.device), counts) for batch, counts in self.processes.share(micro_batches)]
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
+        denominators: dict[str, Tensor] | None = None
+        if len(own) > 1:
+            denominators = {}
+            for batch, counts in own:
+                with autocast:
+                    found = objective.denominators(batch)
+                denominators = {name: denominators.get(name, 0) + value * counts for name, value in found.items()}
+            denominators = self.processes.sum(denominators)
+        values: dict[str, Tensor] = {}
+        for batch, counts in own:
+            with autocast:
+                terms = objective(batch)
+            if denominators is None:
+                denominators = self.processes.sum({name: term.denominators * counts for name, term in terms.items()})
+            parts = {n: (term.numerators * counts / denominators[n]).sum() for n, term in terms.items()}
+            self.processes.backward(torch.stack([w * parts[n] for n, w in objective.weights.items()]).sum())
+            for name, part in parts.items():
+                values[name] = values.get(name, 0) + part.detach()[None]
+        names = list(values)
+        return dict(zip(names, torch.cat(list(self.processes.sum(values).values())).tolist(), strict=True))
+
+    def clear_gradients(self) -> None:
+        for p in self.trained:
+            p.grad = None
+
+    def stop(self, what: str, step: int) -> None:
+        """Put the model back to its last good state, and raise."""
         with torch.no_grad():
-            for p, saved in zip(trained, good, strict=True):
-                p.copy_(saved)
+            torch._foreach_copy_(self.trained, self.good)
         raise FloatingPointError(
-            f"{what} is not finite at step {step + 1}; the model is back at its state after step {good_step}. Lower lr "
-            f"(now {lr}) or look at the batch"
+            f"{what} is not finite at step {step + 1}; the model is back at its state after step {self.good_step}. "
+            f"Lower lr (now {self.report.settings['optimizers'][0]['lr'][0]}) or look at the batch"
         )
 
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    """Step with what has a gradient: a stage may leave parameters out, and not every optimiser skips these."""
+    everything = [group["params"] for group in optimizer.param_groups]
+    for group, params in zip(optimizer.param_groups, everything, strict=True):
+        group["params"] = [p for p in params if p.grad is not None]
     try:
-        student.train()
-        if teacher is not None:
-            teacher.eval()
-        measure(0)
-        for step in range(steps):
-            factor = cosine_schedule(step, steps, warmup) if schedule is None else schedule(step)
-            for o, peak in zip(optimizers, peaks, strict=True):
-                for group, group_peak in zip(o.param_groups, peak, strict=True):
-                    group["lr"] = group_peak * factor
-            batch = {name: value.to(device) for name, value in next(batches).items()}
-            loss, ce = losses(batch, step)
-            if not math.isfinite(value := loss.item()):
-                stop(f"the loss ({value})", step)
-            if step - good_step >= 50:
-                good_step = step
-                for saved, p in zip(good, trained, strict=True):
-                    saved.copy_(p.detach())
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained, clip)
-            if not math.isfinite(norm.item()):
-                stop("the gradient", step)
-            for o in optimizers:
-                o.step()
-            for p in trained:
-                p.grad = None
-            report.losses.append(value)
-            report.next_token.append(ce.item())
-            report.tokens += batch["input_ids"].numel()
-            report.seconds = time.perf_counter() - start
-            if (validate_every and (step + 1) % validate_every == 0) or step + 1 == steps:
-                measure(step + 1)
-            if on_step is not None:
-                on_step(step + 1, report)
-            bar(value)
+        optimizer.step()
     finally:
-        bar(None)
-        for p in trained:
-            p.grad = None
-        student.train(was_training)
-        if teacher is not None:
-            teacher.train(teacher_was_training)
-    report.seconds = time.perf_counter() - start
-    student.freqrank_report = report  # type: ignore[assignment]
-    return report
+        for group, params in zip(optimizer.param_groups, everything, strict=True):
+            group["params"] = params
 
 
-def _progress_bar(steps: int, show: bool) -> Callable[[float | None], None]:
-    """A function to call with each step's loss, and with None at the end."""
+@contextmanager
+def _modes(student: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
+    """The student in training mode, the teacher in evaluation mode, and both back again."""
+    models = [model for model in (student, teacher) if model is not None]
+    before = [model.training for model in models]
+    try:
+        for model in models:
+            model.train(model is student)
+        yield
+    finally:
+        for model, training in zip(models, before, strict=True):
+            model.train(training)
+
+
+@contextmanager
+def _checkpointing(student: nn.Module) -> Iterator[None]:
+    """Activation checkpointing as transformers does it, unless it is on already."""
+    model: Any = student
+    # names before and since transformers 5.24
+    old, new = (getattr(model, f"{kind}_checkpointing_enable", None) for kind in ("gradient", "activation"))
+    enable = new or old
+    if enable is None:
+        raise ValueError(
+            "checkpointing=True needs a student with gradient_checkpointing_enable, as transformers models have it; "
+            f"got {type(student).__name__}"
+        )
+    if any(getattr(module, "gradient_checkpointing", False) for module in student.modules()):
+        yield
+        return
+    had_hooks = bool(getattr(model, "_require_grads_hooks", None))
+    enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        (model.activation_checkpointing_disable if new else model.gradient_checkpointing_disable)()
+        if not had_hooks:  # they come with checkpointing and would stay
+            model.disable_input_require_grads()
+
+
+@contextmanager
+def _progress_bar(steps: int, show: bool) -> Iterator[Callable[[float], None]]:
+    """A function to call with each step's loss."""
     if not show:
-        return lambda loss: None
+        yield lambda loss: None
+        return
     from tqdm.auto import tqdm
 
-    bar = tqdm(total=steps, desc="training", unit="step")
+    with tqdm(total=steps, desc="training", unit="step") as bar:
 
-    def advance(loss: float | None) -> None:
-        if loss is None:
-            bar.close()
-        else:
+        def advance(loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
 
-    return advance
+        yield advance

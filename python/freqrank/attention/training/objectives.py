@@ -1,0 +1,215 @@
+"""The losses of recovery training, one function each.
+
+Every one is a sum of fractions, a numerator with a gradient over a denominator without: the summed cross-entropy over
+the number of targets, say. Added up over micro-batches and processes before they are divided, they give what one large
+batch gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
+
+from freqrank.attention.training.batches import Batch, real_tokens, targets
+from freqrank.attention.training.parameters import ConvertedLayer
+
+#: The losses, in the order in which a recovery comes to count them.
+LOSSES = ("attention", "hidden", "logits", "next-token")
+
+
+class Fractions(NamedTuple):
+    """A loss as sum of ``numerators / denominators``, both [N]; gradients reach the former alone."""
+
+    numerators: Tensor
+    denominators: Tensor
+
+    def value(self) -> Tensor:
+        return (self.numerators / self.denominators).sum()
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def next_token(logits: Tensor, batch: Batch) -> Fractions:
+    """Cross-entropy of each token given those before it, over the number of tokens that are a target."""
+    wanted = targets(batch)
+    labels = batch["input_ids"][:, 1:].masked_fill(~wanted, -100)
+    loss = F.cross_entropy(wide(logits[:, :-1].flatten(0, 1)), labels.flatten(), ignore_index=-100, reduction="sum")
+    return Fractions(loss[None], wanted.sum()[None])
+
+
+def divergence(student: Tensor, teacher: Tensor, batch: Batch, temperature: float = 1.0) -> Fractions:
+    """KL(teacher || student) of the distributions at ``temperature``, times its square, over the number of tokens."""
+    real = real_tokens(batch)
+    if real is not None:
+        student, teacher = student[real], teacher[real]
+    q, p = ((wide(x) / temperature).log_softmax(-1) for x in (student, teacher))
+    kl = F.kl_div(q, p, log_target=True, reduction="sum") * temperature**2
+    return Fractions(kl[None], _count(batch))
+
+
+def hidden_mismatch(student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Fractions:
+    """Mean over layers of |h_student - h_teacher|^2 / |h_teacher|^2; the first state, the embeddings, is left out."""
+    found = [_mismatch(s, t, batch) for s, t in zip(student[1:], teacher[1:], strict=True)]
+    numerators, denominators = (torch.stack(terms) for terms in zip(*found, strict=True))
+    return Fractions(numerators / len(found), denominators)
+
+
+def attention_mismatch(student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Fractions:
+    """Sum over layers of |a_student - a_teacher|^2 / |a_teacher|^2, for outputs of attention on the same inputs."""
+    found = [_mismatch(s, t, batch) for s, t in zip(student, teacher, strict=True)]
+    numerators, denominators = (torch.stack(terms) for terms in zip(*found, strict=True))
+    return Fractions(numerators, denominators)
+
+
+def _mismatch(student: Tensor, teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    real = real_tokens(batch)
+    if real is not None:
+        student, teacher = student[real], teacher[real]
+    student, teacher = wide(student), wide(teacher)
+    return (student - teacher).square().sum(), teacher.square().sum()
+
+
+def _count(batch: Batch) -> Tensor:
+    """Tokens that are not padding, [1]."""
+    ids, real = batch["input_ids"], real_tokens(batch)
+    return torch.tensor([ids.numel()], device=ids.device) if real is None else real.sum()[None]
+
+
+class Objective:
+    """The loss of a stage: a weighted sum of the above.
+
+    Args:
+        student, teacher: called as ``model(input_ids=..., attention_mask=..., position_ids=..., use_cache=False)``.
+        weights: loss -> weight, of :data:`LOSSES`. What weighs nothing is not computed, nor is the teacher run for it;
+            "next-token" always is, for the report.
+        layers: those whose attention is matched.
+        temperature: of "logits".
+        recompute: keep no activations of the matched attention modules; they run once more in the backward pass.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        weights: Mapping[str, float],
+        *,
+        layers: Sequence[ConvertedLayer] = (),
+        temperature: float = 1.0,
+        recompute: bool = False,
+    ) -> None:
+        self.student, self.teacher = student, teacher
+        self.weights = {name: weights[name] for name in LOSSES if weights.get(name)}
+        self.layers, self.temperature, self.recompute = layers, temperature, recompute
+        self._hidden = {"output_hidden_states": True} if "hidden" in self.weights else {}
+
+    def __call__(self, batch: Batch) -> dict[str, Fractions]:
+        """The losses on a batch."""
+        found: dict[str, Fractions] = {}
+        if "attention" in self.weights:
+            calls, outputs, logits = self._attention_calls(batch)
+            own = [self._run(layer.student, *call) for layer, call in zip(self.layers, calls, strict=True)]
+            found["attention"] = attention_mismatch(own, outputs, batch)
+        if self.weights.keys() - {"attention"}:
+            student = self.student(**batch, use_cache=False, **self._hidden)
+            logits = student.logits
+            teacher = self._teacher(batch)
+            if "hidden" in self.weights:
+                found["hidden"] = hidden_mismatch(student.hidden_states, teacher.hidden_states, batch)
+            if "logits" in self.weights:
+                found["logits"] = divergence(logits, teacher.logits, batch, self.temperature)
+        with torch.set_grad_enabled("next-token" in self.weights):
+            found["next-token"] = next_token(logits, batch)
+        return found
+
+    @torch.no_grad()
+    def denominators(self, batch: Batch) -> dict[str, Tensor]:
+        """The denominators alone of what a call returns, as cheaply as they are to be had."""
+        found: dict[str, Tensor] = {}
+        if "attention" in self.weights:
+            _, outputs, _ = self._attention_calls(batch)
+            found["attention"] = attention_mismatch(outputs, outputs, batch).denominators
+        if "hidden" in self.weights:
+            states = self._teacher(batch, logits=False).hidden_states
+            found["hidden"] = hidden_mismatch(states, states, batch).denominators
+        if "logits" in self.weights:
+            found["logits"] = _count(batch)
+        found["next-token"] = targets(batch).sum()[None]
+        return found
+
+    @torch.no_grad()
+    def _teacher(self, batch: Batch, logits: bool | None = None) -> Any:
+        """The teacher's outputs, or None where nothing reads them."""
+        if not self.weights.keys() & {"hidden", "logits"}:
+            return None
+        assert self.teacher is not None
+        logits = "logits" in self.weights if logits is None else logits
+        # a decoder without its head, where there is one to leave out
+        model = self.teacher if logits else getattr(self.teacher, "base_model", self.teacher)
+        return model(**batch, use_cache=False, **self._hidden)
+
+    @torch.no_grad()
+    def _attention_calls(self, batch: Batch) -> tuple[list[tuple[Any, Any]], list[Tensor], Tensor]:
+        """How each layer's attention is called in the student; what the teacher's gives on that input; the logits.
+
+        The teacher runs as always, so that its attention gets the masks and positions that it knows. Only the input of
+        each attention that is matched is exchanged on its way in, so the rest of what the teacher computes is of no
+        account.
+        """
+        assert self.teacher is not None
+        calls: list[tuple[Any, Any]] = []
+        outputs: list[Tensor] = []
+
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.append((args, kwargs))
+
+        with hooks(layer.student.register_forward_pre_hook(note, with_kwargs=True) for layer in self.layers):
+            logits = self.student(**batch, use_cache=False).logits
+
+        def exchange(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            inputs, named = calls[len(outputs)]
+            x = inputs[0] if inputs else named["hidden_states"]
+            own = args[0] if args else kwargs["hidden_states"]
+            x = x.to(own)
+            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            outputs.append(_first(output))
+
+        with hooks(
+            handle
+            for layer in self.layers
+            for handle in (
+                layer.teacher.register_forward_pre_hook(exchange, with_kwargs=True),
+                layer.teacher.register_forward_hook(keep),
+            )
+        ):
+            getattr(self.teacher, "base_model", self.teacher)(**batch, use_cache=False)
+        return calls, outputs, logits
+
+    def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Tensor:
+        if self.recompute:
+            return _first(checkpoint(module, *args, use_reentrant=False, **kwargs))
+        return _first(module(*args, **kwargs))
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are removed in the end."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield

@@ -1,0 +1,261 @@
+"""Recovery training: stages and their losses, what is trained, batches and documents, resuming, several processes."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from freqrank import distill, linearize
+from freqrank.attention.distillation import Settings
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 61
+
+
+def small_model(layers: int = 2, seed: int = 0, **more) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, eos_token_id=None, bos_token_id=None,
+        **more,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():  # random weights give near-uniform logits; sharper ones make a wrong token visible
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.mul_(4.0)
+    return model
+
+
+def pair(layers: int = 2, convert: list[int] | None = None, **more) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    """A converted model and its original."""
+    teacher = small_model(layers, **more)
+    student = copy.deepcopy(teacher)
+    linearize(student, layers=convert, norm_groups="heads", position_table=16)
+    return student, teacher
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded() -> dict[str, torch.Tensor]:
+    """Two rows of 12 and 7 tokens, padded on the left."""
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    ids[1, :5] = mask[1, :5] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+class Keep(torch.optim.Optimizer):
+    """Changes nothing and keeps the gradients that it was given, by position."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__([p for p in model.parameters() if p.requires_grad], {"lr": 1.0})
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def step(self, closure=None) -> None:
+        params = self.param_groups[0]["params"]
+        self.gradients.append({self.names[id(p)]: p.grad.clone() for p in params})
+
+
+def gradients(student, teacher, data, **options) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The gradient that the first step gives the optimiser, and the losses. Nothing is changed."""
+    kept: list[Keep] = []
+
+    def optimizer(model):
+        kept.append(Keep(model))
+        return kept
+
+    options = {"steps": 1, "clip": 1e9, "progress": False, **options}
+    report = distill(student, teacher, data, optimizer=optimizer, **options)
+    return kept[0].gradients[0], report.losses
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+def attention_reference(student, teacher, batch) -> torch.Tensor:
+    """The attention loss in float64, layer by layer: the student's blocks one after the other, by hand."""
+    student, teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
+    ids = batch["input_ids"]
+    real = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    positions = batch.get("position_ids", (real.long().cumsum(-1) - 1).clamp(min=0))
+    time = torch.arange(ids.shape[1])
+    seen = (time[:, None] >= time) & real[:, None, :]
+    if "position_ids" in batch:
+        document = (batch["position_ids"] == 0).cumsum(-1)
+        seen &= document[:, :, None] == document[:, None, :]
+        boundaries = torch.cat([(positions[0] == 0).nonzero()[:, 0], torch.tensor([ids.shape[1]])]).int()
+    x = student.model.embed_tokens(ids)
+    total = torch.zeros((), dtype=torch.float64)
+    own_places = student.model.rotary_emb(x, positions)
+    # transformers gives a padded row of a softmax model plain positions
+    other_places = own_places if "position_ids" in batch else teacher.model.rotary_emb(x, time[None])
+    for own, other in zip(student.model.layers, teacher.model.layers, strict=True):
+        inputs = own.input_layernorm(x)
+        packed = {"cu_seq_lens_q": boundaries} if "position_ids" in batch else {"attention_mask": real}
+        a, _ = own.self_attn(inputs, own_places, position_ids=positions, **packed)
+        q, k, v = (
+            getattr(other.self_attn, f"{name}_proj")(inputs).unflatten(-1, (-1, 8)).transpose(1, 2) for name in "qkv"
+        )
+        cos, sin = (p[:, None] for p in other_places)
+        q, k = (h * cos + torch.cat([-h[..., 4:], h[..., :4]], -1) * sin for h in (q, k))
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        scores = (q @ k.mT / math.sqrt(8)).masked_fill(~seen[:, None], -1e30).softmax(-1)
+        t = other.self_attn.o_proj((scores @ v).transpose(1, 2).flatten(2))
+        total = total + ((a - t)[real]).square().sum() / t[real].square().sum()
+        x = x + a
+        x = x + own.mlp(own.post_attention_layernorm(x))
+    return total
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("data", ["plain", "padded"])
+@torch.no_grad()
+def test_attention_stage_matches_the_teachers_attention_on_the_students_inputs(data, implementation):
+    student, teacher = pair(attn_implementation=implementation)
+    batch = {"input_ids": tokens(3, 20)} if data == "plain" else padded()
+    expected = attention_reference(student, teacher, batch).item()
+    with torch.enable_grad():
+        report = distill(
+            student, teacher, [batch], recipe="align", stages=[("attention", 1.0)], steps=1, progress=False
+        )
+    assert report.losses[0] == pytest.approx(expected, rel=1e-4)
+    assert report.stages == ["attention"]
+
+
+def test_attention_stage_trains_each_attention_alone():
+    student, teacher = pair(layers=3, convert=[0, 2])
+    data = tokens(4, 16)
+    options = {"recipe": "align", "stages": [("attention", 1.0)], "batch_size": 4}
+    found, _ = gradients(student, teacher, data, **options)
+    new = {n for n, _ in student.named_parameters() if any(f"layers.{i}.self_attn." in n for i in (0, 2))}
+    assert set(found) == new
+    # Layer 2's gradient is that of its own term: what it is asked for does not depend on layer 0's parameters.
+    with torch.no_grad():
+        states = student(data, output_hidden_states=True).hidden_states
+        inputs = student.model.layers[2].input_layernorm(states[2])
+        places = student.model.rotary_emb(inputs, torch.arange(16)[None])
+        wanted = teacher.model.layers[2].self_attn(inputs, places, None)[0]
+    ours, _ = student.model.layers[2].self_attn(inputs, places)
+    ((ours - wanted).square().sum() / wanted.square().sum()).backward()
+    for name, p in student.model.layers[2].self_attn.named_parameters():
+        torch.testing.assert_close(found[f"model.layers.2.self_attn.{name}"], p.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_stages_follow_each_other_under_one_schedule():
+    student, teacher = pair()
+    data = tokens(8, 16)
+    report = distill(
+        student, teacher, data, recipe="align", steps=20, batch_size=4, lr=3e-3, validation=data, progress=False
+    )
+    assert report.stages == ["attention"] * 4 + ["hidden"] * 4 + ["logits"] * 10 + ["next-token"] * 2
+    assert report.losses[3] < report.losses[0]
+    assert report.losses[7] < report.losses[4]
+    assert all(loss > ce for loss, ce in zip(report.losses[8:18], report.next_token[8:18], strict=True))
+    assert report.losses[18:] == report.next_token[18:]
+    assert report.validation[-1][1] < report.validation[0][1]
+    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (s - 1) / 19)) for s in range(1, 20)]
+    assert report.learning_rates == pytest.approx([3e-3] + [3e-3 * c for c in cosine])
+    assert all(norm > 0 for norm in report.gradient_norms)
+    assert report.settings["stages"] == [["attention", 4], ["hidden", 4], ["logits", 10], ["next-token", 2]]
+
+
+def test_align_does_better_than_the_same_steps_of_next_token_loss():
+    """Not a benchmark: a sign that the stages do what they are for."""
+    student, teacher = pair()
+    with torch.no_grad():
+        data = teacher.generate(tokens(32, 2), max_new_tokens=22, do_sample=True, pad_token_id=0)
+    plain = copy.deepcopy(student)
+    options = {"steps": 40, "lr": 3e-3, "validation": data, "progress": False}
+    aligned = distill(student, teacher, data, recipe="align", **options)
+    released = distill(plain, teacher, data, recipe="released", **options)
+    with torch.no_grad():
+        target = teacher(data).logits.log_softmax(-1)
+        kl = [
+            F.kl_div(model(data).logits.log_softmax(-1), target, log_target=True, reduction="batchmean").item()
+            for model in (student, plain)
+        ]
+    assert kl[0] < kl[1]
+    assert aligned.validation[-1][1] < aligned.validation[0][1]
+    assert released.steps == aligned.steps == 40
+
+
+def test_the_teacher_runs_only_where_something_reads_it():
+    student, teacher = pair()
+    calls = []
+    teacher.register_forward_hook(lambda *a: calls.append("whole"))
+    teacher.model.register_forward_hook(lambda *a: calls.append("decoder"))
+    data = tokens(4, 12)
+    for stage, expected in [("attention", ["decoder"]), ("hidden", ["decoder"]), ("next-token", [])]:
+        calls.clear()
+        distill(student, teacher, data, recipe="align", stages=[(stage, 1)], steps=1, progress=False)
+        assert calls == expected, stage
+    distill(student, teacher, data, recipe="distill", kl_weight=0, steps=1, progress=False)
+    distill(student, teacher, data, recipe="released", steps=1, progress=False)
+    assert calls == []
+    assert not teacher.training
+    assert not any(m._forward_pre_hooks for m in teacher.modules())
+    assert not any(m._forward_pre_hooks for m in student.modules() if m is not student.model)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1, ["logits"]), (3, ["attention", "logits", "logits"])])
+def test_short_runs_leave_stages_out(steps, expected):
+    settings = Settings("align", steps)
+    assert [settings.stage(step) for step in range(steps)] == expected
+
+
+def test_bad_stages_are_refused():
+    student, teacher = pair(layers=1)
+    data = tokens(2, 8)
+    for stages, match in [
+        ([("attention", 0.5), ("logits", 0.4)], "sum to 1"),
+        ([], "sum to 1"),
+        ("attention", "sum to 1"),
+        ([("attentions", 1.0)], "pairs of one of 'attention', 'hidden', 'logits', 'next-token'"),
+        ([("attention", 1.0, 2)], "pairs of one of"),
+        ([("attention", -1.0), ("logits", 2.0)], "fractions above 0"),
+        ([("attention", float("nan"))], "fractions above 0"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            distill(student, teacher, data, recipe="align", stages=stages, steps=2)
+    with pytest.raises(ValueError, match='stages needs recipe="align"'):
+        distill(student, teacher, data, recipe="distill", stages=[("logits", 1.0)], steps=2)
+    with pytest.raises(ValueError, match='align_steps needs recipe="distill"'):
+        distill(student, teacher, data, recipe="align", align_steps=1, steps=2)
+    with pytest.raises(ValueError, match="needs a teacher"):
+        distill(student, None, data, recipe="align", steps=2)
+
+
+class Bigram(nn.Module):
+    """No transformers model: an embedding and a head, with the outputs that training reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCABULARY, VOCABULARY)
+
+    def forward(self, input_ids, use_cache=False):
+        return type("Output", (), {"logits": self.table(input_ids)})()
+
+
+def test_attention_stage_needs_models_whose_attention_is_found_and_differs():
+    student, teacher = pair(layers=1)
+    data = tokens(2, 8)
+    options = {"recipe": "align", "stages": [("attention", 1.0)], "steps": 1, "progress": False}
+    with pytest.raises(ValueError, match=r"attention.*must be found in student and teacher.*Bigram"):
+        distill(Bigram(), teacher, data, **options)
+    with pytest.raises(ValueError, match=r"must have converted attention.*LlamaAttention.*linearize"):
+        distill(copy.deepcopy(teacher), teacher, data, **options)
+    with pytest.raises(ValueError, match=r"teacher must have the student's 1 layers.*got 2"):
+        distill(student, small_model(2), data, **options)
+    report = distill(Bigram(), None, data, recipe="released", steps=3, lr=0.1, progress=False)
+    assert report.losses[-1] < report.losses[0]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 
+import freqrank
 import pytest
 import torch
 import torch.nn.functional as F
@@ -259,3 +261,186 @@ def test_attention_stage_needs_models_whose_attention_is_found_and_differs():
         distill(student, small_model(2), data, **options)
     report = distill(Bigram(), None, data, recipe="released", steps=3, lr=0.1, progress=False)
     assert report.losses[-1] < report.losses[0]
+
+
+# --- micro-batches, memory, precision --------------------------------------------------------------------------------
+
+STAGE_OPTIONS = [
+    {"recipe": "released"},
+    {"recipe": "distill", "hidden_weight": 0.5, "temperature": 2.0},
+    {"recipe": "align", "stages": [("hidden", 1.0)]},
+    {"recipe": "align", "stages": [("attention", 1.0)]},
+]
+
+
+def uneven_batches() -> list[dict[str, torch.Tensor]]:
+    """Four batches whose numbers of rows, real tokens and targets differ, of one length."""
+    found = []
+    for i, rows in enumerate((1, 3, 2, 2)):
+        ids, mask = tokens(rows, 14, seed=i), torch.ones(rows, 14, dtype=torch.long)
+        for row in range(rows):
+            mask[row, : (3 * i + 2 * row) % 11] = 0
+        found.append({"input_ids": ids * mask, "attention_mask": mask})
+    return found
+
+
+@pytest.mark.parametrize("options", STAGE_OPTIONS)
+def test_accumulated_batches_equal_one_large_batch(options):
+    student, teacher = (model.double() for model in pair())
+    parts = uneven_batches()
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    expected, losses = gradients(student, teacher, [whole], **options)
+    found, accumulated = gradients(student, teacher, parts, accumulate=4, **options)
+    assert accumulated == pytest.approx(losses, rel=1e-12)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(gradient, expected[name], atol=1e-10 * scale + 1e-15, rtol=1e-8, msg=name)
+
+
+def test_accumulation_takes_the_rows_of_a_tensor_as_a_larger_batch_does():
+    data = tokens(12, 10)
+    runs = []
+    for options in ({"batch_size": 6}, {"batch_size": 2, "accumulate": 3}):
+        student, _ = (model.double() for model in pair(layers=1))
+        runs.append(distill(student, None, data, steps=4, progress=False, **options))
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-10)
+    assert runs[0].tokens == runs[1].tokens == 4 * 6 * 10
+
+
+@pytest.mark.parametrize("train", ["all", "attention"])
+@pytest.mark.parametrize("options", STAGE_OPTIONS)
+def test_checkpointing_gives_the_same_gradients_and_is_off_again_after(options, train):
+    student, teacher = (model.double() for model in pair())
+    batch = padded()
+    expected, _ = gradients(student, teacher, [batch], train=train, **options)
+    found, _ = gradients(student, teacher, [batch], train=train, checkpointing=True, **options)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-12, rtol=1e-9, msg=name)
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in student.modules())
+    assert not student.model.embed_tokens._forward_hooks
+
+
+def test_checkpointing_recomputes_blocks_and_leaves_the_users_own_on():
+    student, teacher = pair()
+    calls = []
+    student.model.layers[0].mlp.act_fn.register_forward_hook(lambda *a: calls.append(0))
+    distill(student, teacher, tokens(2, 8), steps=1, checkpointing=True, progress=False)
+    assert len(calls) == 2
+    student.gradient_checkpointing_enable()
+    distill(student, teacher, tokens(2, 8), steps=1, checkpointing=True, progress=False)
+    assert len(calls) == 4
+    assert student.model.layers[0].gradient_checkpointing
+    with pytest.raises(ValueError, match="checkpointing=True needs a student with gradient_checkpointing_enable"):
+        distill(Bigram(), None, tokens(2, 8), steps=1, checkpointing=True, progress=False)
+    with pytest.raises(TypeError, match="checkpointing must be True or False"):
+        distill(student, teacher, tokens(2, 8), steps=1, checkpointing="yes")
+
+
+@pytest.mark.parametrize("options", STAGE_OPTIONS)
+def test_bfloat16_computes_in_bfloat16_on_float32_weights(options):
+    student, teacher = pair()
+    batch = {"input_ids": tokens(4, 24)}
+    seen = []
+    student.model.layers[1].self_attn.o_proj.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    exact, losses = gradients(student, teacher, [batch], **options)
+    rounded, near = gradients(student, teacher, [batch], precision="bfloat16", **options)
+    assert set(seen) == {torch.float32, torch.bfloat16}
+    assert near == pytest.approx(losses, rel=0.05)
+    assert near != losses
+    assert all(p.dtype == torch.float32 for p in student.parameters())
+    assert all(g.dtype == torch.float32 for g in rounded.values())
+    inner = sum((exact[n] * rounded[n]).sum() for n in exact)
+    norms = math.prod(sum(g.square().sum() for g in found.values()).sqrt() for found in (exact, rounded))
+    assert inner / norms > 0.95
+
+
+def test_bfloat16_needs_float32_weights():
+    student, teacher = pair(layers=1)
+    with pytest.raises(ValueError, match=r'precision="bfloat16" .*keeps float32 weights; .* is torch.bfloat16'):
+        distill(student.to(torch.bfloat16), teacher, tokens(2, 8), steps=1, precision="bfloat16")
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+
+def test_train_attention_leaves_the_rest_as_it_was():
+    student, teacher = pair(layers=3, convert=[1])
+    student.model.layers[1].self_attn.q_proj.weight.requires_grad_(False)  # a flag that comes back as it was
+    before = parameters(student)
+    flags = {name: p.requires_grad for name, p in student.named_parameters()}
+    report = distill(
+        student, teacher, tokens(8, 12), recipe="distill", steps=3, batch_size=4, train="attention", progress=False
+    )
+    changed = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "layers.1.self_attn." in name}
+    assert flags == {name: p.requires_grad for name, p in student.named_parameters()}
+    assert report.settings["train"] == "attention"
+
+
+def test_train_lora_changes_old_linears_by_low_rank_and_new_parameters_freely():
+    student, teacher = pair()
+    before = parameters(student)
+    types = {name: type(m) for name, m in student.named_modules()}
+    state = torch.get_rng_state()
+    report = distill(
+        student, teacher, tokens(8, 12), recipe="distill", steps=5, batch_size=4, lr=1e-2, train="lora", lora_rank=2,
+        progress=False,
+    )  # fmt: skip
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: type(m) for name, m in student.named_modules()} == types
+    assert parameters(student).keys() == before.keys()
+    assert all(p.requires_grad and p.grad is None for p in student.parameters())
+    old = set(parameters(teacher))
+    for name, p in student.named_parameters():
+        difference = (p.detach() - before[name]).double()
+        if name not in old:
+            assert difference.abs().max() > 0, name
+        elif ".layers." in name and p.dim() == 2:
+            values = torch.linalg.svdvals(difference)
+            assert values[1] > 0, name
+            assert values[2] <= 1e-4 * values[0], name
+        else:  # norms, embeddings, the head
+            assert not difference.any(), name
+    assert report.settings["lora_rank"] == 2
+    # what was trained is what was left: the loss of the merged model goes on where that of the adapters ended
+    again = distill(student, teacher, tokens(8, 12), recipe="distill", steps=1, batch_size=8, progress=False)
+    assert again.losses[0] < report.losses[0]
+
+
+def test_lora_and_attention_alone_go_through_all_stages():
+    data = tokens(8, 12)
+    for train in ("lora", "attention"):
+        student, teacher = pair()
+        report = distill(
+            student, teacher, data, recipe="align", steps=10, lr=5e-3, train=train, accumulate=2, batch_size=4,
+            checkpointing=True, validation=data, progress=False,
+        )  # fmt: skip
+        assert len(set(report.stages)) == 4
+        assert report.validation[-1][1] < report.validation[0][1]
+
+
+def test_what_is_trained_needs_a_teacher_that_says_what_is_new():
+    student, teacher = pair(layers=1)
+    data = tokens(2, 8)
+    for train in ("attention", "lora"):
+        with pytest.raises(ValueError, match=f"train='{train}' needs the teacher"):
+            distill(student, None, data, steps=1, train=train)
+    with pytest.raises(ValueError, match="train must be one of 'all', 'attention', 'lora'; got 'head'"):
+        distill(student, teacher, data, steps=1, train="head")
+    with pytest.raises(ValueError, match="lora_rank must be an integer of at least 1"):
+        distill(student, teacher, data, steps=1, train="lora", lora_rank=0)
+    freqrank.compress(student, tokens(8, 8), method="svd", ratio=0.5)
+    types = {name: type(m) for name, m in student.named_modules()}
+    with pytest.raises(ValueError, match="cannot merge into low-rank linears such as"):
+        distill(student, teacher, data, steps=1, train="lora", progress=False)
+    assert {name: type(m) for name, m in student.named_modules()} == types
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_lora_without_peft_says_so(monkeypatch):
+    student, teacher = pair(layers=1)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match='train="lora" needs peft: pip install peft'):
+        distill(student, teacher, tokens(2, 8), steps=1, train="lora", progress=False)

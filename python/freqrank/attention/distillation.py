@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from freqrank.attention.training.batches import Batch, Data, as_batch, batches, on
 from freqrank.attention.training.objectives import LOSSES, Objective, next_token
-from freqrank.attention.training.parameters import TRAIN, converted_layers, trained
+from freqrank.attention.training.parameters import TRAIN, ConvertedLayer, converted_layers, trained
 from freqrank.attention.training.processes import Processes
 from freqrank.attention.training.report import TrainingReport
 
@@ -212,6 +212,8 @@ def _check_models(student: nn.Module, teacher: nn.Module | None, settings: Setti
         raise ValueError(
             f'recipe="{settings.recipe}" needs a teacher; give the original model, or use recipe="released"'
         )
+    if teacher is None and settings.train != "all":
+        raise ValueError(f"train={settings.train!r} needs the teacher, which says what is new in the student")
     if teacher is student:
         raise ValueError("teacher must be another model than student; copy.deepcopy the model before converting it")
     if teacher is not None:
@@ -331,14 +333,18 @@ def distill(
     )  # fmt: skip
     _check_models(student, teacher, settings)
     _check_data(data, _vocabulary(student))
+    layers: list[ConvertedLayer] = []
+    if train == "attention" or any(stage == "attention" for stage, _ in settings.plan):
+        assert teacher is not None
+        layers = converted_layers(student, teacher)
     with ExitStack() as stack:
-        stack.enter_context(trained(student, teacher, train, lora_rank=lora_rank, seed=seed))
+        stack.enter_context(trained(student, teacher, train, layers=layers, lora_rank=lora_rank, seed=seed))
         if not any(p.requires_grad for p in student.parameters()):
             raise ValueError("student has no parameter that requires a gradient; nothing can be trained")
         stack.enter_context(_modes(student, teacher))
         if checkpointing:
             stack.enter_context(_checkpointing(student))
-        run = _Run(student, teacher, settings, optimizer, schedule, Processes())
+        run = _Run(student, teacher, layers, settings, optimizer, schedule, Processes())
         stack.callback(run.clear_gradients)
         bar = stack.enter_context(_progress_bar(steps, progress))
         _train(run, data, validation, validate_every, on_step, bar)
@@ -382,6 +388,7 @@ class _Run:
         self,
         student: nn.Module,
         teacher: nn.Module | None,
+        layers: Sequence[ConvertedLayer],
         settings: Settings,
         optimizer: Callable[[nn.Module], Sequence[torch.optim.Optimizer]] | None,
         schedule: Callable[[int], float] | None,
@@ -398,11 +405,6 @@ class _Run:
         self.trained = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
         self.schedule = schedule or self._cosine
         self.good, self.good_step = [p.detach().clone() for p in self.trained], 0
-        stages = {name for name, _ in settings.plan}
-        layers = []
-        if "attention" in stages:
-            assert teacher is not None
-            layers = converted_layers(student, teacher)
         self.objectives = {
             name: Objective(
                 student,
@@ -412,7 +414,7 @@ class _Run:
                 temperature=settings.temperature,
                 recompute=settings.checkpointing,
             )
-            for name in stages
+            for name, _ in settings.plan
         }
         shown = settings.to_dict() | {"schedule": "cosine" if schedule is None else "given"}
         for name in ["lr", "weight_decay"] * (optimizer is not None) + ["warmup"] * (schedule is not None):

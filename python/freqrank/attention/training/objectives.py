@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.hooks import RemovableHandle
 
 from freqrank.attention.training.batches import Batch, real_tokens, targets
 from freqrank.attention.training.parameters import ConvertedLayer
@@ -116,9 +115,8 @@ class Objective:
         """The losses on a batch."""
         found: dict[str, Fractions] = {}
         if "attention" in self.weights:
-            calls, outputs, logits = self._attention_calls(batch)
-            own = [self._run(layer.student, *call) for layer, call in zip(self.layers, calls, strict=True)]
-            found["attention"] = attention_mismatch(own, outputs, batch)
+            own, other, logits = self._attention_outputs(batch)
+            found["attention"] = attention_mismatch(own, other, batch)
         if self.weights.keys() - {"attention"}:
             student = self.student(**batch, use_cache=False, **self._hidden)
             logits = student.logits
@@ -136,8 +134,8 @@ class Objective:
         """The denominators alone of what a call returns, as cheaply as they are to be had."""
         found: dict[str, Tensor] = {}
         if "attention" in self.weights:
-            _, outputs, _ = self._attention_calls(batch)
-            found["attention"] = attention_mismatch(outputs, outputs, batch).denominators
+            _, other, _ = self._attention_outputs(batch)
+            found["attention"] = attention_mismatch(other, other, batch).denominators
         if "hidden" in self.weights:
             states = self._teacher(batch, logits=False).hidden_states
             found["hidden"] = hidden_mismatch(states, states, batch).denominators
@@ -157,49 +155,49 @@ class Objective:
         model = self.teacher if logits else getattr(self.teacher, "base_model", self.teacher)
         return model(**batch, use_cache=False, **self._hidden)
 
-    @torch.no_grad()
-    def _attention_calls(self, batch: Batch) -> tuple[list[tuple[Any, Any]], list[Tensor], Tensor]:
-        """How each layer's attention is called in the student; what the teacher's gives on that input; the logits.
+    def _attention_outputs(self, batch: Batch) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """What each layer's attention gives in the student, the teacher's on the same input, and the student's logits.
 
-        The teacher runs as always, so that its attention gets the masks and positions that it knows. Only the input of
-        each attention that is matched is exchanged on its way in, so the rest of what the teacher computes is of no
-        account.
+        Gradients are on inside the student's attention modules alone, if they are on at all. The teacher runs as
+        always, so that its attention gets the masks and positions that it knows; only the input of each attention that
+        is matched is exchanged on its way in. What else the teacher computes is of no account.
         """
         assert self.teacher is not None
         calls: list[tuple[Any, Any]] = []
-        outputs: list[Tensor] = []
+        own: list[Tensor] = []
+        other: list[Tensor] = []
+        gradients = torch.is_grad_enabled()
 
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             calls.append((args, kwargs))
+            torch.set_grad_enabled(gradients and not self.recompute)
 
-        with hooks(layer.student.register_forward_pre_hook(note, with_kwargs=True) for layer in self.layers):
-            logits = self.student(**batch, use_cache=False).logits
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            torch.set_grad_enabled(False)
+            own.append(_first(output))
 
         def exchange(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-            inputs, named = calls[len(outputs)]
+            inputs, named = calls[len(other)]
             x = inputs[0] if inputs else named["hidden_states"]
-            own = args[0] if args else kwargs["hidden_states"]
-            x = x.to(own)
-            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+            if args:
+                return (x.to(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": x.to(kwargs["hidden_states"])}
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            outputs.append(_first(output))
+            other.append(_first(output))
 
-        with hooks(
-            handle
-            for layer in self.layers
-            for handle in (
-                layer.teacher.register_forward_pre_hook(exchange, with_kwargs=True),
-                layer.teacher.register_forward_hook(keep),
-            )
-        ):
-            getattr(self.teacher, "base_model", self.teacher)(**batch, use_cache=False)
-        return calls, outputs, logits
-
-    def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Tensor:
-        if self.recompute:
-            return _first(checkpoint(module, *args, use_reentrant=False, **kwargs))
-        return _first(module(*args, **kwargs))
+        with torch.no_grad():
+            with _hooked([layer.student for layer in self.layers], before, after):
+                logits = self.student(**batch, use_cache=False).logits
+            with _hooked([layer.teacher for layer in self.layers], exchange, keep):
+                getattr(self.teacher, "base_model", self.teacher)(**batch, use_cache=False)
+        if gradients and self.recompute:
+            modules = [layer.student for layer in self.layers]
+            own = [
+                _first(checkpoint(module, *args, use_reentrant=False, **kwargs))
+                for module, (args, kwargs) in zip(modules, calls, strict=True)
+            ]
+        return own, other, logits
 
 
 def _first(output: Any) -> Tensor:
@@ -207,9 +205,10 @@ def _first(output: Any) -> Tensor:
 
 
 @contextmanager
-def hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Hooks that are removed in the end."""
+def _hooked(modules: Iterable[nn.Module], before: Any, after: Any) -> Iterator[None]:
+    """Functions to call before and after the forward of each module; gone in the end."""
     with ExitStack() as stack:
-        for handle in handles:
-            stack.callback(handle.remove)
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after).remove)
         yield

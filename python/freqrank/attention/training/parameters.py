@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -54,7 +54,13 @@ def converted_layers(student: nn.Module, teacher: nn.Module) -> list[ConvertedLa
 
 @contextmanager
 def trained(
-    student: nn.Module, teacher: nn.Module | None, train: str = "all", *, lora_rank: int = 8, seed: int = 0
+    student: nn.Module,
+    teacher: nn.Module | None,
+    train: str = "all",
+    *,
+    layers: Sequence[ConvertedLayer] = (),
+    lora_rank: int = 8,
+    seed: int = 0,
 ) -> Iterator[None]:
     """Let gradients reach what is to be trained, for as long as the context lasts.
 
@@ -64,26 +70,25 @@ def trained(
         train: "all" (whatever requires a gradient), "attention" (the parameters of converted attention modules) or
             "lora" (peft's LoRA beside the blocks' linears that the teacher has too, and all parameters that it has not;
             merged into the linears in the end).
+        layers: the converted layers, of "attention".
         lora_rank, seed: of LoRA.
 
     Raises:
-        ValueError: "attention" or "lora" without a teacher, or as :func:`converted_layers` says; "lora" beside low-rank
-            linears.
+        ValueError: "lora" for a decoder of no known architecture, or beside low-rank linears.
         ImportError: "lora" without peft.
     """
     if train == "all":
         yield
         return
-    if teacher is None:
-        raise ValueError(f"train={train!r} needs the teacher, which says what is new in the student")
     flags = [(p, p.requires_grad) for p in student.parameters()]
     try:
         if train == "attention":
-            chosen = {id(p) for layer in converted_layers(student, teacher) for p in layer.student.parameters()}
+            chosen = {id(p) for layer in layers for p in layer.student.parameters()}
             for p, _ in flags:
                 p.requires_grad_(id(p) in chosen)
             yield
         else:
+            assert teacher is not None
             with _lora(student, teacher, lora_rank, seed):
                 yield
     finally:

@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from freqrank import distill, linearize
-from freqrank.attention.distillation import Settings
+from freqrank.attention.distillation import Settings, pack_documents, validation_loss
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -50,6 +52,11 @@ def padded() -> dict[str, torch.Tensor]:
     ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
     ids[1, :5] = mask[1, :5] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def packed() -> dict[str, torch.Tensor]:
+    """Documents of 9, 5 and 6 tokens in one row."""
+    return pack_documents([tokens(1, n, seed=n)[0] for n in (9, 5, 6)], 20, boundaries=True)[0]
 
 
 def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -121,11 +128,11 @@ def attention_reference(student, teacher, batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("data", ["plain", "padded"])
+@pytest.mark.parametrize("data", ["plain", "padded", "packed"])
 @torch.no_grad()
 def test_attention_stage_matches_the_teachers_attention_on_the_students_inputs(data, implementation):
     student, teacher = pair(attn_implementation=implementation)
-    batch = {"input_ids": tokens(3, 20)} if data == "plain" else padded()
+    batch = {"plain": {"input_ids": tokens(3, 20)}, "padded": padded(), "packed": packed()}[data]
     expected = attention_reference(student, teacher, batch).item()
     with torch.enable_grad():
         report = distill(
@@ -444,3 +451,92 @@ def test_lora_without_peft_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match='train="lora" needs peft: pip install peft'):
         distill(student, teacher, tokens(2, 8), steps=1, train="lora", progress=False)
+
+
+# --- documents -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 12), max_size=8), st.integers(2, 9), st.sampled_from([None, 60]), st.randoms())
+def test_packing_keeps_every_token_in_order_and_knows_where_documents_start(lengths, length, separator, random):
+    documents = [[random.randrange(1, 60) for _ in range(n)] for n in lengths]
+    expected: list[tuple[int, int]] = []  # token, position in its document
+    for document in documents:
+        ids = document + [separator] * (separator is not None) if document else []
+        expected += [(token, position) for position, token in enumerate(ids)]
+    count = len(expected) // length
+    given = [torch.tensor(d, dtype=torch.int32) if i % 2 else d for i, d in enumerate(documents)]
+    if count == 0:
+        with pytest.raises(ValueError, match=f"at least one row of {length} tokens; got {len(expected)} in all"):
+            pack_documents(given, length, separator=separator)
+        return
+    rows = pack_documents(given, length, separator=separator)
+    assert rows.dtype == torch.int64
+    assert rows.tolist() == [[t for t, _ in expected[i * length : (i + 1) * length]] for i in range(count)]
+    batches = pack_documents(given, length, separator=separator, boundaries=True)
+    for i, (batch, row) in enumerate(zip(batches, rows, strict=True)):
+        assert torch.equal(batch["input_ids"], row[None])
+        at = None
+        for column in range(length):
+            at = 0 if column == 0 or expected[i * length + column][1] == 0 else at + 1
+            assert batch["position_ids"][0, column] == at
+
+
+def test_packing_refuses_what_is_no_token():
+    for documents, error, match in [
+        ("text", TypeError, "documents must be an iterable"),
+        (tokens(2, 8), TypeError, "documents must be an iterable"),
+        (["text"], TypeError, "tokenize it first"),
+        ([[1.5, 2.0]], TypeError, "integer token ids"),
+        ([[[1], [2]]], TypeError, "integer token ids"),
+        ([[None]], TypeError, "integer token ids"),
+    ]:
+        with pytest.raises(error, match=match):
+            pack_documents(documents, 4)
+    with pytest.raises(ValueError, match="length must be an integer of at least 2; got 1"):
+        pack_documents([[1, 2, 3]], 1)
+    with pytest.raises(TypeError, match="separator must be a token id or None"):
+        pack_documents([[1, 2, 3]], 2, separator="</s>")
+
+
+@pytest.mark.parametrize("options", STAGE_OPTIONS)
+def test_documents_in_one_row_train_as_documents_apart(options):
+    """Losses and gradients of a packed row are those of its documents, each in a batch of its own."""
+    student, teacher = (model.double() for model in pair())
+    row = packed()
+    apart = [{"input_ids": ids} for ids in row["input_ids"].split([9, 5, 6], 1)]
+    expected, losses = gradients(student, teacher, apart, accumulate=3, **options)
+    found, together = gradients(student, teacher, [row], **options)
+    assert together == pytest.approx(losses, rel=1e-9)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-8, rtol=1e-6, msg=name)
+
+
+def test_no_token_sees_or_predicts_across_a_boundary():
+    student, teacher = pair()
+    row = packed()
+    with torch.no_grad():
+        for model in (student, teacher):
+            logits = model(**row, use_cache=False).logits
+            other = {**row, "input_ids": torch.cat([tokens(1, 9, seed=50), row["input_ids"][:, 9:]], 1)}
+            torch.testing.assert_close(model(**other, use_cache=False).logits[:, 9:], logits[:, 9:])
+        logits = student(**row, use_cache=False).logits[0].log_softmax(-1)
+        wanted = [i for i in range(1, 20) if i not in (9, 14)]
+        expected = -sum(logits[i - 1, row["input_ids"][0, i]] for i in wanted) / len(wanted)
+    assert validation_loss(student, [row]) == pytest.approx(expected.item(), rel=1e-5)
+    report = distill(student, teacher, [row], steps=1, progress=False)
+    assert report.losses[0] == pytest.approx(expected.item(), rel=1e-5)
+    wrong = {**row, "position_ids": row["position_ids"][:, 1:]}
+    with pytest.raises(ValueError, match="position_ids must have the shape of input_ids"):
+        distill(student, teacher, [wrong], steps=1, progress=False)
+
+
+def test_validation_counts_every_target_once():
+    student, _ = pair(layers=1)
+    parts = uneven_batches()
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    assert validation_loss(student, parts) == pytest.approx(validation_loss(student, [whole]), rel=1e-6)
+    nothing = {"input_ids": tokens(1, 4), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}
+    with pytest.raises(ValueError, match="validation must hold at least one token to predict"):
+        validation_loss(student, [nothing])
+    assert not student.training

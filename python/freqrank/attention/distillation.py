@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freqrank.attention.training.batches import Batch, Data, as_batch, batches, on
+from freqrank.attention.training.batches import Batch, Data, as_batch, batches, on, pack_documents
 from freqrank.attention.training.objectives import LOSSES, Objective, next_token
 from freqrank.attention.training.parameters import TRAIN, ConvertedLayer, converted_layers, trained
 from freqrank.attention.training.processes import Processes
 from freqrank.attention.training.report import TrainingReport
 
-__all__ = ["TrainingReport", "cosine_schedule", "default_optimizer", "distill", "validation_loss"]
+__all__ = ["TrainingReport", "cosine_schedule", "default_optimizer", "distill", "pack_documents", "validation_loss"]
 
 RECIPES = ("released", "distill", "align")
 PRECISIONS = ("float32", "bfloat16")

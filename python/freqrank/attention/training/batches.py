@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -90,3 +90,84 @@ def targets(batch: Batch) -> Tensor:
     ids, real, positions = batch["input_ids"], real_tokens(batch), batch.get("position_ids")
     found = torch.ones_like(ids[:, 1:], dtype=torch.bool) if real is None else real[:, 1:]
     return found if positions is None else found & (positions.diff(dim=-1) == 1)
+
+
+@overload
+def pack_documents(
+    documents: Iterable[Tensor | Sequence[int]],
+    length: int,
+    *,
+    separator: int | None = None,
+    boundaries: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def pack_documents(
+    documents: Iterable[Tensor | Sequence[int]],
+    length: int,
+    *,
+    separator: int | None = None,
+    boundaries: Literal[True],
+) -> list[Batch]: ...
+def pack_documents(
+    documents: Iterable[Tensor | Sequence[int]],
+    length: int,
+    *,
+    separator: int | None = None,
+    boundaries: bool = False,
+) -> Tensor | list[Batch]:
+    """Put tokenised documents one behind the other and cut that into rows of ``length`` tokens.
+
+    What is left at the end, less than a row, is dropped, as the released script of DiJiang does.
+
+    Args:
+        documents: token ids of each, integer [n] or a sequence of ints; empty ones are skipped.
+        length: tokens in a row, at least 2.
+        separator: a token put behind every document, the end of text, say.
+        boundaries: keep documents apart. The result is then a list of batches of one row with ``position_ids`` that
+            start at 0 with each document and each row. A model that knows packed rows (a linearised one does, and
+            transformers' models) lets no token see another document, and no loss asks for a document's first token.
+
+    Returns:
+        LongTensor [N, length], or N dicts with ``input_ids`` and ``position_ids`` [1, length].
+
+    Raises:
+        TypeError, ValueError: ids or ``separator`` that are not integers, ``length`` below 2, too few tokens for a row.
+
+    >>> pack_documents([[1, 2, 3], [4, 5]], 3, separator=9)
+    tensor([[1, 2, 3],
+            [9, 4, 5]])
+    >>> [row["position_ids"].tolist() for row in pack_documents([[1, 2, 3], [4, 5]], 3, separator=9, boundaries=True)]
+    [[[0, 1, 2]], [[0, 0, 1]]]
+    """
+    if isinstance(length, bool) or not isinstance(length, int) or length < 2:
+        raise ValueError(f"length must be an integer of at least 2; got {length!r}")
+    if separator is not None and (isinstance(separator, bool) or not isinstance(separator, int)):
+        raise TypeError(f"separator must be a token id or None; got {separator!r}")
+    if isinstance(documents, (str, bytes, Tensor)) or not isinstance(documents, Iterable):
+        raise TypeError(f"documents must be an iterable of token ids of each; got {type(documents).__name__}")
+    end = torch.tensor([] if separator is None else [separator], dtype=torch.long)
+    pieces = [torch.cat([ids, end]) for document in documents if len(ids := _token_ids(document))]
+    total = sum(len(piece) for piece in pieces)
+    if total < length:
+        raise ValueError(f"documents must hold at least one row of {length} tokens; got {total} in all")
+    kept = total // length * length
+    rows = torch.cat(pieces)[:kept].view(-1, length)
+    if not boundaries:
+        return rows
+    positions = torch.cat([torch.arange(len(piece)) for piece in pieces])[:kept].view(-1, length)
+    positions = positions.minimum(torch.arange(length))  # what goes on from the row before starts anew as well
+    return [
+        {"input_ids": ids[None], "position_ids": position[None]} for ids, position in zip(rows, positions, strict=True)
+    ]
+
+
+def _token_ids(document: Any) -> Tensor:
+    if isinstance(document, str):
+        raise TypeError("documents must hold token ids; got a string: tokenize it first")
+    try:
+        ids = torch.as_tensor(document)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"documents must hold integer token ids [n]; got {type(document).__name__}") from None
+    if ids.numel() and (ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool):
+        raise TypeError(f"documents must hold integer token ids [n]; got a tensor {ids.dtype} {tuple(ids.shape)}")
+    return ids.long().reshape(-1)

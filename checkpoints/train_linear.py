@@ -14,32 +14,17 @@ import copy
 import json
 import platform
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
 from freqrank import distill, linearize
 from freqrank.attention.distillation import TrainingReport, validation_loss
-from freqrank.data import stdlib_bytes, windows
+from freqrank.data import RandomWindows, stdlib_bytes, windows
 from freqrank.models.quantizer import attach
-from torch import Tensor, nn
+from torch import nn
 from train_base import Muon
 from transformers import AutoModelForCausalLM
-
-
-class RandomWindows:
-    """Endless batches of random windows of a text; each pass starts from the same seed."""
-
-    def __init__(self, text: Tensor, length: int, batch: int, seed: int) -> None:
-        self.text, self.length, self.batch, self.seed = text, length, batch, seed
-
-    def __iter__(self) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        offsets = torch.arange(self.length)
-        while True:
-            starts = torch.randint(0, self.text.numel() - self.length, (self.batch, 1), generator=generator)
-            yield self.text[starts + offsets]
 
 
 def optimizers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -75,3 +76,26 @@ def windows(ids: Tensor, length: int, count: int, *, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, ids.numel() - length + 1, (count, 1), generator=generator)
     return ids[starts + torch.arange(length)]
+
+
+class RandomWindows:
+    """Endless batches of random windows of a text: an iterable of LongTensors [batch, length]; each pass is the same.
+
+    Raises:
+        ValueError: ``ids`` is not 1-D or not longer than one window.
+
+    >>> next(iter(RandomWindows(torch.arange(100), length=4, batch=2))).shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(self, ids: Tensor, length: int, batch: int, seed: int = 0) -> None:
+        if ids.dim() != 1 or ids.numel() <= length:
+            raise ValueError(f"ids must be 1-D with more than {length} tokens; got shape {tuple(ids.shape)}")
+        self.ids, self.length, self.batch, self.seed = ids, length, batch, seed
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        offsets = torch.arange(self.length)
+        while True:
+            starts = torch.randint(0, self.ids.numel() - self.length, (self.batch, 1), generator=generator)
+            yield self.ids[starts + offsets]

@@ -461,15 +461,3 @@ def test_an_unknown_architecture_says_how_to_add_it(name, options):
         assert known in message
     assert "subclass freqrank.models.architectures.Architecture" in message
     assert "append the class to freqrank.models.architectures.ARCHITECTURES" in message
-
-
-@pytest.mark.parametrize(
-    ("case", "attention"),
-    [("qwen3", "Qwen3Attention"), ("gemma", "GemmaAttention"), ("phi3", "Phi3Attention"),
-     ("gpt-neox", "GPTNeoXAttention"), ("opt", "OPTAttention"), ("gpt2", "GPT2Attention")],
-)  # fmt: skip
-def test_linearize_names_what_it_can_replace(case, attention, pair):
-    model, _, _ = pair(case)
-    with pytest.raises(ValueError, match=rf"has attention {attention}.*known: LlamaAttention, MistralAttention"):
-        freqrank.linearize(model)
-    assert not hasattr(model, "freqrank_report")

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from freqrank.attention.dijiang import DiJiangAttention, DiJiangOptions
 from freqrank.lowrank.modules import share_products
 from freqrank.models.architectures import Architecture, find_architecture
-from freqrank.models.cache import linear_cache_layer
-from freqrank.models.masks import attach_masks, attention_mask_2d
+from freqrank.models.linear_attention_layers import ATTENTION_CLASSES, LinearizedAttention
+from freqrank.models.masks import attach_masks
 from freqrank.models.offload import is_offloaded
-
-#: Attention classes whose forward is: project, rotate by ``apply_rotary_pos_emb``, attend, project. To add one,
-#: append its name here; one that does more to queries or keys needs a subclass of :class:`LinearizedAttention`.
-ATTENTION_CLASSES = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
 
 #: Tensors that are loaded in float32 whatever dtype is asked for.
 FLOAT32_TENSORS = {
@@ -34,93 +26,6 @@ FLOAT32_TENSORS = {
     "feature_map.signs",
     "feature_map.weights",
 }
-
-
-class LinearizedAttention(DiJiangAttention):
-    """A :class:`DiJiangAttention` that a transformers decoder block can call, around the pretrained projections.
-
-    They stay children of the names that they have in the attention module which it replaces.
-    """
-
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    o_proj: nn.Module
-
-    def __init__(
-        self, attention: Any, hidden_size: int, num_heads: int, options: DiJiangOptions, rotary: nn.Module | None
-    ) -> None:
-        tensors = (*attention.parameters(), *attention.buffers())
-        weight = next(tensor for tensor in tensors if tensor.is_floating_point())
-        super().__init__(
-            hidden_size=hidden_size,
-            num_heads=num_heads,
-            num_key_value_heads=num_heads // attention.num_key_value_groups,
-            head_dim=attention.head_dim,
-            options=options,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        for name, child in attention.named_children():
-            self.add_module(name, child)
-        self.layer_idx: int = attention.layer_idx
-        self.config = attention.config
-        self.rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        self._rotary = (rotary,)  # the decoder's own; in a tuple, or its buffers would be this layer's too
-        self.train(attention.training)
-
-    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [B, T, heads, head_dim], not rotated."""
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = (proj(hidden_states).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return q, k, v
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        cache: Cache | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        past = kwargs.get("past_key_values") if cache is None else cache  # its name before transformers 5.24
-        length = hidden_states.shape[1]
-        q, k, v = self.project(hidden_states)
-        sink_q = self._sink_queries(q, k) if self.options.sinks else None
-        q, k = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
-        layer = None if past is None else linear_cache_layer(past, self.layer_idx)
-        start = layer.length if layer is not None else 0
-        if position_ids is None:
-            position_ids = torch.arange(start, start + length, device=hidden_states.device)[None]
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
-        output, state = self.mix(
-            hidden_states,
-            q,
-            k,
-            v,
-            position_ids,
-            mask=attention_mask_2d(attention_mask, length, start) if cu_seqlens is None else None,  # packed: no padding
-            sink_q=sink_q,
-            state=layer.state if layer is not None else None,
-            output_state=layer is not None,
-            cu_seqlens=cu_seqlens,
-        )
-        if layer is not None and state is not None:
-            layer.advance(state, length)
-        return self.o_proj(output), None
-
-    def _sink_queries(self, q: Tensor, k: Tensor) -> Tensor | None:
-        """Queries rotated to the first position from which the last sink is out of the window, whatever their own.
-
-        Distances to the sinks then stay within what the model was trained with, however long the text
-        (StreamingLLM, Xiao et al., ICLR 2024).
-        """
-        rotary = self._rotary[0]
-        if rotary is None:
-            return None
-        position = torch.full((1, 1), self.options.window + self.options.sinks - 1, device=q.device)
-        return self.rotate(q, k[:, :1], *rotary(q, position), unsqueeze_dim=2)[0]
 
 
 @dataclass
@@ -187,22 +92,24 @@ def _check_layers(architecture: Architecture, layers: list[int], options: DiJian
         attention = architecture.attention(index)
         if isinstance(attention, DiJiangAttention):
             raise ValueError(f"layer {index} is linear already; name the layers to convert, or load the original model")
-        if type(attention).__name__ not in ATTENTION_CLASSES:
+        name = type(attention).__name__
+        if name not in ATTENTION_CLASSES:
             raise ValueError(
-                f"layer {index} has attention {type(attention).__name__}, which linearize does not know; known: "
-                f"{', '.join(sorted(ATTENTION_CLASSES))}. If its forward only projects by q_proj, k_proj and v_proj, "
-                "rotates by apply_rotary_pos_emb, attends and projects by o_proj, add its name to "
-                "freqrank.models.linearization.ATTENTION_CLASSES"
+                f"layer {index} has attention {name}, which linearize does not know; known: "
+                f"{', '.join(ATTENTION_CLASSES)}. If its forward only projects by q_proj, k_proj and v_proj, rotates "
+                "by apply_rotary_pos_emb, attends and projects by o_proj, enter it as LinearizedAttention into "
+                "freqrank.models.linear_attention_layers.ATTENTION_CLASSES, else as a subclass of that"
             )
+        if (reason := ATTENTION_CLASSES[name].refusal(attention, options)) is not None:
+            raise ValueError(f"layer {index}: {reason}")
 
 
 def _swap(model: PreTrainedModel, architecture: Architecture, layers: list[int], options: DiJiangOptions) -> None:
-    config = model.config.get_text_config()
-    for index in layers:
-        old = architecture.attention(index)
-        rotary = getattr(architecture.decoder, "rotary_emb", None)
-        new = LinearizedAttention(old, config.hidden_size, config.num_attention_heads, options, rotary)
-        architecture.blocks[index].set_submodule(architecture.attention_path, new)
+    rotary = getattr(architecture.decoder, "rotary_emb", None)
+    old = [architecture.attention(index) for index in layers]
+    new = [ATTENTION_CLASSES[type(attention).__name__](attention, options, rotary) for attention in old]
+    for index, attention in zip(layers, new, strict=True):  # only now, since to make one may fail
+        architecture.blocks[index].set_submodule(architecture.attention_path, attention)
     all_linear = all(isinstance(architecture.attention(i), DiJiangAttention) for i in range(len(architecture.blocks)))
     share_products(model)
     attach_masks(model, architecture.decoder, all_linear)
@@ -244,10 +151,12 @@ def linearize(
     """Replace softmax attention by DiJiang linear attention, in place: time and memory linear in the text's length.
 
     The projections, norms and MLPs keep their pretrained weights; frequencies, gates, norms of the heads and position
-    factors are new. The converted model needs training before it is of use: see :func:`freqrank.distill`.
+    factors are new. The converted model needs training before it is of use: see :func:`freqrank.distill`. A sliding
+    window of the pretrained model (Mistral, Phi-3) goes with its softmax: linear layers read the whole text.
 
     Args:
-        model: a transformers model of a known architecture (Llama, Mistral, Qwen2).
+        model: a transformers model with attention of a class in
+            :data:`freqrank.models.linear_attention_layers.ATTENTION_CLASSES` (Llama, GPT-NeoX, OPT, GPT-2, ...).
         feature_map: "dijiang" (as released), or another name in ``freqrank.attention.feature_maps.FEATURE_MAPS``.
         layers: which layers to convert; None means all. Negative indices count from the end.
         seed: the frequencies and gates of layer l are drawn from a generator seeded by (seed, l).
@@ -258,8 +167,8 @@ def linearize(
 
     Raises:
         TypeError: ``model`` is no transformers model, ``layers`` or ``seed`` no integers, an unknown option.
-        ValueError: an unknown feature map or architecture, a layer out of range or linear already, an offloaded model.
-            The model is then as it was.
+        ValueError: an unknown feature map or architecture, heads or features beyond what the kernels take, a layer out
+            of range or linear already, an offloaded model. The model is then as it was.
 
     Source: DiJiang (Chen et al., ICML 2024, arXiv 2403.19928) and its released code.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import sys
 
@@ -540,3 +541,324 @@ def test_validation_counts_every_target_once():
     with pytest.raises(ValueError, match="validation must hold at least one token to predict"):
         validation_loss(student, [nothing])
     assert not student.training
+
+
+# --- interrupted runs ------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def stop_after(steps: int):
+    def on_step(done, report):
+        if done == steps:
+            raise Killed
+
+    return on_step
+
+
+class Plain(torch.optim.Optimizer):
+    """Momentum in bfloat16 beside a float32 parameter, a count in the group: what load_state_dict would not keep."""
+
+    def __init__(self, params) -> None:
+        super().__init__(params, {"lr": 1e-2, "count": 0, "pair": (0.5, 0.25)})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            group["count"] += 1
+            for p in group["params"]:
+                state = self.state[p]
+                momentum = state.setdefault("momentum", torch.zeros_like(p, dtype=torch.bfloat16))
+                momentum.mul_(group["pair"][0]).add_(p.grad, alpha=group["pair"][1])
+                state["seen"] = state.get("seen", 0) + 1
+                p.add_(momentum.float(), alpha=-group["lr"] * (1 + 1 / group["count"]) / state["seen"] ** 0.1)
+
+
+RESUMED = {
+    "released": {"recipe": "released", "batch_size": 3},
+    "align": {"recipe": "align", "accumulate": 2, "batch_size": 2, "precision": "bfloat16"},
+    "attention": {"recipe": "distill", "train": "attention", "hidden_weight": 0.3},
+    "lora": {"recipe": "align", "train": "lora", "lora_rank": 3, "checkpointing": True},
+    "own optimiser": {"optimizer": lambda model: [Plain(model.parameters())], "schedule": lambda step: 1 - step / 20},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_ends_with_the_same_bits(name, tmp_path):
+    data = tokens(7, 12)
+    options = {"steps": 11, "validation": tokens(3, 12, seed=9), "validate_every": 4, "progress": False} | RESUMED[name]
+    whole, teacher = pair()
+    expected = distill(whole, teacher, data, **options)
+    for stop in (7, 9):  # killed twice, each time past a checkpoint
+        student, _ = pair()
+        with pytest.raises(Killed):
+            distill(
+                student, teacher, data, checkpoint=tmp_path / "run", checkpoint_every=3, on_step=stop_after(stop),
+                **options,
+            )  # fmt: skip
+        assert all(p.requires_grad and p.grad is None for p in student.parameters())
+    seen: list[int] = []
+    student, _ = pair()
+    report = distill(
+        student, teacher, data, checkpoint=tmp_path / "run", checkpoint_every=3,
+        on_step=lambda done, report: seen.append(done), **options,
+    )  # fmt: skip
+    assert seen == [10, 11]
+    for (key, p), (other, q) in zip(student.named_parameters(), whole.named_parameters(), strict=True):
+        assert key == other
+        assert torch.equal(p, q), key
+    told, wanted = report.to_dict(), expected.to_dict()
+    assert told.pop("seconds") > 0
+    assert wanted.pop("seconds") > 0
+    assert told == wanted
+    # The finished run is there too, and takes no step.
+    again, _ = pair()
+    last = distill(again, teacher, data, checkpoint=tmp_path / "run", on_step=stop_after(1), **options)
+    assert last.losses == expected.losses
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), whole.parameters(), strict=True))
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["checkpoint.json", "training.safetensors"]
+
+
+class Noisy(nn.Module):
+    """Draws from the global generator, as dropout does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCABULARY, VOCABULARY)
+        self.noise = nn.Dropout(0.5)
+
+    def forward(self, input_ids, use_cache=False):
+        return type("Output", (), {"logits": self.noise(self.table(input_ids))})()
+
+
+def test_a_resumed_run_draws_the_same_random_numbers_and_skips_seen_batches(tmp_path):
+    def batches():
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(50):
+            yield torch.randint(VOCABULARY, (2, 9), generator=generator)
+
+    def noisy():
+        torch.manual_seed(0)
+        return Noisy()
+
+    options = {"steps": 10, "lr": 0.1, "accumulate": 2, "progress": False}
+    whole = noisy()
+    expected = distill(whole, None, batches(), **options)
+    after = torch.rand(3)
+    with pytest.raises(Killed):
+        distill(noisy(), None, batches(), checkpoint=tmp_path, checkpoint_every=4, on_step=stop_after(6), **options)
+    student = noisy()
+    torch.rand(100)
+    report = distill(student, None, batches(), checkpoint=tmp_path, checkpoint_every=4, **options)
+    assert report.losses == expected.losses
+    assert torch.equal(student.table.weight, whole.table.weight)
+    assert torch.equal(torch.rand(3), after)
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):
+    student, teacher = pair(layers=1)
+    data = tokens(4, 8)
+    options = {"recipe": "distill", "steps": 2, "progress": False, "checkpoint": tmp_path}
+    first = copy.deepcopy(student)
+    distill(first, teacher, data, **options)
+    for change, named in [
+        ({"steps": 3}, "steps"),
+        ({"lr": 1e-2}, "lr, optimizers"),
+        ({"kl_weight": 2.0, "seed": 1}, "kl_weight, seed"),
+        ({"recipe": "released"}, "hidden_weight, kl_weight"),
+        ({"train": "lora"}, "lora_rank, train"),
+        ({"schedule": lambda step: 1.0}, "schedule"),
+        ({"data": tokens(4, 8, seed=1)}, "data"),
+        ({"data": list(data.split(2))}, "data"),
+        ({"student": pair(layers=1, seed=1)[0]}, "student"),
+        ({"teacher": small_model(1, seed=1)}, "teacher"),
+    ]:
+        arguments = {"student": copy.deepcopy(student), "teacher": teacher, "data": data, **options, **change}
+        with pytest.raises(ValueError, match=f"holds a run that differs in .*{named}"):
+            distill(**arguments)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and holds no checkpoint"):
+        distill(copy.deepcopy(student), teacher, data, **{**options, "checkpoint": other})
+    for name in ("checkpoint_every", "validate_every"):
+        with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1; got 0"):
+            distill(student, teacher, data, **options, **{name: 0})
+
+
+def test_a_checkpoint_refuses_what_it_cannot_hold(tmp_path):
+    class Odd(Plain):
+        def step(self, closure=None) -> None:
+            super().step()
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["friend"] = object()
+
+    student, _ = pair(layers=1)
+    with pytest.raises(TypeError, match="Odd keeps friend as object, and a checkpoint holds tensors"):
+        distill(
+            student, None, tokens(4, 8), steps=2, checkpoint=tmp_path, checkpoint_every=1, progress=False,
+            optimizer=lambda model: [Odd(model.parameters())],
+        )  # fmt: skip
+    assert not (tmp_path / "training.safetensors").exists()
+
+
+# --- numbers that are not finite -------------------------------------------------------------------------------------
+
+
+def poison(module: nn.Module, after: int):
+    def on_step(done, report):
+        if done == after:
+            with torch.no_grad():
+                module.weight.view(-1)[0] = float("nan")
+
+    return on_step
+
+
+@pytest.mark.parametrize("recipe", ["released", "align"])
+def test_a_loss_that_is_not_finite_names_the_first_module(recipe, tmp_path):
+    student, teacher = pair(layers=3)
+    start = parameters(student)
+    options = {"recipe": recipe, "steps": 20, "checkpoint": tmp_path, "checkpoint_every": 2, "progress": False}
+    where = (
+        r"not finite at step 4; the first such number is in the output of model\.layers\.1\.self_attn\.k_proj; .*step 0"
+    )
+    with pytest.raises(FloatingPointError, match=where):
+        distill(student, teacher, tokens(4, 8), on_step=poison(student.model.layers[1].self_attn.k_proj, 3), **options)
+    assert all(torch.equal(p, start[name]) for name, p in student.named_parameters())
+    assert not any(m._forward_hooks for m in student.modules())
+    # the checkpoint is that of step 2, and the run goes on there
+    seen: list[int] = []
+    report = distill(student, teacher, tokens(4, 8), on_step=lambda done, r: seen.append(done), **options)
+    assert seen[0] == 3
+    assert report.steps == 20
+
+
+def test_a_teacher_that_is_not_finite_is_named_as_such():
+    student, teacher = pair()
+    with torch.no_grad():
+        teacher.model.norm.weight[3] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"at step 1; .* in the output of the teacher's model\.norm; "):
+        distill(student, teacher, tokens(2, 8), recipe="distill", steps=1, progress=False)
+    assert not any(m._forward_hooks for m in teacher.modules())
+
+
+class Root(nn.Module):
+    """Its gradient is infinite where its input is 0."""
+
+    def forward(self, x):
+        return (x - x.detach()).abs().sqrt()
+
+
+class Rooted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCABULARY, 8)
+        self.root = Root()
+        self.head = nn.Linear(8, VOCABULARY)
+
+    def forward(self, input_ids, use_cache=False):
+        return type("Output", (), {"logits": self.head(self.root(self.table(input_ids)))})()
+
+
+def test_a_gradient_that_is_not_finite_names_the_first_module():
+    student = Rooted()
+    before = parameters(student)
+    with pytest.raises(
+        FloatingPointError, match=r"the gradient is not finite at step 1; .* in the gradient of the output of table; "
+    ):
+        distill(student, None, tokens(2, 8), steps=1, progress=False)
+    assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
+
+
+def test_a_parameter_that_is_not_finite_does_not_reach_the_checkpoint(tmp_path):
+    class Wild(Plain):
+        def step(self, closure=None) -> None:
+            super().step()
+            if self.param_groups[0]["count"] == 3:
+                with torch.no_grad():
+                    self.param_groups[0]["params"][0].fill_(float("inf"))
+
+    student, _ = pair(layers=1)
+    before = parameters(student)
+    with pytest.raises(
+        FloatingPointError, match=r"parameter model.embed_tokens.weight is not finite at step 3; the model"
+    ):
+        distill(
+            student, None, tokens(4, 8), steps=5, checkpoint=tmp_path, checkpoint_every=3, progress=False,
+            optimizer=lambda model: [Wild(model.parameters())],
+        )  # fmt: skip
+    assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
+    assert not (tmp_path / "training.safetensors").exists()
+
+
+# --- tokenizers, curves, arguments -----------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def get_vocab(self) -> dict[str, int]:
+        return {word: i for i, word in enumerate(self.words)}
+
+
+def test_tokenizers_must_give_the_same_ids():
+    student, teacher = pair(layers=1)
+    data = tokens(2, 8)
+    options = {"steps": 1, "progress": False}
+    ours = Tokenizer("a", "b", "c", "d")
+    distill(student, teacher, data, tokenizer=ours, teacher_tokenizer=Tokenizer("a", "b", "c", "d"), **options)
+    for other, match in [
+        (Tokenizer("a", "c", "b", "d"), r"differs is 1: 'b' in tokenizer, 'c' in teacher_tokenizer \(of 4 and 4"),
+        (Tokenizer("a", "b", "c"), r"differs is 3: 'd' in tokenizer, none in teacher_tokenizer \(of 4 and 3"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            distill(student, teacher, data, tokenizer=ours, teacher_tokenizer=other, **options)
+    with pytest.raises(ValueError, match="give both; teacher_tokenizer is None"):
+        distill(student, teacher, data, tokenizer=ours, **options)
+    with pytest.raises(TypeError, match="tokenizer must have get_vocab"):
+        distill(student, teacher, data, tokenizer="a b", teacher_tokenizer=ours, **options)
+
+
+def test_curves_and_their_picture(tmp_path):
+    student, teacher = pair(layers=1)
+    data = tokens(4, 8)
+    report = distill(
+        student, teacher, data, recipe="align", steps=10, validation=data, validate_every=5, progress=False
+    )
+    curves = report.curves
+    assert curves["loss"] == list(zip(range(1, 11), report.losses, strict=True))
+    assert curves["gradient norm"][-1] == (10, report.gradient_norms[-1])
+    assert [step for step, _ in curves["validation"]] == [0, 5, 10]
+    assert report.stage_starts == [("attention", 0), ("hidden", 2), ("logits", 4), ("next-token", 9)]
+    assert json.loads(json.dumps(report.to_dict()))["stages"] == report.stages
+    for name, start in [("curves.png", b"\x89PNG"), ("curves.pdf", b"%PDF")]:
+        report.plot(tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(start)
+    with pytest.raises(ValueError, match="nothing to plot"):
+        freqrank.TrainingReport("released", {}).plot(tmp_path / "none.png")
+
+
+def test_bad_arguments_are_refused_before_anything_changes():
+    student, teacher = pair(layers=1)
+    before = parameters(student)
+    data = tokens(2, 8)
+    for change, error, match in [
+        ({"accumulate": 0}, ValueError, "accumulate must be an integer of at least 1; got 0"),
+        ({"accumulate": 1.5}, ValueError, "accumulate must be an integer"),
+        ({"precision": "float16"}, ValueError, "precision must be one of 'float32', 'bfloat16'; got 'float16'"),
+        ({"recipe": "aligned"}, ValueError, "recipe must be .*'align'"),
+        ({"optimizer": "adam"}, TypeError, "optimizer must be a function; got str"),
+        ({"schedule": 0.1}, TypeError, "schedule must be a function; got float"),
+        ({"on_step": 3}, TypeError, "on_step must be a function; got int"),
+        ({"validation": data.float()}, ValueError, "integer token ids"),
+        ({"validation": data + 60}, ValueError, "validation must hold token ids from 0 to 60"),
+        ({"validation": 3}, TypeError, "validation must be a LongTensor"),
+        ({"teacher": "gpt"}, TypeError, "teacher must be a torch.nn.Module or None; got str"),
+    ]:
+        arguments = {"student": student, "teacher": teacher, "data": data, "steps": 1, "progress": False, **change}
+        with pytest.raises(error, match=match):
+            distill(**arguments)
+    assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from freqrank.attention.training import diagnosis, state
 from freqrank.attention.training.batches import Batch, Data, as_batch, batches, on, pack_documents
 from freqrank.attention.training.objectives import LOSSES, Objective, next_token
 from freqrank.attention.training.parameters import TRAIN, ConvertedLayer, converted_layers, trained
-from freqrank.attention.training.processes import Processes
+from freqrank.attention.training.processes import Processes, unwrapped
 from freqrank.attention.training.report import TrainingReport
+
+if TYPE_CHECKING:
+    from freqrank.models.checkpoint import Checkpoint
 
 __all__ = ["TrainingReport", "cosine_schedule", "default_optimizer", "distill", "pack_documents", "validation_loss"]
 
@@ -28,6 +33,9 @@ ALIGN_STAGES = (("attention", 0.2), ("hidden", 0.2), ("logits", 0.5), ("next-tok
 
 #: At most so many steps lie between a loss that is not finite and the state that the model is put back to.
 _STEPS_BETWEEN_COPIES = 50
+
+#: What a checkpoint's only piece is called.
+_PIECE = "training"
 
 
 @dataclass(frozen=True)
@@ -177,24 +185,28 @@ def default_optimizer(model: nn.Module, *, lr: float, weight_decay: float = 0.1)
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
 
 
-@torch.no_grad()
 def validation_loss(model: nn.Module, data: Data, batch_size: int = 8) -> float:
     """Mean next-token loss over all tokens of ``data`` that are a target, nats a token, in evaluation mode.
 
     Raises:
         ValueError: ``data`` holds no target, or is none, see :func:`distill`.
     """
+    return _validation_loss(model, data, batch_size, Processes())
+
+
+@torch.no_grad()
+def _validation_loss(model: nn.Module, data: Data, batch_size: int, processes: Processes) -> float:
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     items: Iterable[Any] = data.split(batch_size) if isinstance(data, Tensor) else data
-    for item in items:
+    for item in processes.turns(items):
         batch = on(as_batch(item), device)
         loss = next_token(model(**batch, use_cache=False).logits, batch)
-        total += loss.numerators.item()
-        count += int(loss.denominators)
+        sums += torch.cat([loss.numerators, loss.denominators])
     model.train(was_training)
+    total, count = processes.sum({"sums": sums})["sums"].tolist()
     if not count:
         raise ValueError("validation must hold at least one token to predict; got none")
     return total / count
@@ -231,17 +243,38 @@ def _check_models(student: nn.Module, teacher: nn.Module | None, settings: Setti
                 )
 
 
-def _check_data(data: Any, vocabulary: int | None) -> None:
+def _check_tokenizers(tokenizer: Any, teacher_tokenizer: Any) -> None:
+    if tokenizer is None and teacher_tokenizer is None:
+        return
+    if tokenizer is None or teacher_tokenizer is None:
+        missing = "tokenizer" if tokenizer is None else "teacher_tokenizer"
+        raise ValueError(f"tokenizer and teacher_tokenizer are compared with each other: give both; {missing} is None")
+    for name, given in (("tokenizer", tokenizer), ("teacher_tokenizer", teacher_tokenizer)):
+        if not hasattr(given, "get_vocab"):
+            raise TypeError(f"{name} must have get_vocab, as transformers' tokenizers do; got {type(given).__name__}")
+    own, other = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if own == other:
+        return
+    first = min((i, token) for token, i in own.items() ^ other.items())[0]
+    tokens = [next((repr(token) for token, i in ids.items() if i == first), "none") for ids in (own, other)]
+    raise ValueError(
+        f"teacher_tokenizer must give the ids of tokenizer, since the teacher reads the same ids and its predictions "
+        f"are compared token by token; the first that differs is {first}: {tokens[0]} in tokenizer, {tokens[1]} in "
+        f"teacher_tokenizer (of {len(own)} and {len(other)} tokens)"
+    )
+
+
+def _check_data(data: Any, vocabulary: int | None, name: str = "data") -> None:
     if not isinstance(data, (Tensor, Iterable)):
-        raise TypeError(f"data must be a LongTensor [N, T] or an iterable of batches; got {type(data).__name__}")
+        raise TypeError(f"{name} must be a LongTensor [N, T] or an iterable of batches; got {type(data).__name__}")
     if not isinstance(data, Tensor):
         return
     if data.numel() == 0:
-        raise ValueError("data must hold at least one row; got none")
+        raise ValueError(f"{name} must hold at least one row; got none")
     as_batch(data)
     if vocabulary and not (data.min() >= 0 and data.max() < vocabulary):
         raise ValueError(
-            f"data must hold token ids from 0 to {vocabulary - 1}; got values from {int(data.min())} to "
+            f"{name} must hold token ids from 0 to {vocabulary - 1}; got values from {int(data.min())} to "
             f"{int(data.max())}"
         )
 
@@ -270,9 +303,13 @@ def distill(
     checkpointing: bool = False,
     validation: Data | None = None,
     validate_every: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 50,
     optimizer: Callable[[nn.Module], Sequence[torch.optim.Optimizer]] | None = None,
     schedule: Callable[[int], float] | None = None,
     on_step: Callable[[int, TrainingReport], None] | None = None,
+    tokenizer: Any = None,
+    teacher_tokenizer: Any = None,
     seed: int = 0,
     progress: bool = True,
 ) -> TrainingReport:
@@ -313,30 +350,67 @@ def distill(
         precision: "float32", or "bfloat16": computed by autocast, weights stay as they are.
         checkpointing: keep the activations of one block at a time and compute the others again: less memory, more time.
         validation, validate_every: data to measure on before the first, every so many, and after the last step.
+        checkpoint, checkpoint_every: a folder, where the run's state is kept every so many steps, and at the end. A run
+            with the same arguments that was killed goes on there and ends with the same bits. Batches of an iterable
+            are gone through once more up to there; of ``optimizer`` the state counts, of ``schedule`` nothing.
         optimizer: makes other optimisers from the model; their learning rates are the peaks of the schedule.
         schedule: another factor on the learning rate, a function of the step.
         on_step: called after each step with (steps done, report so far).
+        tokenizer, teacher_tokenizer: both or none; they are compared, and must give the same ids.
         seed: of the shuffling.
         progress: show a bar.
+
+    Under ``torchrun`` or ``accelerate launch`` the processes share the work, by accelerate: each goes through the same
+    data and takes its rows of every batch (or its batches, where ``accumulate`` is a multiple of their number), models
+    are moved to its device, the main process's weights count, and results are those of one process to rounding. The
+    main process alone writes, shows the bar and calls ``on_step``.
 
     Returns:
         a :class:`TrainingReport`, also kept as ``student.freqrank_report``.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be right; the model is then as it was.
-        FloatingPointError: the loss or a gradient is not finite. Names the step; the model is put back to the last
-            state whose loss was finite, at most 50 steps earlier.
+        TypeError, ValueError: an argument that cannot be right; the model is then as it was. A checkpoint of other
+            arguments, which the message names.
+        FloatingPointError: the loss, a gradient or a parameter is not finite. Names the step and the first module whose
+            output or gradient is not; the model is put back to the last state whose loss was finite, at most 50 steps
+            earlier, and a checkpoint stays what it was.
+        ImportError: train="lora" without peft, or ``checkpoint`` or several processes without the extra "models".
+
+    >>> class Bigrams(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.table = nn.Embedding(4, 4)
+    ...     def forward(self, input_ids, use_cache=False):
+    ...         return type("Output", (), {"logits": self.table(input_ids)})
+    >>> data = torch.tensor([[0, 1, 2, 3]]).repeat(8, 2)
+    >>> report = distill(Bigrams(), None, data, steps=30, lr=0.3, progress=False)
+    >>> report.steps, report.tokens, report.losses[-1] < 0.1
+    (30, 1920, True)
     """
     settings = Settings(
         recipe, steps, batch_size, accumulate, clip, seed, lr, weight_decay, warmup, kl_weight, temperature,
         hidden_weight, align_steps, stages, train, lora_rank, precision, checkpointing,
     )  # fmt: skip
+    given = student
+    student, teacher = unwrapped(student), unwrapped(teacher)
     _check_models(student, teacher, settings)
+    _check_tokenizers(tokenizer, teacher_tokenizer)
     _check_data(data, _vocabulary(student))
+    if validation is not None:
+        _check_data(validation, _vocabulary(student), "validation")
+    for name, count in (("validate_every", validate_every), ("checkpoint_every", checkpoint_every)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ValueError(f"{name} must be an integer of at least 1; got {count!r}")
+    for name, function in (("optimizer", optimizer), ("schedule", schedule), ("on_step", on_step)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function; got {type(function).__name__}")
     layers: list[ConvertedLayer] = []
     if train == "attention" or any(stage == "attention" for stage, _ in settings.plan):
         assert teacher is not None
         layers = converted_layers(student, teacher)
+    processes = Processes.find()
+    processes.place(student, teacher)
+    started = {} if checkpoint is None else _fingerprints(student, teacher, data)
     with ExitStack() as stack:
         stack.enter_context(trained(student, teacher, train, layers=layers, lora_rank=lora_rank, seed=seed))
         if not any(p.requires_grad for p in student.parameters()):
@@ -344,45 +418,65 @@ def distill(
         stack.enter_context(_modes(student, teacher))
         if checkpointing:
             stack.enter_context(_checkpointing(student))
-        run = _Run(student, teacher, layers, settings, optimizer, schedule, Processes())
+        run = _Run(student, teacher, layers, settings, optimizer, schedule, processes)
         stack.callback(run.clear_gradients)
-        bar = stack.enter_context(_progress_bar(steps, progress))
-        _train(run, data, validation, validate_every, on_step, bar)
-    student.freqrank_report = run.report  # type: ignore[assignment]
+        source = batches(data, batch_size, torch.Generator().manual_seed(seed))
+        if checkpoint is not None:
+            run.resume(checkpoint, {**run.report.settings, **started}, source)
+        bar = stack.enter_context(_progress_bar(run.report.steps, steps, progress and processes.is_main))
+        _train(run, source, validation, validate_every, checkpoint_every, on_step, bar)
+    student.freqrank_report = given.freqrank_report = run.report  # type: ignore[assignment]
     return run.report
 
 
 def _train(
     run: _Run,
-    data: Data,
+    source: Iterator[Batch],
     validation: Data | None,
     validate_every: int | None,
+    checkpoint_every: int,
     on_step: Callable[[int, TrainingReport], None] | None,
     bar: Callable[[float], None],
 ) -> None:
     """The training loop."""
     settings, report = run.settings, run.report
-    source = batches(data, settings.batch_size, torch.Generator().manual_seed(settings.seed))
     start = time.perf_counter() - report.seconds
 
-    def measure(done: int) -> None:
+    def measure() -> None:
         if validation is not None:
-            report.validation.append((done, validation_loss(run.student, validation, settings.batch_size)))
+            loss = _validation_loss(run.student, validation, settings.batch_size, run.processes)
+            report.validation.append((report.steps, loss))
 
-    measure(0)
-    for step in range(settings.steps):
-        run.step(step, [next(source) for _ in range(settings.accumulate)])
-        done = step + 1
+    if report.steps == 0:
+        measure()
+    while report.steps < settings.steps:
+        run.step([next(source) for _ in range(settings.accumulate)])
+        done = report.steps
         if (validate_every and done % validate_every == 0) or done == settings.steps:
-            measure(done)
+            measure()
         report.seconds = time.perf_counter() - start
-        if on_step is not None:
+        if done % checkpoint_every == 0 or done == settings.steps:
+            run.save()
+        if on_step is not None and run.processes.is_main:
             on_step(done, report)
         bar(report.losses[-1])
 
 
+def _fingerprints(student: nn.Module, teacher: nn.Module | None, data: Data) -> dict[str, str | None]:
+    """What a run starts from, so that a checkpoint of another start is known as such; an iterable cannot be read."""
+    from freqrank.models.checkpoint import fingerprint
+
+    held = [data] if isinstance(data, Tensor) else data if isinstance(data, (list, tuple)) else []
+    tensors = [tensor for item in held for tensor in as_batch(item).values()]
+    return {
+        "student": fingerprint(student),
+        "teacher": None if teacher is None else fingerprint(teacher),
+        "data": fingerprint(nn.Module(), *tensors) if tensors else None,
+    }
+
+
 class _Run:
-    """A model in training: its optimisers, its objectives, its last good state, and the report."""
+    """A model in training: its optimisers, its objectives, its last good state, its checkpoint, and the report."""
 
     def __init__(
         self,
@@ -403,8 +497,11 @@ class _Run:
             self.optimizers = list(optimizer(student))
         self.peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.trained = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+        names = {id(p): name for name, p in student.named_parameters()}
+        self.names = [names.get(id(p), f"other.{i}") for i, p in enumerate(self.trained)]
         self.schedule = schedule or self._cosine
         self.good, self.good_step = [p.detach().clone() for p in self.trained], 0
+        self.checkpoint: Checkpoint | None = None
         self.objectives = {
             name: Objective(
                 student,
@@ -422,30 +519,34 @@ class _Run:
         shown["optimizers"] = [
             {"name": type(o).__name__, "lr": peaks} for o, peaks in zip(self.optimizers, self.peaks, strict=True)
         ]
+        if processes.count > 1:
+            shown["processes"] = processes.count
         self.report = TrainingReport(settings.recipe, shown)
 
     def _cosine(self, step: int) -> float:
         assert self.settings.warmup is not None
         return cosine_schedule(step, self.settings.steps, self.settings.warmup)
 
-    def step(self, step: int, micro_batches: list[Batch]) -> None:
+    def step(self, micro_batches: list[Batch]) -> None:
         """One optimiser step."""
+        step = self.report.steps
         factor = self.schedule(step)
         for o, peaks in zip(self.optimizers, self.peaks, strict=True):
             for group, peak in zip(o.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
         stage = self.settings.stage(step)
         objective = self.objectives[stage]
-        values = self.backward(objective, micro_batches)
+        own = [(on(batch, self.device), counts) for batch, counts in self.processes.share(micro_batches)]
+        values = self.backward(objective, own)
         loss = sum(weight * values[name] for name, weight in objective.weights.items())
         if not math.isfinite(loss):
-            self.stop(f"the loss ({loss})", step)
+            self.stop(f"the loss ({loss})", step, self.where(self.first_output(objective, own)))
         if step - self.good_step >= _STEPS_BETWEEN_COPIES:
-            self.good_step = step
-            torch._foreach_copy_(self.good, [p.detach() for p in self.trained])
+            self.keep(step)
+        self.processes.sum_gradients(self.trained)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip).item()
         if not math.isfinite(norm):
-            self.stop("the gradient", step)
+            self.stop("the gradient", step, self.where(self.first_gradient(objective, own)))
         for o in self.optimizers:
             _step(o)
         self.clear_gradients()
@@ -457,10 +558,13 @@ class _Run:
         report.gradient_norms.append(norm)
         report.tokens += sum(batch["input_ids"].numel() for batch in micro_batches)
 
-    def backward(self, objective: Objective, micro_batches: list[Batch]) -> dict[str, float]:
-        """Leave the gradient of the loss on all rows of the micro-batches in the parameters; return each loss."""
-        own = [(on(batch, self.device), counts) for batch, counts in self.processes.share(micro_batches)]
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
+    def backward(self, objective: Objective, own: Sequence[tuple[Batch, float]]) -> dict[str, float]:
+        """Leave this process's part of the loss's gradient in the parameters; return each loss, of all processes.
+
+        ``own`` are its batches of this step, and whether they count. The denominators of all come first; where there is
+        one batch, they are those that its losses have.
+        """
+        autocast = self.autocast()
         denominators: dict[str, Tensor] | None = None
         if len(own) > 1:
             denominators = {}
@@ -482,18 +586,86 @@ class _Run:
         names = list(values)
         return dict(zip(names, torch.cat(list(self.processes.sum(values).values())).tolist(), strict=True))
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
+
     def clear_gradients(self) -> None:
         for p in self.trained:
             p.grad = None
 
-    def stop(self, what: str, step: int) -> None:
+    @torch.no_grad()
+    def keep(self, step: int) -> None:
+        """Take the parameters, as they are after ``step`` steps, for the last good ones."""
+        self.good_step = step
+        torch._foreach_copy_(self.good, self.trained)
+
+    def stop(self, what: str, step: int, where: str = "") -> NoReturn:
         """Put the model back to its last good state, and raise."""
         with torch.no_grad():
             torch._foreach_copy_(self.trained, self.good)
         raise FloatingPointError(
-            f"{what} is not finite at step {step + 1}; the model is back at its state after step {self.good_step}. "
-            f"Lower lr (now {self.report.settings['optimizers'][0]['lr'][0]}) or look at the batch"
+            f"{what} is not finite at step {step + 1}; {where}the model is back at its state after step "
+            f"{self.good_step}. Lower lr (now {self.peaks[0][0]}) or look at the batch"
         )
+
+    def where(self, found: str | None) -> str:
+        """What one of the processes found, in words."""
+        first = next((name for name in self.processes.gather(found) if name is not None), None)
+        return f"the first such number is in {first}; " if first else "no module gives such a number by itself; "
+
+    def first_output(self, objective: Objective, own: Sequence[tuple[Batch, float]]) -> str | None:
+        def again() -> None:
+            for batch, _ in own:
+                with self.autocast():
+                    objective(batch)
+
+        models = {"": self.student} | ({} if self.teacher is None else {"the teacher's ": self.teacher})
+        return diagnosis.first_output(models, again)
+
+    def first_gradient(self, objective: Objective, own: Sequence[tuple[Batch, float]]) -> str | None:
+        # behind all modules, in the order of the backward pass
+        names = [n for n, p in self.student.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+
+        def again() -> None:
+            for batch, _ in own:
+                with self.autocast():
+                    terms = objective(batch)
+                sum((w * terms[n].value() for n, w in objective.weights.items()), torch.zeros(())).backward()
+
+        found = diagnosis.first_gradient({"": self.student}, again)
+        return found or (f"the gradient of {names[-1]}" if names else None)
+
+    def resume(self, folder: str | os.PathLike[str], about: dict[str, Any], source: Iterator[Batch]) -> None:
+        """Use a checkpoint's folder; go on from the state in it, if there is one, past the batches that it has seen."""
+        from freqrank.models.checkpoint import Checkpoint
+
+        self.checkpoint = self.processes.main_first(lambda: Checkpoint(folder, about))
+        if (kept := self.checkpoint.load(_PIECE)) is None:
+            return
+        tensors, values = kept
+        with torch.no_grad():
+            for name, p in zip(self.names, self.trained, strict=True):
+                p.copy_(tensors[f"parameter.{name}"])
+        state.optimizers_from_tensors(self.optimizers, tensors, values["optimizers"])
+        state.report_from_tensors(self.report, tensors, values["report"])
+        self.keep(self.report.steps)
+        for _ in range(self.report.steps * self.settings.accumulate):
+            next(source)
+        state.set_random_state(self.device, tensors, self.processes)
+
+    def save(self) -> None:
+        """Keep the run's state in its checkpoint, if it has one; parameters that are not finite are not kept."""
+        if self.checkpoint is None:
+            return
+        for name, p in zip(self.names, self.trained, strict=True):
+            if not p.isfinite().all():
+                self.stop(f"parameter {name}", self.report.steps - 1)
+        tensors = {f"parameter.{name}": p for name, p in zip(self.names, self.trained, strict=True)}
+        kept, plain = state.optimizers_to_tensors(self.optimizers)
+        series, values = state.report_to_tensors(self.report)
+        tensors |= kept | series | state.random_state(self.device, self.processes)
+        if self.processes.is_main:
+            self.checkpoint.save(_PIECE, tensors, {"optimizers": plain, "report": values})
 
 
 def _step(optimizer: torch.optim.Optimizer) -> None:
@@ -548,14 +720,14 @@ def _checkpointing(student: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _progress_bar(steps: int, show: bool) -> Iterator[Callable[[float], None]]:
+def _progress_bar(done: int, steps: int, show: bool) -> Iterator[Callable[[float], None]]:
     """A function to call with each step's loss."""
     if not show:
         yield lambda loss: None
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=steps, desc="training", unit="step") as bar:
+    with tqdm(total=steps, initial=done, desc="training", unit="step") as bar:
 
         def advance(loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate, groupby
 from typing import Any
 
 
@@ -40,3 +42,85 @@ class TrainingReport:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "steps": self.steps}
+
+    @property
+    def curves(self) -> dict[str, list[tuple[float, float]]]:
+        """What :meth:`plot` draws: (steps done, value) pairs of each curve.
+
+        >>> TrainingReport("released", {}, losses=[3.0, 2.0], next_token=[3.0, 2.0]).curves["loss"]
+        [(1, 3.0), (2, 2.0)]
+        """
+        series = {
+            "loss": self.losses,
+            "next-token": self.next_token,
+            "learning rate": self.learning_rates,
+            "gradient norm": self.gradient_norms,
+        }
+        found: dict[str, list[tuple[float, float]]] = {
+            name: list(enumerate(values, start=1)) for name, values in series.items()
+        }
+        return found | {"validation": [(step, loss) for step, loss in self.validation]}
+
+    @property
+    def stage_starts(self) -> list[tuple[str, int]]:
+        """The stages that the run went through, and how many steps were done when each began.
+
+        >>> TrainingReport("align", {}, stages=["attention", "hidden", "hidden"]).stage_starts
+        [('attention', 0), ('hidden', 1)]
+        """
+        found, done = [], 0
+        for name, steps in groupby(self.stages):
+            found.append((name, done))
+            done += len(list(steps))
+        return found
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the losses, and below them learning rate and gradient norm, into a file of a type that its name says.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: no step was taken, or matplotlib knows no such file type.
+        """
+        if not self.losses:
+            raise ValueError("there is nothing to plot: no step was taken")
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ImportError("plot needs matplotlib: pip install matplotlib") from None
+        figure = Figure(figsize=(8, 5.5), layout="constrained")
+        losses, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        curves = self.curves
+        for name, colour in (("loss", "#999999"), ("next-token", "#0072b2")):
+            x, y = zip(*curves[name], strict=True)
+            losses.plot(x, y, color=colour, linewidth=0.6, alpha=0.5)
+            losses.plot(x, _smooth(y), color=colour, linewidth=1.4, label=name)
+        if curves["validation"]:
+            losses.plot(
+                *zip(*curves["validation"], strict=True), "o-", color="#d55e00", markersize=4, label="validation"
+            )
+        losses.set_ylabel("loss (nats a token)")
+        losses.legend(loc="upper right", frameon=False)
+        for name, start in self.stage_starts:
+            for axes in (losses, below):
+                axes.axvline(start, color="black", linewidth=0.8, linestyle=":")
+            losses.annotate(
+                name, (start, 1), xycoords=("data", "axes fraction"), xytext=(3, -3), textcoords="offset points",
+                va="top", fontsize=8,
+            )  # fmt: skip
+        below.plot(*zip(*curves["gradient norm"], strict=True), color="#009e73", linewidth=0.8)
+        below.set_yscale("log")
+        below.set_ylabel("gradient norm", color="#009e73")
+        rate = below.twinx()
+        rate.plot(*zip(*curves["learning rate"], strict=True), color="black", linewidth=1.2)
+        rate.set_ylabel("learning rate")
+        below.set_xlabel("steps")
+        below.set_xlim(0, self.steps)
+        figure.savefig(path, dpi=150)
+
+
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """A running mean over a fiftieth of the curve."""
+    width = max(1, len(values) // 50)
+    sums = [0.0, *accumulate(values)]
+    ends = [(max(0, i + 1 - width), i + 1) for i in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in ends]

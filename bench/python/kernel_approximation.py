@@ -48,9 +48,11 @@ def draw(kind: FeatureMapKind | str, dim: int, count: int, seed: int, temperatur
 def relative_error(kind: FeatureMapKind, dim: int, count: int, draws: int, length: float) -> tuple[float, float]:
     """Root mean square over draws and 64 pairs of (estimate / exp(q . k) - 1), and the root mean square of its bias.
 
-    Vectors have independent normal coordinates, and ``length`` is the root mean square of their lengths.
+    Vectors point anywhere and are ``length`` long: the variance of an estimate grows as exp(|q + k|^2), and of vectors
+    of random lengths the longest would decide alone.
     """
-    q, k = torch.randn(2, 64, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(7)) * length / dim**0.5
+    normal = torch.randn(2, 64, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    q, k = torch.nn.functional.normalize(normal, dim=-1) * length
     exact = (q * k).sum(-1).exp()
     off = torch.stack([(f(q) * f(k)).sum(-1) / exact - 1 for f in (draw(kind, dim, count, s) for s in range(draws))])
     return off.square().mean().sqrt().item(), off.mean(0).square().mean().sqrt().item()
@@ -64,22 +66,22 @@ def slope(counts: list[int], errors: list[float]) -> float:
 
 
 def rates(quick: bool) -> list[dict[str, Any]]:
-    dims = (2, 8, 32) if not quick else (2,)
+    problems = [(2, 0.5), (2, 1.0), (8, 1.0), (32, 1.0)] if not quick else [(2, 1.0)]
     counts = [16, 32, 64, 128, 256, 512, 1024, 2048] if not quick else [16, 64]
     draws = 30 if not quick else 4
     rows = []
-    with bar("rates", len(dims) * len(SAMPLINGS) * len(counts), True) as advance:
-        for dim in dims:
+    with bar("rates", len(problems) * len(SAMPLINGS) * len(counts), True) as advance:
+        for dim, length in problems:
             for name, kind in SAMPLINGS.items():
                 errors, biases = [], []
                 for count in counts:
-                    error, bias = relative_error(kind, dim, count, draws, 1.0)
+                    error, bias = relative_error(kind, dim, count, draws, length)
                     errors.append(error)
                     biases.append(bias)
                     advance("")
                 rows.append(
-                    {"dim": dim, "sampling": name, "counts": counts, "errors": errors, "biases": biases,
-                     "slope": slope(counts, errors), "draws": draws}
+                    {"dim": dim, "length": length, "sampling": name, "counts": counts, "errors": errors,
+                     "biases": biases, "slope": slope(counts, errors), "draws": draws}
                 )  # fmt: skip
     return rows
 
@@ -123,12 +125,12 @@ def plot(document: dict[str, Any], folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    dims = sorted({row["dim"] for row in document["rates"]})
-    figure, axes = plt.subplots(1, len(dims), figsize=(5 * len(dims), 4.5), squeeze=False, sharey=True)
-    for axis, dim in zip(axes[0], dims, strict=True):
-        for row in (r for r in document["rates"] if r["dim"] == dim):
+    problems = sorted({(row["dim"], row["length"]) for row in document["rates"]})
+    figure, axes = plt.subplots(1, len(problems), figsize=(4.5 * len(problems), 4.5), squeeze=False, sharey=True)
+    for axis, (dim, length) in zip(axes[0], problems, strict=True):
+        for row in (r for r in document["rates"] if (r["dim"], r["length"]) == (dim, length)):
             axis.loglog(row["counts"], row["errors"], ".-", label=f"{row['sampling']} ({row['slope']:.2f})")
-        axis.set_title(f"{dim} channels (fitted slope)")
+        axis.set_title(f"{dim} channels, vectors of length {length:g} (fitted slope)", fontsize=9)
         axis.set_xlabel("features")
         axis.legend(fontsize=7)
     axes[0][0].set_ylabel("relative error of the estimate of exp(q . k)")
@@ -140,17 +142,19 @@ def plot(document: dict[str, Any], folder: Path) -> None:
 def tables(document: dict[str, Any]) -> str:
     """The results in Markdown."""
     lines = [f"On {document['machine'].get('cpu', {}).get('model', 'this machine')}.", ""]
-    dims = sorted({row["dim"] for row in document["rates"]})
+    problems = sorted({(row["dim"], row["length"]) for row in document["rates"]})
     last = document["rates"][0]["counts"][-1]
     lines += [
-        "| frequencies | " + " | ".join(f"{d} channels: slope, error and bias at {last}" for d in dims) + " |",
-        "|---" * (1 + len(dims)) + "|",
+        "Slope of log error against log features; error and bias at the last number of features, " + f"{last}.",
+        "",
+        "| frequencies | " + " | ".join(f"{dim} channels, length {length:g}" for dim, length in problems) + " |",
+        "|---" * (1 + len(problems)) + "|",
     ]
     for name in SAMPLINGS:
         cells = []
-        for dim in dims:
-            (row,) = (r for r in document["rates"] if r["dim"] == dim and r["sampling"] == name)
-            cells.append(f"{row['slope']:.2f}, {row['errors'][-1]:.2g}, {row['biases'][-1]:.2g}")
+        for problem in problems:
+            (row,) = (r for r in document["rates"] if (r["dim"], r["length"]) == problem and r["sampling"] == name)
+            cells.append(f"{row['slope']:.2f}; {row['errors'][-1]:.2g}, {row['biases'][-1]:.2g}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
         "",

@@ -15,7 +15,7 @@ scan finds beyond is added to it with a weight that training raises from 0.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freqrank import ops
-from freqrank.attention.feature_maps import FeatureMap, Float32Module, feature_map_kind
+from freqrank.attention.feature_maps import FEATURE_MAPS, FeatureMap, Float32Module, feature_map_kind
 from freqrank.attention.window import WindowState, window_attention
 
 NORMS = ("group", "rms", "denominator", "none")
@@ -104,6 +104,39 @@ class DiJiangOptions:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+#: Whole combinations that have a name; `linearize` takes it in place of a feature map's.
+PRESETS: dict[str, DiJiangOptions] = {
+    "dijiang": DiJiangOptions(),
+    "recommended": DiJiangOptions(
+        feature_map="hedgehog",
+        temperature="pretrained",
+        decay="token",
+        norm_groups="heads",
+        gate="open",
+        position_table=0,
+        shortest_span=2.0,
+    ),
+}
+PRESETS["hybrid"] = replace(PRESETS["recommended"], window=64, sinks=4)
+
+
+def preset_options(name: str, **options: Any) -> DiJiangOptions:
+    """The options of a preset, or the released ones with another feature map, and ``options`` in place of theirs.
+
+    Raises:
+        ValueError: a name that is neither; what :class:`DiJiangOptions` raises.
+
+    >>> preset_options("hybrid", window=16).window, preset_options("wdcf").gate
+    (16, 'released')
+    """
+    if isinstance(name, str) and name in PRESETS:
+        return replace(PRESETS[name], **options)
+    if not isinstance(name, str) or name not in (*FEATURE_MAPS, WINDOW_ONLY):
+        allowed = ", ".join(map(repr, dict.fromkeys([*PRESETS, *FEATURE_MAPS, WINDOW_ONLY])))
+        raise ValueError(f"feature_map must be one of {allowed}; got {name!r}")
+    return DiJiangOptions(feature_map=name, **options)
 
 
 def multiscale_log_decay(heads: int, shortest_span: float = 32.0, longest_span: float = 512.0) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from freqrank.attention.dijiang import DiJiangAttention, DiJiangOptions
+from freqrank.attention.dijiang import DiJiangAttention, DiJiangOptions, preset_options
 from freqrank.lowrank.modules import share_products
 from freqrank.models.architectures import Architecture, find_architecture
 from freqrank.models.linear_attention_layers import ATTENTION_CLASSES, LinearizedAttention
@@ -157,7 +157,9 @@ def linearize(
     Args:
         model: a transformers model with attention of a class in
             :data:`freqrank.models.linear_attention_layers.ATTENTION_CLASSES` (Llama, GPT-NeoX, OPT, GPT-2, ...).
-        feature_map: "dijiang" (as released), or another name in ``freqrank.attention.feature_maps.FEATURE_MAPS``.
+        feature_map: a whole combination, "dijiang" (as released), "recommended" (what recovered best, see
+            docs/linearization.md) or "hybrid" (the same beside a softmax window and sinks); or a name in
+            ``freqrank.attention.feature_maps.FEATURE_MAPS``, with the released options around it.
         layers: which layers to convert; None means all. Negative indices count from the end.
         seed: the frequencies and gates of layer l are drawn from a generator seeded by (seed, l).
         **options: further fields of :class:`freqrank.attention.dijiang.DiJiangOptions`, such as ``norm_groups``.
@@ -181,7 +183,7 @@ def linearize(
     known = {f.name for f in fields(DiJiangOptions)} - {"feature_map"}
     if unknown := options.keys() - known:
         raise TypeError(f"unknown option {', '.join(sorted(unknown))}; linearize knows {', '.join(sorted(known))}")
-    chosen_options = DiJiangOptions(feature_map=feature_map, **options)
+    chosen_options = preset_options(feature_map, **options)
     architecture = find_architecture(model)
     chosen = _chosen_layers(layers, len(architecture.blocks))
     _check_layers(architecture, chosen, chosen_options)

@@ -48,6 +48,10 @@ def quadratic(layer: DiJiangAttention, x, q, k, v, mask=None):
     fmap = layer.feature_map
     phi_k = fmap(k).repeat_interleave(group, 2)
     phi_q = torch.stack([fmap(q[:, :, r::group]) for r in range(group)], 3).flatten(2, 3)
+    if fmap.kind.feature == "exp" and options.norm != "none":
+        # a factor that the norm takes out, but for its eps: features before their weights go up to 1
+        weights = 1.0 if fmap.weights is None else fmap.weights.detach().double()
+        phi_q = phi_q / (phi_q.detach() / weights).amax(-1, keepdim=True)
     number = (mask.cumsum(1) - 1).clamp(min=0)
     one = torch.ones((), dtype=torch.float64)
     a = b = torch.ones(batch, length, HEADS, dtype=torch.float64)
@@ -167,7 +171,7 @@ def test_state_elements_are_those_of_the_state_without_a_table():
         ({"window": -1}, "window must be an integer >= 0; got -1"),
         ({"sinks": 2}, "sinks=2 needs a window"),
         ({"feature_map": "none"}, "feature_map='none' needs a window"),
-        ({"temperature": "warm"}, "temperature must be a positive number or \"pretrained\"; got 'warm'"),
+        ({"temperature": "warm"}, "temperature must be a positive number, \"pretrained\" or None; got 'warm'"),
         ({"temperature": math.nan}, "temperature must be a positive number"),
         ({"num_frequencies": 0}, "num_frequencies must be None or an integer >= 1; got 0"),
     ],
@@ -180,3 +184,21 @@ def test_bad_options(options, message):
 def test_more_features_than_the_kernels_take():
     with pytest.raises(ValueError, match="has 514 features; the kernels take up to 512"):
         built(feature_map="hedgehog", num_frequencies=257)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
+def test_sixteen_bit_layers(options, dtype):
+    """What is float32 stays so, whatever the model's dtype, and the rest is one rounding or two away."""
+    layer = built(**options)
+    tensors = inputs(23)
+    expected = quadratic(layer, *tensors)
+    layer = layer.to(dtype)
+    assert all(p.dtype == torch.float32 for n, p in layer.named_parameters() if n.startswith(("decay", "feature_map")))
+    o, state = layer.mix(*(t.to(dtype).requires_grad_() for t in tensors), torch.arange(23)[None], output_state=True)
+    assert o.dtype == dtype
+    assert (o.double() - expected).norm() < 3e-2 * expected.norm()
+    if state.linear is not None:
+        assert state.linear.kv.dtype == torch.float32
+    o.sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)

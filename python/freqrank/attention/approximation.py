@@ -50,7 +50,7 @@ def kernel_error(
     scale: float | None = None,
     causal: bool = True,
     num_frequencies: int | None = None,
-    temperature: float | str = 1.0,
+    temperature: float | str | None = None,
     seed: int = 0,
 ) -> KernelError:
     """Compare the kernel of a feature map with softmax attention's exp(scale q . k), quadratically and in float64.

@@ -43,8 +43,9 @@ class DiJiangOptions:
             and keeps the window alone, for comparison.
         num_frequencies: columns of the map's projection; None: as many as a head has channels. See
             :class:`freqrank.attention.feature_maps.FeatureMap`.
-        temperature: factor on queries and keys before the map, or "pretrained": the one that restores the scale of the
-            pretrained logits (:func:`freqrank.attention.feature_maps.pretrained_temperature`).
+        temperature: factor on queries and keys before the map; "pretrained": the one that restores the scale of the
+            pretrained logits (:func:`freqrank.attention.feature_maps.pretrained_temperature`); None: 1 for softmax
+            features, as released, and "pretrained" for exponentials, which a trained model's vectors would overflow.
         decay: of the state. "multi-scale": one fixed rate a head, as released; "learned": the same, trained; "token": a
             rate that also depends on the token, -log gamma = exp(w . x + log rate), w trained from 0; "none".
         norm: what stands for softmax's denominator: "group" (GroupNorm, as released), "rms" (of each head),
@@ -65,7 +66,7 @@ class DiJiangOptions:
 
     feature_map: str = "dijiang"
     num_frequencies: int | None = None
-    temperature: float | str = 1.0
+    temperature: float | str | None = None
     decay: str = "multi-scale"
     norm: str = "group"
     norm_groups: str = "head_dim"
@@ -84,8 +85,8 @@ class DiJiangOptions:
             if getattr(self, name) not in names:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}; got {getattr(self, name)!r}")
         number = isinstance(self.temperature, (int, float)) and not isinstance(self.temperature, bool)
-        if not (self.temperature == "pretrained" or (number and 0 < float(self.temperature) < math.inf)):
-            raise ValueError(f'temperature must be a positive number or "pretrained"; got {self.temperature!r}')
+        if not (self.temperature in (None, "pretrained") or (number and 0 < float(self.temperature) < math.inf)):
+            raise ValueError(f'temperature must be a positive number, "pretrained" or None; got {self.temperature!r}')
         for name in ("position_table", "window", "sinks"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -411,7 +412,8 @@ class DiJiangAttention(nn.Module):
             v = factors * v
             if normalize:  # b belongs to phi(k), so to the denominator as well: as one more channel of the values
                 v, normalize = torch.cat([v, factors.to(v.dtype).expand(*v.shape[:-1], 1)], -1), False
-        q, k, log_decay = phi.augment(q), phi.augment(k), self.decay(x)
+        q, k, log_decay = phi.augment(q, bounded=options.norm != "none"), phi.augment(k), self.decay(x)
+        v = v.to(q.dtype)
         projection = phi.projection(torch.float64 if q.dtype == torch.float64 else torch.float32)
         shared: dict[str, Any] = {
             "feature": phi.kind.feature,
@@ -447,9 +449,13 @@ class DiJiangAttention(nn.Module):
         if options.position_table:
             o = self.query_factors(positions)[..., None] * o
         if options.norm == "group":
-            o = self.norm(o.flatten(2).flatten(0, 1)).view(o.shape)
+            assert isinstance(self.norm, nn.GroupNorm)
+            weight, bias = self.norm.weight.to(o.dtype), self.norm.bias.to(o.dtype)
+            flat = o.flatten(2).flatten(0, 1)
+            o = F.group_norm(flat, self.norm.num_groups, weight, bias, self.norm.eps).view(o.shape)
         elif options.norm == "rms":
             o = self.norm(o)
+        o = o.to(dtype)
         if options.gate != "none":
             o = F.silu(self.gate_proj(x)).view(o.shape) * o
         return o.to(dtype), state

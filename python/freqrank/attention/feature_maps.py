@@ -129,7 +129,8 @@ class FeatureMap(Float32Module):
             fewer the first are taken, and more are made of several transforms, those after the first behind random
             signs of their own. ``num_features`` is M, or 2M with both signs of each; the ops take up to 512.
         num_heads: key heads, each with a matrix of its own, of a learned map.
-        temperature: factor on x, or "pretrained" (:func:`pretrained_temperature`). The released map has 1.
+        temperature: factor on x, or "pretrained" (:func:`pretrained_temperature`). None: 1 for softmax features, as
+            released, and "pretrained" for exponentials, which a trained model's vectors would overflow.
         device: where the tensors live.
 
     The tensors are empty until :meth:`reset_parameters`, or until a checkpoint fills them. The temperature is kept
@@ -152,7 +153,7 @@ class FeatureMap(Float32Module):
         *,
         num_frequencies: int | None = None,
         num_heads: int = 1,
-        temperature: float | str = 1.0,
+        temperature: float | str | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
@@ -162,9 +163,11 @@ class FeatureMap(Float32Module):
         if self.num_frequencies < 1:
             raise ValueError(f"num_frequencies must be at least 1; got {num_frequencies}")
         self.num_features = self.num_frequencies * (2 if kind.feature == "softmax_pm" else 1)
+        if temperature is None:
+            temperature = "pretrained" if kind.feature == "exp" else 1.0
         self.temperature = pretrained_temperature(kind, head_dim) if temperature == "pretrained" else float(temperature)
         if not 0 < self.temperature < math.inf:
-            raise ValueError(f'temperature must be a positive number or "pretrained"; got {temperature!r}')
+            raise ValueError(f'temperature must be a positive number, "pretrained" or None; got {temperature!r}')
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
@@ -206,7 +209,8 @@ class FeatureMap(Float32Module):
     def projection(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """P [K, M], or [heads, K, M] if it is learned, that x is multiplied by on the right.
 
-        With a prefactor it is [K + 1, M], for x as :meth:`augment` returns it. ``dtype``: float32 or float64.
+        Of a map with "exp" features it is [K + 1, M], for x as :meth:`augment` returns it. ``dtype``: float32 or
+        float64.
         """
         if self.matrix is not None:
             return self.matrix.to(dtype)
@@ -218,15 +222,26 @@ class FeatureMap(Float32Module):
         else:
             assert self.frequencies is not None
             p = self.frequencies.to(dtype)
-        return torch.cat([p, torch.ones_like(p[:1])]) if self.kind.prefactor else p
+        return torch.cat([p, torch.ones_like(p[:1])]) if self.kind.feature == "exp" else p
 
-    def augment(self, x: Tensor) -> Tensor:
-        """x, with one more channel if the map has a prefactor: its logarithm, which every product gets added to it."""
-        if not self.kind.prefactor:
+    def augment(self, x: Tensor, *, bounded: bool = False) -> Tensor:
+        """x in float32 (float64), with one more channel for "exp" features: what every product gets added to it.
+
+        That is the logarithm of the prefactor, or, ``bounded``, minus the largest product, so that the features of
+        each vector go up to 1: for queries whose factor a norm takes out again, exponentials that would overflow
+        together with those of the keys. Other maps get x as it is.
+        """
+        if self.kind.feature != "exp":
             return x
         x = x if x.dtype == torch.float64 else x.float()
-        norms = x.square().sum(-1, keepdim=True) * self.temperature**2
-        return torch.cat([x, -self.kind.prefactor * norms - 0.5 * math.log(self.num_features)], -1)
+        if bounded:
+            channel = -(x.detach() @ self.projection(x.dtype)[:-1]).amax(-1, keepdim=True)
+        elif self.kind.prefactor:
+            norms = x.square().sum(-1, keepdim=True) * self.temperature**2
+            channel = -self.kind.prefactor * norms - 0.5 * math.log(self.num_features)
+        else:
+            channel = torch.zeros_like(x[..., :1])
+        return torch.cat([x, channel], -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """phi(x) in fp32 (fp64 for fp64), as the ops make it on their way: [..., heads, K] -> [..., num_features].

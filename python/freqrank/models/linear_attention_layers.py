@@ -86,8 +86,9 @@ class LinearizedAttention(DiJiangAttention):
         if options.feature_map == WINDOW_ONLY:
             return None
         size = cls.size_of_a_head(attention)
-        # the logarithm of a prefactor is one more channel of q and k, the denominator's sum one of v
-        more = FEATURE_MAPS[options.feature_map].prefactor or (options.norm == "denominator" and options.position_table)
+        # the logarithm of a factor is one more channel of q and k, the denominator's sum one of v
+        exponential = FEATURE_MAPS[options.feature_map].feature == "exp"
+        more = exponential or (options.norm == "denominator" and options.position_table)
         limit = MAX_DIM - bool(more)
         if size > limit:
             return (

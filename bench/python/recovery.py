@@ -47,19 +47,31 @@ class Way:
     scratch: bool = False
 
 
-RECOMMENDED = {
-    "feature_map": "hedgehog",
-    "temperature": "pretrained",
-    "decay": "token",
-    "shortest_span": 2.0,
-    "norm_groups": "heads",
-    "gate": "open",
-    "position_table": 0,
-}
-DISTILLED = {"recipe": "align"}
+ALIGNED = {"recipe": "align"}
+#: The hybrid's window is an eighth of the training context. Its scan keeps 2 x 32 features of 32 values a head, as many
+#: numbers as the keys and values of 32 tokens: a window alone gets those.
 WAYS = {
-    "original": Way("the softmax model", None, None),
-    "released": Way("DiJiang's layer and next-token training, as released"),
+    "original": Way("the softmax model itself", None, None),
+    "scratch": Way("the softmax model, trained from scratch", None, scratch=True),
+    "released": Way("released layer, next-token loss (the released recipe)", {"feature_map": "dijiang"}),
+    "temperature": Way(
+        "released layer at the pretrained temperature, next-token loss",
+        {"feature_map": "dijiang", "temperature": "pretrained"},
+    ),
+    "released-aligned": Way("released layer, aligned and distilled", {"feature_map": "dijiang"}, ALIGNED),
+    "recommended-next-token": Way("recommended layer, next-token loss", {"feature_map": "recommended"}),
+    "recommended": Way("recommended layer, aligned and distilled", {"feature_map": "recommended"}, ALIGNED),
+    "hybrid": Way(
+        "recommended layer with a window of 64 and 4 sinks, aligned and distilled", {"feature_map": "hybrid"}, ALIGNED
+    ),
+    "window": Way(
+        "a window of 96 and 4 sinks alone (equal state), aligned and distilled",
+        {"feature_map": "none", "window": 96, "sinks": 4},
+        ALIGNED,
+    ),
+    "window-untrained": Way(
+        "a window of 96 and 4 sinks alone, untrained", {"feature_map": "none", "window": 96, "sinks": 4}, None
+    ),
 }
 
 

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 def _main(rank: int, work: Callable[[int, int], Any], size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=size, timeout=timedelta(seconds=120)
     )
     result = work(rank, size)
     dist.barrier()

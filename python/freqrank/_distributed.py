@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -18,7 +19,8 @@ T = TypeVar("T")
 class Ranks:
     """A process group and this process's place in it; without one, a world of one rank.
 
-    Every method but :meth:`share` is collective: all ranks call it, in the same order, or those that do wait.
+    Methods but :meth:`has` and :meth:`share` are collective: all ranks call them, in the same order, or those that do
+    wait. Tensors are on a device that the group serves.
     """
 
     group: dist.ProcessGroup | None = None
@@ -30,13 +32,17 @@ class Ranks:
         """Whether this is the rank that prints and writes."""
         return self.rank == 0
 
+    def has(self, number: int) -> bool:
+        """Whether an item of this number is in this rank's share."""
+        return number % self.size == self.rank
+
     def share(self, items: Sequence[T]) -> list[T]:
         """This rank's part of what every rank has: every ``size``-th one.
 
         >>> Ranks(rank=1, size=3).share(range(8))
         [1, 4, 7]
         """
-        return list(items[self.rank :: self.size])
+        return [item for number, item in enumerate(items) if self.has(number)]
 
     def agree(
         self, same: Mapping[str, Any], told: Sequence[int] = (), error: TypeError | ValueError | None = None
@@ -84,6 +90,19 @@ class Ranks:
                 )
         raise AssertionError("ranks differ in nothing that they said")
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A TypeError or ValueError that leaves this block on one rank is raised at its end on all ranks."""
+        if self.size == 1:
+            yield
+            return
+        error: TypeError | ValueError | None = None
+        try:
+            yield
+        except (TypeError, ValueError) as wrong:
+            error = wrong
+        self.agree({}, error=error)
+
     def gather(self, x: Tensor) -> Tensor:
         """``x`` of every rank, of one shape and dtype: [size, \\*x.shape]. Not differentiable: see `gathered`."""
         found = x.new_empty((self.size, *x.shape))
@@ -106,10 +125,27 @@ class Ranks:
                 x.copy_(whole)
         return x
 
+    def totals(self, *numbers: float) -> list[float]:
+        """Sums of numbers over all ranks, in float64.
+
+        >>> Ranks().totals(1, 2.5)
+        [1.0, 2.5]
+        """
+        return self.sum_(torch.tensor(numbers, dtype=torch.float64, device=self._device)).tolist()
+
+    def take_first_(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors by what the first rank has in them."""
+        if self.size > 1:
+            source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+            for x in tensors:
+                whole = x.detach().contiguous()
+                dist.broadcast(whole, source, group=self.group)
+                x.detach().copy_(whole)
+
     @property
     def _device(self) -> torch.device:
         """Where a few numbers are exchanged: on the CPU if the group serves it, so that no GPU waits."""
-        if "cpu:" in dist.get_backend_config(self.group):
+        if self.size == 1 or "cpu:" in dist.get_backend_config(self.group):
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
 
@@ -117,6 +153,15 @@ class Ranks:
 def initialized() -> bool:
     """Whether torch.distributed has a process group."""
     return dist.is_available() and dist.is_initialized()
+
+
+def world() -> Ranks:
+    """This process among all; a world of one where torch.distributed has no process group.
+
+    >>> world().size
+    1
+    """
+    return ranks() if initialized() else Ranks()
 
 
 def ranks(group: dist.ProcessGroup | None = None) -> Ranks:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freqrank._distributed import Ranks
 from freqrank.ops import gram_
 
 # Sequences are run together as long as they hold at most this many tokens.
@@ -156,7 +157,19 @@ def observe(
             handle.remove()
 
 
-class Grams:
+class _Sums:
+    """Sums over tokens by name; each rank adds its own tokens."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, Tensor] = {}
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add up what the ranks have, which must be sums of the same names and shapes: now all have all."""
+        for name in sorted(self.of):
+            ranks.sum_(self.of[name])
+
+
+class Grams(_Sums):
     """Gram matrices X^T X of several inputs, summed in float64 as the pieces come.
 
     >>> grams = Grams()
@@ -165,9 +178,6 @@ class Grams:
     tensor([[3., 3.],
             [3., 3.]], dtype=torch.float64)
     """
-
-    def __init__(self) -> None:
-        self.of: dict[str, Tensor] = {}
 
     def add(self, name: str, x: Tensor, y: Tensor | None = None) -> None:
         """Add X^T Y (Y = X if None) of ``x`` [tokens, n] and ``y`` [tokens, m] to the matrix of that name."""
@@ -181,7 +191,7 @@ class Grams:
         return bool(self.of[name].diagonal().isfinite().all())
 
 
-class Magnitudes:
+class Magnitudes(_Sums):
     """sum_t |x_tj| of each channel j of several inputs, summed in float64 as the pieces come.
 
     >>> magnitudes = Magnitudes()
@@ -189,9 +199,6 @@ class Magnitudes:
     >>> magnitudes.of["q"]
     tensor([4., 2.], dtype=torch.float64)
     """
-
-    def __init__(self) -> None:
-        self.of: dict[str, Tensor] = {}
 
     def add(self, name: str, x: Tensor) -> None:
         """Add the column sums of |``x``| [tokens, n] to the vector of that name."""

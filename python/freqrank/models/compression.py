@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import freqrank
 from freqrank import _progress
+from freqrank._distributed import Ranks, world
 from freqrank.lowrank.allocation import ALLOCATIONS, Shape, allocate, kept, trial_ranks
 from freqrank.lowrank.factorize import (
     Root,
@@ -59,6 +60,8 @@ STATISTICS = ("original", "error-aware")
 
 # The search for sensitive groups scores the model on the first calibration sequences of about so many tokens.
 _TRIAL_TOKENS = 8192
+
+_ALONE = Ranks()
 
 T = TypeVar("T")
 
@@ -151,6 +154,12 @@ def compress(
     changes before everything has been computed: if anything fails it is as it was. Embeddings, norms, biases and the
     language model head stay.
 
+    Where torch.distributed has a process group, as under torchrun, all of its ranks call this with the same arguments,
+    each with the model in its own memory. Batches of the calibration (tensors and dicts, cut to some 8,192 tokens) are
+    dealt out to the ranks, what is known of them is summed, and every rank ends with the same compressed model, that of
+    one process. Only the first rank shows progress, warns, and writes the checkpoint, which others read if they see its
+    folder. Decompositions are not shared: each rank makes all.
+
     Args:
         model: a decoder of `transformers` (Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, GPT-NeoX, OPT, GPT-2 and others
             of their structure), linearised or not, in float32, bfloat16 or float16; factors are stored in its dtype
@@ -212,7 +221,8 @@ def compress(
             group size below 1, wrong calibration shapes or values, NaN or Inf in activations, gradients or weights (the
             message names the layer), a model that is compressed already, or has no language-model head where its loss
             is wanted, a checkpoint of another run, an offloaded model without an ``offload_folder`` or with an option
-            that takes all of it at once.
+            that takes all of it at once, or on several ranks; ranks with unlike arguments, or more of them than
+            batches. Each rank raises what one raises.
         OSError: the checkpoint, or what is found for an offloaded model, does not fit on the disk.
 
     Warns:
@@ -229,27 +239,31 @@ def compress(
         (True, 15)
     """
     start = time.perf_counter()
-    architecture = find_architecture(model)
-    _check_options(
-        method, ratio, group_size, share, scale, exponent, block_weight, refit, allocation, seed, depth_weight,
-        statistics, output_weight, grouping, storage,
-    )  # fmt: skip
-    rule = METHODS[method](scale, float(exponent), block_weight)
-    given = {
-        "refit": refit, "allocation": allocation, "share": share, "statistics": statistics,
-        "output_weight": output_weight,
-    }  # fmt: skip
-    refit, allocation, share, statistics, output_weight = _preset(rule, given).values()
-    unused = {"block_weight": block_weight is not None, "exponent": exponent != 1.0}
-    for name in [name for name, given in unused.items() if given and name not in rule.switches]:
-        users = ", ".join(repr(other) for other, known in METHODS.items() if name in known.switches)
-        warnings.warn(f"{name} is a switch of {users}; {method!r} ignores it", stacklevel=2)
-    idle = {"grouping": grouping != "adjacent", "depth_weight": depth_weight is not None}
-    for name in [name for name, given in idle.items() if given and not (rule.shares and share != "modules")]:
-        warnings.warn(f"no layers share a basis here, so {name} changes nothing", stacklevel=2)
-    _check_model(model, architecture)
-    config = getattr(model, "config", None)
-    batches = read_calibration(calibration, getattr(config, "vocab_size", None))
+    among = world()
+    with among.together():
+        architecture = find_architecture(model)
+        _check_options(
+            method, ratio, group_size, share, scale, exponent, block_weight, refit, allocation, seed, depth_weight,
+            statistics, output_weight, grouping, storage,
+        )  # fmt: skip
+        rule = METHODS[method](scale, float(exponent), block_weight)
+        given = {
+            "refit": refit, "allocation": allocation, "share": share, "statistics": statistics,
+            "output_weight": output_weight,
+        }  # fmt: skip
+        refit, allocation, share, statistics, output_weight = _preset(rule, given).values()
+        _check_model(model, architecture)
+        config = getattr(model, "config", None)
+        batches = read_calibration(calibration, getattr(config, "vocab_size", None))
+        _check_ranks(model, batches, among)
+    if among.first:
+        unused = {"block_weight": block_weight is not None, "exponent": exponent != 1.0}
+        for name in [name for name, given in unused.items() if given and name not in rule.switches]:
+            users = ", ".join(repr(other) for other, known in METHODS.items() if name in known.switches)
+            warnings.warn(f"{name} is a switch of {users}; {method!r} ignores it", stacklevel=2)
+        idle = {"grouping": grouping != "adjacent", "depth_weight": depth_weight is not None}
+        for name in [name for name, given in idle.items() if given and not (rule.shares and share != "modules")]:
+            warnings.warn(f"no layers share a basis here, so {name} changes nothing", stacklevel=2)
     settings = {
         "method": method, "ratio": float(ratio), "group_size": group_size, "share": share, "scale": scale,
         "exponent": rule.exponent, "block_weight": block_weight, "refit": refit, "allocation": allocation,
@@ -257,30 +271,31 @@ def compress(
         "statistics": statistics, "output_weight": output_weight, "grouping": grouping, "storage": storage,
     }  # fmt: skip
     report = CompressionReport(settings, architecture.name, sum(batch.tokens for batch in batches))
+    data = None
+    if among.size > 1 or checkpoint is not None:
+        data = fingerprint(model, *[t for batch in batches for t in (batch.input_ids, batch.mask) if t is not None])
+        among.agree({**settings, "the model, or calibration,": data})
     aware = statistics == "error-aware"
     fisher = output_weight == "fisher" or allocation == "loss"
     with offload.workspace(model) as architecture.scratch, evaluating(model):
         groups = group_linears(architecture, rule.shares, group_size, share)
-        _warn_if_few(report, groups, architecture)
+        _warn_if_few(report, groups, architecture, among)
         if rule.channels == "gradient" or fisher or allocation == "sensitivity":
             _refuse_offloaded(model, architecture, batches, groups, ratio, backward=allocation != "sensitivity")
         store = None
         if checkpoint is not None:
-            texts = [t for batch in batches for t in (batch.input_ids, batch.mask) if t is not None]
-            store = Checkpoint(
-                checkpoint, {**settings, "data": fingerprint(model, *texts), "version": freqrank.__version__}
-            )
+            store = _open(checkpoint, {**settings, "data": data, "version": freqrank.__version__}, among)
         if grouping == "similar":  # groups of the same sizes
-            alike = _alike(architecture, batches, rule.shares, group_size, share, seed)
+            alike = _alike(architecture, among.share(batches), rule.shares, group_size, share, seed, among)
             groups = group_linears(architecture, rule.shares, group_size, share, alike)
         for group in groups:
             group.storage = storage
-        work = _Work(architecture, batches, rule, groups, report.tokens, depth_weight, output_weight == "fisher", store)
+        work = _Work(architecture, batches, rule, groups, depth_weight, output_weight == "fisher", store, among)
         passes = 1 + (allocation != "uniform") + (aware or refit in ("sequential", "cross"))
-        steps = passes * len(architecture.blocks) + len(batches) * ((rule.channels == "gradient") + fisher)
+        steps = passes * len(architecture.blocks) + len(work.share) * ((rule.channels == "gradient") + fisher)
         if allocation == "sensitivity":
             steps += sum(len(trial_ranks(group.shape, ratio)) for group in groups)
-        with _progress.bar(method, steps, progress) as advance:
+        with _progress.bar(method, steps, progress and among.first) as advance:
             if rule.channels == "gradient":
                 work.gradients(model, advance, report.notes)
             if fisher:
@@ -292,6 +307,7 @@ def compress(
             shapes = [group.shape for group in groups]
             for group, rank in zip(groups, allocate(allocation, shapes, ratio, spectra, losses), strict=True):
                 group.rank = rank
+            _take_first_ranks(groups, among)
             work.factor(refit, aware, advance)
 
     _count(report, groups, architecture)
@@ -299,7 +315,7 @@ def compress(
     if architecture.scratch is not None:
         report.notes.append(offload.note(architecture.scratch, _resident_bytes(architecture, groups)))
     before = _size(model)
-    _convert(model, architecture, groups, settings)
+    _convert(model, architecture, groups, settings, among)
     after = _size(model)
     report.model_parameters_before, report.model_bytes_before = before
     report.model_parameters_after, report.model_bytes_after = after
@@ -433,6 +449,23 @@ def _check_model(model: nn.Module, architecture: Architecture) -> None:
                 raise ValueError(f"{name} has NaN or Inf in its weight")
 
 
+def _check_ranks(model: nn.Module, batches: Sequence[Batch], among: Ranks) -> None:
+    """Raise ValueError for what cannot be shared between ranks."""
+    if among.size == 1:
+        return
+    if offload.is_offloaded(model):
+        raise ValueError(
+            "an offloaded model is compressed by one process, since its factors go to its offload folder: load it into "
+            f"the memory of each of the {among.size} ranks, or run one"
+        )
+    if len(batches) < among.size:
+        raise ValueError(
+            f"calibration must have a batch for each of the {among.size} ranks; got {len(batches)} of up to "
+            f"{max(batch.input_ids.numel() for batch in batches):,} tokens. Give more, or the same sequences as an "
+            "iterable of smaller tensors (calibration.split(1))"
+        )
+
+
 def _refuse_offloaded(
     model: nn.Module, architecture: Architecture, batches: Sequence[Batch], groups: Sequence[_Group], ratio: float,
     backward: bool,
@@ -464,7 +497,7 @@ def _refuse_offloaded(
     )
 
 
-def _warn_if_few(report: CompressionReport, groups: Sequence[_Group], architecture: Architecture) -> None:
+def _warn_if_few(report: CompressionReport, groups: Sequence[_Group], architecture: Architecture, among: Ranks) -> None:
     largest = max(groups, key=lambda group: group.shape.inputs)
     if report.tokens < largest.shape.inputs:
         site = largest.sites[0]
@@ -473,7 +506,8 @@ def _warn_if_few(report: CompressionReport, groups: Sequence[_Group], architectu
             f"matrix (the input of {architecture.full_name(site.layer, architecture.roles[site.role])}); the "
             "compressed model may fit these tokens only"
         )
-        warnings.warn(note, stacklevel=3)
+        if among.first:
+            warnings.warn(note, stacklevel=3)
         report.notes.append(note)
 
 
@@ -489,9 +523,13 @@ def _roles_sharing(architecture: Architecture, shares: bool, share: str) -> tupl
 
 
 def _alike(
-    architecture: Architecture, batches: Sequence[Batch], shares: bool, group_size: int, share: str, seed: int
-) -> dict[tuple[int, str], int]:
-    """Numbers for ``cluster`` of `group_linears`: those of layers that do alike are the same."""
+    architecture: Architecture, batches: Sequence[Batch], shares: bool, group_size: int, share: str, seed: int,
+    among: Ranks,
+) -> dict[tuple[int, str], int]:  # fmt: skip
+    """Numbers for ``cluster`` of `group_linears`: those of layers that do alike are the same.
+
+    ``batches`` are this rank's.
+    """
     shared, together = _roles_sharing(architecture, shares, share)
     parts: dict[tuple[str, int], list[Tensor]] = {}
     cluster: dict[tuple[int, str], int] = {}
@@ -501,6 +539,7 @@ def _alike(
     for layer in range(len(architecture.blocks)):
         grams = Grams()
         stream.advance(grams.add)
+        grams.sum_over(among)
         for roles in architecture.inputs:
             for role in roles:
                 if role in shared:
@@ -511,7 +550,7 @@ def _alike(
         moments = [torch.cat(parts[name, layer], 1) for layer in range(len(architecture.blocks))]
         for number, layers in enumerate(similar_groups(similarity(moments), group_size)):
             cluster |= {(layer, name): number for layer in layers}
-    return cluster
+    return dict(zip(cluster, among.agree({}, list(cluster.values()))[0], strict=True))
 
 
 def group_linears(
@@ -554,6 +593,25 @@ def group_linears(
     return sorted(groups, key=lambda group: group.layers[-1])
 
 
+def _take_first_ranks(groups: Sequence[_Group], among: Ranks) -> None:
+    """Directions as the first rank has allocated them: none lost to the last bit of a comparison."""
+    told = among.agree({}, [-1 if group.rank is None else group.rank for group in groups])[0]
+    for group, rank in zip(groups, told, strict=True):
+        group.rank = None if rank < 0 else rank
+
+
+def _open(folder: str | os.PathLike[str], run: Mapping[str, Any], among: Ranks) -> Checkpoint | None:
+    """A checkpoint, which the first rank makes and writes to. Other ranks read it where they see its folder."""
+    store = None
+    with among.together():
+        if among.first:
+            store = Checkpoint(folder, run)
+    with among.together():
+        if not among.first and Path(folder).is_dir():
+            store = Checkpoint(folder, run)
+    return store
+
+
 # --- the work ---------------------------------------------------------------------------------------------------------
 
 
@@ -587,7 +645,11 @@ class _Metric:
 
 
 class _Work:
-    """Streams the calibration tokens through the model and decomposes each group once its statistics are there."""
+    """Streams the calibration tokens through the model and decomposes each group once its statistics are there.
+
+    Each rank streams its ``share`` of the ``batches``, which all have. Statistics are summed over the ranks as soon as
+    a rank's are complete, and each rank does with them what one process would.
+    """
 
     def __init__(
         self,
@@ -595,13 +657,15 @@ class _Work:
         batches: Sequence[Batch],
         rule: Method,
         groups: Sequence[_Group],
-        tokens: int,
         depth_weight: float | None,
         weigh_outputs: bool = False,
         store: Checkpoint | None = None,
+        among: Ranks = _ALONE,
     ) -> None:
         self.architecture, self.batches, self.rule = architecture, batches, rule
-        self.groups, self.tokens, self.depth_weight = groups, tokens, depth_weight
+        self.among, self.share = among, among.share(batches)
+        self.tokens = sum(batch.tokens for batch in batches)
+        self.groups, self.depth_weight = groups, depth_weight
         self.grams: dict[tuple[int, str], Tensor] = {}
         self.channels: dict[tuple[int, str], Tensor] = {}  # vectors, few enough to stay
         self.pools: dict[tuple[tuple[int, ...], str], Pool] = {}  # of layers and a name of what is pooled
@@ -614,7 +678,7 @@ class _Work:
         """What a method wants to know of gradients, and a note on what that took."""
         names = self._names()
         linears = {name: self.architecture.linear(*at) for name, at in names.items()}
-        found = squared_gradients(model, linears, self.batches, advance)
+        found = squared_gradients(model, linears, self.batches, advance, self.among)
         self.channels |= {names[name]: values for name, values in found.items()}
         rows = sum(batch.input_ids.shape[0] for batch in self.batches)
         notes.append(f"{rows} backward passes through the whole model, {self._backward_cost(model)}")
@@ -623,7 +687,7 @@ class _Work:
         """How much each linear's outputs matter, and a note on what that took."""
         names = self._names()
         linears = {name: self.architecture.linear(*at) for name, at in names.items()}
-        found = output_fisher(model, linears, self.architecture.blocks[0], self.batches, seed, advance)
+        found = output_fisher(model, linears, self.architecture.blocks[0], self.batches, seed, advance, self.among)
         for name in list(found):
             self.outputs[names[name]] = OutputRoot(found.pop(name))
         unknown = [name for name, at in names.items() if not self.outputs[at].known]
@@ -680,7 +744,7 @@ class _Work:
         """The model's loss with each group alone cut off at each of its trial ranks, and a note on what that took."""
         start, runs = time.perf_counter(), 0
         sample = first_tokens(self.batches, _TRIAL_TOKENS)
-        dense = next_token_loss(model, sample)
+        dense = next_token_loss(model, sample, self.among)
 
         def losses(group: _Group) -> Tensor:
             nonlocal runs
@@ -691,7 +755,7 @@ class _Work:
             for rank in ranks:
                 factors = parts.truncate(rank)
                 with _in_place_of(own, [factors.basis @ c for c in metric.restored(factors.coefficients)]):
-                    found.append(next_token_loss(model, sample))
+                    found.append(next_token_loss(model, sample, self.among))
                 advance(f"{group.sites[0].role} of block {group.layers[-1]}: rank {rank}")
             runs += len(found)
             return torch.tensor(found, dtype=torch.float64)
@@ -714,7 +778,7 @@ class _Work:
         what the model does, so they are found when the blocks come by again.
         """
         found: dict[int, T] = {}
-        stream = BlockStream(self.architecture, self.batches)
+        stream = BlockStream(self.architecture, self.share)
         for layer in range(len(self.architecture.blocks)):
             self._collect(stream)
             for group in self._complete(layer):
@@ -725,10 +789,10 @@ class _Work:
 
     def factor(self, how: str | None, aware: bool, advance: Any) -> None:
         """Factors and report of every group."""
-        stream = BlockStream(self.architecture, self.batches)
+        stream = BlockStream(self.architecture, self.share)
         prefix = None
         if aware or how in ("sequential", "cross"):
-            prefix = _Prefix(self.architecture, self.batches, how, self._factor_seen if aware else None)
+            prefix = _Prefix(self.architecture, self.share, how, self._factor_seen if aware else None, self.among)
         waiting: list[_Group] = []
         for layer in range(len(self.architecture.blocks)):
             self._collect(stream)
@@ -763,13 +827,13 @@ class _Work:
         if kept is not None:
             return kept[0][what]
         found = make(group)
-        if self.store is not None:
+        if self.store is not None and self.among.first:
             self.store.save(name, {what: found}, {})
         return found
 
     def _keep(self, group: _Group) -> None:
         """The group as it was found; refits to compressed inputs are done again, with the same result."""
-        if self.store is None:
+        if self.store is None or not self.among.first:
             return
         assert group.report is not None
         tensors = {str(i): group.coefficients[site] for i, site in enumerate(group.sites) if group.coefficients}
@@ -814,13 +878,22 @@ class _Work:
                 magnitudes.add(role, x)
 
         stream.advance(add)
-        for group in self.architecture.inputs:
-            name = self.architecture.full_name(layer, self.architecture.roles[group[0]])
-            if group[0] not in grams.of:
-                raise ValueError(f"{name} did not run on the calibration tokens, so nothing is known about its input")
-            if not grams.is_finite(group[0]):
+        names = {
+            group[0]: self.architecture.full_name(layer, self.architecture.roles[group[0]])
+            for group in self.architecture.inputs
+        }
+        with self.among.together():
+            for source, name in names.items():
+                if source not in grams.of:
+                    raise ValueError(
+                        f"{name} did not run on the calibration tokens, so nothing is known about its input"
+                    )
+        grams.sum_over(self.among)
+        magnitudes.sum_over(self.among)
+        for source, name in names.items():
+            if not grams.is_finite(source):
                 raise ValueError(f"the input of {name} has NaN or Inf on the calibration tokens")
-            self.grams[layer, group[0]] = grams.of[group[0]]
+            self.grams[layer, source] = grams.of[source]
         self.channels |= {(layer, role): sums for role, sums in magnitudes.of.items()}
 
     def _complete(self, layer: int) -> list[_Group]:
@@ -1042,6 +1115,7 @@ class _Prefix:
         how: the refit, None, "sequential" or "cross".
         decompose: finds the factors of a group from X'^T X' and X'^T X of the inputs of its layers, X' in the
             compressed model and X in the original one; None where groups have theirs already.
+        among: the ranks, of which this one has these ``batches``.
     """
 
     def __init__(
@@ -1050,8 +1124,9 @@ class _Prefix:
         batches: Sequence[Batch],
         how: str | None,
         decompose: Callable[[_Group, Seen], None] | None,
+        among: Ranks,
     ) -> None:
-        self.architecture, self.how, self.decompose = architecture, how, decompose
+        self.architecture, self.how, self.decompose, self.among = architecture, how, decompose, among
         self.original = BlockStream(architecture, batches)
         self.compressed = BlockStream(architecture, batches)
 
@@ -1115,6 +1190,7 @@ class _Prefix:
                     for source in [source for at, source in wanted if at == layer > self.layer]:
                         sums.add(source, ours[source])
                         sums.add(f"{source} cross", ours[source], theirs[source])
+            sums.sum_over(self.among)
             found |= {
                 (layer, source): (sums.of[source], sums.of[f"{source} cross"])
                 for at, source in wanted
@@ -1131,6 +1207,7 @@ class _Prefix:
             grams.add("gram", x)
             if both:
                 grams.add("cross", x, self.original.input(i, source))
+        grams.sum_over(self.among)
         return grams.of["gram"], grams.of["cross" if both else "gram"]
 
 
@@ -1195,7 +1272,9 @@ def _resident_bytes(architecture: Architecture, groups: Sequence[_Group]) -> int
     return outside + max(blocks) + 16 * max(group.shape.dense for group in groups) + grams
 
 
-def _convert(model: nn.Module, architecture: Architecture, groups: Sequence[_Group], settings: dict[str, Any]) -> None:
+def _convert(
+    model: nn.Module, architecture: Architecture, groups: Sequence[_Group], settings: dict[str, Any], among: Ranks
+) -> None:
     """Put the factors into the model and the settings into its config; on failure put everything back."""
     spec_groups: list[dict[str, Any]] = []
     new: dict[str, LowRankLinear] = {}
@@ -1217,6 +1296,9 @@ def _convert(model: nn.Module, architecture: Architecture, groups: Sequence[_Gro
         new |= dict(zip(names, layers, strict=True))
         stored = {} if group.storage is None else {"storage": group.storage}
         spec_groups.append({"modules": names, "rank": group.rank, **stored})
+    # A factor is the same on all ranks already, or differs in its last bits where they have unlike processors.
+    factors = {id(t): t for module in new.values() for t in (*module.parameters(recurse=False), *module.buffers())}
+    among.take_first_(factors.values())
     old = {name: model.get_submodule(name) for name in new}
     try:
         for name, module in new.items():

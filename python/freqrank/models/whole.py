@@ -1,4 +1,8 @@
-"""What takes the whole model at once: its next-token loss on calibration tokens, and the gradients of that."""
+"""What takes the whole model at once: its next-token loss on calibration tokens, and the gradients of that.
+
+Where several ranks of torch.distributed are given, each has the same batches, runs its share of them, and gets what one
+process would get of all.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freqrank._distributed import Ranks
 from freqrank.lowrank.modules import linear_weight
 from freqrank.lowrank.outputs import output_blocks
 from freqrank.lowrank.statistics import Batch
@@ -18,12 +23,15 @@ _LOGITS = 1 << 26
 # The same where a graph is kept, so that activations of all layers are held besides.
 _GRADIENT_LOGITS = 1 << 21
 
+_ALONE = Ranks()
 
-def next_token_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+
+def next_token_loss(model: nn.Module, batches: Sequence[Batch], among: Ranks = _ALONE) -> float:
     """Mean next-token loss in nats over all tokens that count and come after one that does.
 
     Args:
         model: a causal language model of `transformers`, in evaluation mode.
+        among: the ranks that share the batches.
 
     Raises:
         ValueError: the model has no language-model head, or no token comes after another one.
@@ -36,15 +44,16 @@ def next_token_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
         >>> round(next_token_loss(model, [Batch(torch.tensor([[1, 2, 3]]))]) - torch.tensor(8.0).log().item(), 6)
         0.0
     """
-    total, count = 0.0, 0
+    total = count = 0.0
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", 1 << 15)
-    with torch.no_grad():
-        for batch in batches:
+    with among.together(), torch.no_grad():
+        for batch in among.share(batches):
             rows = max(1, _LOGITS // (batch.input_ids.shape[1] * vocabulary))
             for start in range(0, batch.input_ids.shape[0], rows):
                 losses = _losses(model, batch.rows(start, start + rows))
                 total += float(losses.sum(dtype=torch.float64))
                 count += losses.numel()
+    total, count = among.totals(total, count)
     if count == 0:
         raise ValueError("calibration must hold sequences of two tokens or more, of which the second is predicted")
     return total / count
@@ -55,6 +64,7 @@ def squared_gradients(
     linears: Mapping[str, nn.Module],
     batches: Sequence[Batch],
     advance: Callable[[str], None] = lambda what: None,
+    among: Ranks = _ALONE,
 ) -> dict[str, Tensor]:
     """sum_n sum_o (d L_n / d W[o, j])^2 for each input channel j of each linear: the empirical Fisher, row-summed.
 
@@ -71,6 +81,7 @@ def squared_gradients(
         model: a causal language model of `transformers`, in evaluation mode, of any floating dtype.
         linears: by a name for messages.
         advance: called after each batch.
+        among: the ranks that share the batches.
 
     Returns:
         [in_features] of each linear, float64, on its device; zeros where no gradient arrives.
@@ -100,18 +111,20 @@ def squared_gradients(
         if parameter in sums:
             leaves[name].requires_grad_().register_post_accumulate_grad_hook(_take(sums[parameter], outputs[parameter]))
             followed.append(leaves[name])
-    seen = False
-    for batch in batches:
-        for sequence in _sequences(batch):
-            with torch.enable_grad():
-                losses = _losses(model, sequence, leaves)
-                if losses.numel() and losses.requires_grad:
-                    losses.sum().backward(inputs=followed)
-            seen |= losses.numel() > 0
-        advance("gradients")
-    if not seen:
+    seen = 0
+    with among.together():
+        for batch in among.share(batches):
+            for sequence in _sequences(batch):
+                with torch.enable_grad():
+                    losses = _losses(model, sequence, leaves)
+                    if losses.numel() and losses.requires_grad:
+                        losses.sum().backward(inputs=followed)
+                seen += losses.numel()
+            advance("gradients")
+    if among.totals(seen) == [0]:
         raise ValueError("calibration must hold sequences of two tokens or more, of which the second is predicted")
     for name, parameter in parameters.items():
+        among.sum_(sums[parameter])
         if not bool(sums[parameter].isfinite().all()):
             raise ValueError(f"the gradient of {name} has NaN or Inf on the calibration tokens")
     return {name: sums[parameter] for name, parameter in parameters.items()}
@@ -124,6 +137,7 @@ def output_fisher(
     batches: Sequence[Batch],
     seed: int = 0,
     advance: Callable[[str], None] = lambda what: None,
+    among: Ranks = _ALONE,
 ) -> dict[str, list[Tensor]]:
     """E[g g^T] of each linear, g [out] the gradient of a sequence's negative log-likelihood by its outputs at a token.
 
@@ -137,6 +151,7 @@ def output_fisher(
         first_block: the decoder's: gradients go back to its input.
         seed: of the draws.
         advance: called after each batch.
+        among: the ranks that share the batches. All draw the same tokens as one process would.
 
     Returns:
         The diagonal blocks of each linear's matrix that `freqrank.lowrank.outputs.output_blocks` cuts it into, float64,
@@ -181,23 +196,32 @@ def output_fisher(
     leaves = {name: parameter.detach() for name, parameter in model.named_parameters()}
     handles = [first_block.register_forward_pre_hook(into_graph)]
     handles += [linear.register_forward_hook(watch(name)) for name, linear in linears.items()]
+    passed: list[int] = []  # tokens that other ranks draw for before this one draws again
     try:
-        for batch in batches:
-            rows = max(1, _GRADIENT_LOGITS // (batch.input_ids.shape[1] * vocabulary))
-            for start in range(0, batch.input_ids.shape[0], rows):
-                part = batch.rows(start, start + rows)
-                if part.tokens == 0:
-                    continue
-                counts[:] = [] if part.mask is None else [part.mask]
-                with torch.enable_grad():
-                    _drawn_losses(model, part, leaves, generator).backward(inputs=first)
-            advance("Fisher information")
+        with among.together():
+            for i, batch in enumerate(batches):
+                mine = among.has(i)
+                rows = max(1, _GRADIENT_LOGITS // (batch.input_ids.shape[1] * vocabulary))
+                for start in range(0, batch.input_ids.shape[0], rows):
+                    part = batch.rows(start, start + rows)
+                    if part.tokens == 0:
+                        continue
+                    if not mine:
+                        passed.append(part.tokens)
+                        continue
+                    counts[:] = [] if part.mask is None else [part.mask]
+                    with torch.enable_grad():
+                        _drawn_losses(model, part, leaves, generator, passed).backward(inputs=first)
+                    passed.clear()
+                if mine:
+                    advance("Fisher information")
     finally:
         for handle in handles:
             handle.remove()
     tokens = sum(batch.tokens for batch in batches)
     for name, found in sums.items():
         for block in found:
+            among.sum_(block)
             if not bool(block.diagonal().isfinite().all()):
                 raise ValueError(f"the gradient by the output of {name} has NaN or Inf on the calibration tokens")
             block.div_(tokens)
@@ -205,15 +229,24 @@ def output_fisher(
 
 
 def _drawn_losses(
-    model: nn.Module, batch: Batch, parameters: Mapping[str, Tensor], generator: torch.Generator
+    model: nn.Module,
+    batch: Batch,
+    parameters: Mapping[str, Tensor],
+    generator: torch.Generator,
+    passed: Sequence[int] = (),
 ) -> Tensor:
-    """Negative log-likelihood of a next token drawn after each token that counts, summed."""
+    """Negative log-likelihood of a next token drawn after each token that counts, summed.
+
+    Before that the generator makes draws for ``passed`` tokens, of so many runs, as it does for runs of the model.
+    """
     scores = _logits(model, batch, parameters)
     scores = scores.flatten(0, 1) if batch.mask is None else scores[batch.mask.to(scores.device)]
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if not bool(scores.isfinite().all()):
         raise ValueError("the model's logits have NaN or Inf on the calibration tokens")
     # drawn on the CPU: the same tokens on every device
+    for tokens in passed:
+        torch.multinomial(scores.new_ones((tokens, scores.shape[1]), device="cpu"), 1, generator=generator)
     drawn = torch.multinomial(scores.detach().softmax(-1).cpu(), 1, generator=generator).flatten()
     return nn.functional.cross_entropy(scores, drawn.to(scores.device), reduction="sum")
 

@@ -53,7 +53,8 @@ class Processes:
 
         if group:  # accelerate reads the environment alone
             rank = str(distributed.get_rank())
-            for name, value in (("WORLD_SIZE", str(count)), ("RANK", rank), ("LOCAL_RANK", rank)):
+            places = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "RANK": rank, "LOCAL_RANK": rank}
+            for name, value in places.items():
                 os.environ.setdefault(name, value)
         options: dict[str, Any] = {}
         if not PartialState._shared_state:  # else the caller has said what he wants

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 
@@ -90,16 +90,19 @@ class TrainingReport:
         figure = Figure(figsize=(8, 5.5), layout="constrained")
         losses, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         curves = self.curves
+        ends = [start for _, start in self.stage_starts] + [self.steps]
         for name, colour in (("loss", "#999999"), ("next-token", "#0072b2")):
             x, y = zip(*curves[name], strict=True)
             losses.plot(x, y, color=colour, linewidth=0.6, alpha=0.5)
-            losses.plot(x, _smooth(y), color=colour, linewidth=1.4, label=name)
+            for start, end in pairwise(ends):  # what one stage minimises has nothing to do with the next stage's
+                losses.plot(x[start:end], _smooth(y[start:end]), color=colour, linewidth=1.4, label=name)
+                name = "_nolegend_"
         if curves["validation"]:
             losses.plot(
                 *zip(*curves["validation"], strict=True), "o-", color="#d55e00", markersize=4, label="validation"
             )
-        losses.set_ylabel("loss (nats a token)")
-        losses.legend(loc="upper right", frameon=False)
+        losses.set_ylabel("loss")
+        losses.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
         for name, start in self.stage_starts:
             for axes in (losses, below):
                 axes.axvline(start, color="black", linewidth=0.8, linestyle=":")
@@ -119,8 +122,8 @@ class TrainingReport:
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:
-    """A running mean over a fiftieth of the curve."""
-    width = max(1, len(values) // 50)
+    """A running mean over a twentieth of the curve."""
+    width = max(1, len(values) // 20)
     sums = [0.0, *accumulate(values)]
     ends = [(max(0, i + 1 - width), i + 1) for i in range(len(values))]
     return [(sums[end] - sums[start]) / (end - start) for start, end in ends]

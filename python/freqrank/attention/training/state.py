@@ -44,9 +44,10 @@ def random_state(device: torch.device, processes: Processes) -> dict[str, Tensor
 
 
 def set_random_state(device: torch.device, tensors: dict[str, Tensor], processes: Processes) -> None:
-    torch.set_rng_state(tensors["random.cpu"][processes.index])
+    # copies, since torch takes a row of a larger tensor for the memory that the tensor begins with
+    torch.set_rng_state(tensors["random.cpu"][processes.index].clone())
     if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(tensors["random.device"][processes.index], device)
+        torch.get_device_module(device).set_rng_state(tensors["random.device"][processes.index].clone(), device)
 
 
 def optimizers_to_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], list[Any]]:

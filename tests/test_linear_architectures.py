@@ -89,7 +89,7 @@ def converted(case: str, dtype: torch.dtype = torch.float32, convert=None, imple
         for attention in attentions(model):
             if isinstance(attention, DiJiangAttention):
                 for name, p in attention.named_parameters():
-                    if name.startswith(("query_factors", "key_factors", "norm.", "gate_proj", "linear_weight")):
+                    if name.startswith(("query_factors", "key_factors", "norm.", "gate_proj", "mix_proj")):
                         p.add_(torch.randn(p.shape, generator=generator) * 0.3)
     return model
 

@@ -90,7 +90,8 @@ def quadratic(layer: DiJiangAttention, x, q, k, v, mask=None):
         gate = x @ layer.gate_proj.weight.T + (0 if layer.gate_proj.bias is None else layer.gate_proj.bias)
         o = o * (gate * torch.sigmoid(gate)).view(o.shape)
     if softmax is not None:
-        o = softmax + layer.linear_weight[:, None] * o
+        share = torch.sigmoid(x @ layer.mix_proj.weight.T + layer.mix_proj.bias)[..., None]
+        o = (1 - share) * softmax + share * o
     return o.flatten(2)
 
 

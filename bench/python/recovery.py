@@ -47,7 +47,7 @@ class Way:
     scratch: bool = False
 
 
-ALIGNED = {"recipe": "align"}
+ALIGNED = {"recipe": "align", "hidden_weight": 1.0}
 #: The hybrid's window is an eighth of the training context. Its scan keeps 2 x 32 features of 32 values a head, as many
 #: numbers as the keys and values of 32 tokens: a window alone gets those.
 WAYS = {

@@ -8,8 +8,8 @@ The released tensors D1[i] and D2[j], learned from gamma^i and gamma^-j, overflo
 Here they are a[i] gamma^i and b[j] gamma^-j: only gamma^(i - j) ever enters, through the scan, and a and b are
 learned factors.
 
-With a window, softmax attention over the newest tokens and the first few carries the layer at the start, and what the
-scan finds beyond is added to it with a weight that training raises from 0.
+With a window, softmax attention over the newest tokens and the first few carries the layer at the start, and the
+share that the scan has in the output, one a head and token, is for training to raise.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ NORMS = ("group", "rms", "denominator", "none")
 NORM_GROUPS = ("head_dim", "heads")
 GATES = ("released", "open", "none")
 DECAYS = ("multi-scale", "learned", "token", "none")
+#: Where the share of the scan beside a window starts, before the sigmoid: 2 %.
+MIX_BIAS = -4.0
 #: What ``feature_map`` is called where a layer has no linear part, only a window.
 WINDOW_ONLY = "none"
 
@@ -307,7 +309,7 @@ class DiJiangAttention(nn.Module):
         if options.gate != "none":
             self.gate_proj = nn.Linear(hidden_size, channels, bias=options.gate == "open", **placed)
         if options.window:
-            self.linear_weight = nn.Parameter(torch.zeros(num_heads, **placed))
+            self.mix_proj = nn.Linear(hidden_size, num_heads, **placed)
 
     @property
     def state_elements(self) -> int:
@@ -339,7 +341,8 @@ class DiJiangAttention(nn.Module):
             if self.gate_proj.bias is not None:
                 self.gate_proj.bias.fill_(1.2784645)  # SiLU(1.2784645) = 1
         if self.options.window:
-            self.linear_weight.zero_()
+            self.mix_proj.weight.zero_()
+            self.mix_proj.bias.fill_(MIX_BIAS)
 
     def mix(
         self,
@@ -387,7 +390,7 @@ class DiJiangAttention(nn.Module):
             )
         if self.options.feature_map != WINDOW_ONLY:
             far, linear = self._linear(x, q, k, v, positions, mask, linear, output_state, cu_seqlens)
-            o = far if o is None else o + self.linear_weight[:, None] * far
+            o = far if o is None else torch.lerp(o, far, torch.sigmoid(self.mix_proj(x))[..., None].to(o.dtype))
         assert o is not None
         kept = AttentionState(linear, window) if output_state or state is not None else None
         return o.flatten(2), kept

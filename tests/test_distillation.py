@@ -982,3 +982,17 @@ def test_sharded_models_are_refused():
     FullyShardedDataParallel = type("FullyShardedDataParallel", (Bigram,), {})
     with pytest.raises(ValueError, match="FullyShardedDataParallel is spread over processes"):
         distill(FullyShardedDataParallel(), None, tokens(2, 8), steps=1)
+
+
+def test_what_is_new_has_a_rate_of_its_own():
+    from freqrank.attention.distillation import default_optimizer
+
+    student, teacher = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), nn.Sequential(nn.Linear(3, 3))
+    groups = default_optimizer(student, lr=0.1, new_lr=0.5, teacher=teacher).param_groups
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert [rates[id(p)] for p in student.parameters()] == [(0.1, 0.1), (0.1, 0.0), (0.5, 0.1), (0.5, 0.0)]
+    assert {group["lr"] for group in default_optimizer(student, lr=0.1, teacher=teacher).param_groups} == {0.1}
+    with pytest.raises(ValueError, match="new_lr needs the teacher"):
+        distill(student, None, torch.zeros(2, 4, dtype=torch.long), steps=1, new_lr=0.1)
+    with pytest.raises(ValueError, match="new_lr must be a positive number; got 0"):
+        distill(student, teacher, torch.zeros(2, 4, dtype=torch.long), steps=1, new_lr=0)

@@ -48,6 +48,8 @@ class Way:
 
 
 ALIGNED = {"recipe": "align", "hidden_weight": 1.0}
+#: What starts near the original is not to be driven away from it: a third of the rate, but for what is new.
+GENTLY = {**ALIGNED, "lr": 1e-3, "new_lr": 1e-2}
 #: The hybrid's window is an eighth of the training context. Its scan keeps 2 x 32 features of 32 values a head, as many
 #: numbers as the keys and values of 32 tokens: a window alone gets those.
 WAYS = {
@@ -62,12 +64,12 @@ WAYS = {
     "recommended-next-token": Way("recommended layer, next-token loss", {"feature_map": "recommended"}),
     "recommended": Way("recommended layer, aligned and distilled", {"feature_map": "recommended"}, ALIGNED),
     "hybrid": Way(
-        "recommended layer with a window of 64 and 4 sinks, aligned and distilled", {"feature_map": "hybrid"}, ALIGNED
+        "recommended layer with a window of 64 and 4 sinks, aligned and distilled", {"feature_map": "hybrid"}, GENTLY
     ),
     "window": Way(
         "a window of 96 and 4 sinks alone (equal state), aligned and distilled",
         {"feature_map": "none", "window": 96, "sinks": 4},
-        ALIGNED,
+        GENTLY,
     ),
     "window-untrained": Way(
         "a window of 96 and 4 sinks alone, untrained", {"feature_map": "none", "window": 96, "sinks": 4}, None

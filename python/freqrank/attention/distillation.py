@@ -60,6 +60,7 @@ class Settings:
     lora_rank: int = 8
     precision: str = "float32"
     checkpointing: bool = False
+    new_lr: float | None = None
     plan: list[tuple[str, int]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,7 +86,9 @@ class Settings:
                 raise TypeError(f"{name} must be an integer; got {value!r}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1; got {self.steps}")
-        for name in ("lr", "clip", "temperature"):
+        for name in ("lr", "new_lr", "clip", "temperature"):
+            if name == "new_lr" and self.new_lr is None:
+                continue
             if not _is_number(value := getattr(self, name)) or value <= 0:
                 raise ValueError(f"{name} must be a positive number; got {value!r}")
         for name in ("weight_decay", "kl_weight", "hidden_weight", "align_steps", "warmup"):
@@ -146,6 +149,8 @@ class Settings:
         """What a report shows: the options that this recipe reads."""
         names = ["steps", "batch_size", "accumulate", "clip", "seed", "lr", "weight_decay", "warmup", "train"]
         names += ["precision", "checkpointing"]
+        if self.new_lr is not None:
+            names.append("new_lr")
         if self.train == "lora":
             names.append("lora_rank")
         if self.recipe != "released":
@@ -172,17 +177,28 @@ def cosine_schedule(step: int, steps: int, warmup: int, floor: float = 0.1) -> f
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def default_optimizer(model: nn.Module, *, lr: float, weight_decay: float = 0.1) -> torch.optim.Optimizer:
-    """AdamW as released: betas 0.9 and 0.95; weight decay on matrices, none on norms, biases and position factors."""
+def default_optimizer(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.1,
+    new_lr: float | None = None,
+    teacher: nn.Module | None = None,
+) -> torch.optim.Optimizer:
+    """AdamW as released: betas 0.9 and 0.95; weight decay on matrices, none on norms, biases and position factors.
+
+    ``new_lr`` is the learning rate of what ``teacher`` has no parameter of that name for; None: ``lr``.
+    """
     factors = {id(p) for n, p in model.named_parameters() if "_factors." in n}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.dim() >= 2 and id(p) not in factors]
-    kept = {id(p) for p in decayed}
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) not in kept], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
+    known = {name for name, _ in teacher.named_parameters()} if teacher is not None else set()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            rate = lr if new_lr is None or name in known else new_lr
+            decay = weight_decay if p.dim() >= 2 and id(p) not in factors else 0.0
+            groups.setdefault((rate, decay), []).append(p)
+    chosen = [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
+    return torch.optim.AdamW(chosen, lr=lr, betas=(0.9, 0.95))
 
 
 def validation_loss(model: nn.Module, data: Data, batch_size: int = 8) -> float:
@@ -224,6 +240,8 @@ def _check_models(student: nn.Module, teacher: nn.Module | None, settings: Setti
         raise ValueError(
             f'recipe="{settings.recipe}" needs a teacher; give the original model, or use recipe="released"'
         )
+    if teacher is None and settings.new_lr is not None:
+        raise ValueError("new_lr needs the teacher, which says what is new in the student")
     if teacher is None and settings.train != "all":
         raise ValueError(f"train={settings.train!r} needs the teacher, which says what is new in the student")
     if teacher is student:
@@ -289,6 +307,7 @@ def distill(
     batch_size: int = 8,
     accumulate: int = 1,
     lr: float = 1e-3,
+    new_lr: float | None = None,
     warmup: int | None = None,
     weight_decay: float = 0.1,
     clip: float = 1.0,
@@ -340,6 +359,8 @@ def distill(
         accumulate: batches an optimiser step: to rounding what one batch of all their rows gives. Relative errors
             then need their norms first, for which the teacher (and in "attention" the student) runs once more.
         lr, weight_decay: of the default optimiser. ``warmup``: steps, by default a twentieth of ``steps``.
+        new_lr: learning rate of the parameters that the teacher has none of (gates, maps, decays), which have further
+            to go than pretrained ones; by default ``lr``.
         clip: largest norm of the gradient.
         kl_weight, temperature, hidden_weight: of "distill" and "align". ``align_steps``: of "distill".
         stages: of "align": pairs of a name and its fraction of the steps; by default attention 0.2, hidden 0.2,
@@ -389,7 +410,7 @@ def distill(
     """
     settings = Settings(
         recipe, steps, batch_size, accumulate, clip, seed, lr, weight_decay, warmup, kl_weight, temperature,
-        hidden_weight, align_steps, stages, train, lora_rank, precision, checkpointing,
+        hidden_weight, align_steps, stages, train, lora_rank, precision, checkpointing, new_lr,
     )  # fmt: skip
     given = student
     student, teacher = unwrapped(student), unwrapped(teacher)
@@ -491,8 +512,10 @@ class _Run:
         self.student, self.teacher, self.settings, self.processes = student, teacher, settings, processes
         self.device = next(student.parameters()).device
         if optimizer is None:
-            lr, decay = settings.lr, settings.weight_decay
-            self.optimizers = [default_optimizer(student, lr=lr, weight_decay=decay)]
+            made = default_optimizer(
+                student, lr=settings.lr, weight_decay=settings.weight_decay, new_lr=settings.new_lr, teacher=teacher
+            )
+            self.optimizers = [made]
         else:
             self.optimizers = list(optimizer(student))
         self.peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]

@@ -32,7 +32,7 @@ def optimizers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.
     matrices = [
         p
         for n, p in model.named_parameters()
-        if p.dim() == 2 and not any(part in n for part in ("embed", "lm_head", "_factors"))
+        if p.dim() == 2 and not any(part in n for part in ("embed", "lm_head", "_factors", "norm", "decay"))
     ]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
@@ -50,13 +50,8 @@ def main() -> None:
     parser.add_argument("--muon-lr", type=float, default=3e-3)
     parser.add_argument("--kl-weight", type=float, default=1.0)
     parser.add_argument("--hidden-weight", type=float, default=1.0)
-    parser.add_argument("--feature-map", default="dijiang")
-    parser.add_argument("--norm-groups", default="heads")
-    parser.add_argument("--gate", default="open")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--position-table", type=int, default=0)
-    parser.add_argument("--shortest-span", type=float, default=32.0)
-    parser.add_argument("--decay", default="multi-scale")
+    parser.add_argument("--feature-map", default="recommended", help="a combination or a map, see freqrank.linearize")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=JSON", help="of freqrank.linearize")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("python/freqrank/bundled/linear"))
     parser.add_argument("--log", type=Path, default=Path("checkpoints/train_linear.jsonl"))
@@ -66,17 +61,8 @@ def main() -> None:
     teacher = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
     teacher.requires_grad_(False)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    conversion = linearize(
-        student,
-        feature_map=args.feature_map,
-        seed=args.seed,
-        norm_groups=args.norm_groups,
-        gate=args.gate,
-        temperature=args.temperature,
-        position_table=args.position_table,
-        shortest_span=args.shortest_span,
-        decay=args.decay,
-    )
+    options = {name: json.loads(value) for name, value in (option.split("=", 1) for option in args.option)}
+    conversion = linearize(student, feature_map=args.feature_map, seed=args.seed, **options)
     validation = windows(stdlib_bytes("validation"), args.context, 64, seed=1)
     data = RandomWindows(stdlib_bytes("train"), args.context, args.batch, args.seed)
 
@@ -85,7 +71,7 @@ def main() -> None:
             model,
             teacher,
             data,
-            recipe="distill",
+            recipe="align",
             steps=steps,
             batch_size=args.batch,
             lr=args.lr,

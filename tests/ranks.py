@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 def _main(rank: int, work: Callable[[int, int], Any], size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=size, timeout=timedelta(seconds=120)
+        "gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=size, timeout=timedelta(seconds=300)
     )
     result = work(rank, size)
     dist.barrier()
@@ -24,7 +24,7 @@ def _main(rank: int, work: Callable[[int, int], Any], size: int, folder: str) ->
     torch.save(result, f"{folder}/{rank}.pt")
 
 
-def run_on_ranks(work: Callable[[int, int], Any], size: int, folder: Path, seconds: float = 240) -> list[Any]:
+def run_on_ranks(work: Callable[[int, int], Any], size: int, folder: Path, seconds: float = 500) -> list[Any]:
     """``work(rank, size)`` of every rank. ``work`` must be importable; ranks that hang are ended and fail the test."""
     context = mp.spawn(_main, (work, size, str(folder)), nprocs=size, join=False)
     end = time.monotonic() + seconds

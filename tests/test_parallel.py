@@ -9,13 +9,22 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
 
 import freqrank
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from freqrank import LinearAttentionState
-from freqrank.attention import feature_map_attention_parallel, linear_attention_parallel
+from freqrank.attention import (
+    dijiang,
+    feature_map_attention_parallel,
+    linear_attention_parallel,
+    sequence_parallel,
+)
+from freqrank.attention.parallel import current_group, next_token_labels, piece_of, positions_of, scan_piece
 from ranks import run_on_ranks
 
 BATCH, K, V = 2, 5, 7
@@ -269,10 +278,75 @@ def with_nan() -> dict[str, torch.Tensor]:
     return given
 
 
+def linear_model():
+    """All of its layers are linear; new tensors are away from their neutral first values."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).double()
+    freqrank.linearize(model, decay="token", position_table=32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def text() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(1, 31, (2, 45), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, 20:24] = False  # across the cut
+    mask[1, 40:] = False
+    return ids, mask
+
+
+def train(checkpointing: bool) -> dict[str, torch.Tensor | float]:
+    """Of one rank: logits of its piece, its loss, gradients."""
+    model, (ids, mask) = linear_model(), text()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    layer_ops = SimpleNamespace(**{**vars(freqrank.ops), "feature_map_attention": scan_piece})
+    with sequence_parallel(), mock.patch.object(dijiang, "ops", layer_ops):
+        ids, mask = piece_of(ids), piece_of(mask)
+        logits = model(ids, attention_mask=mask.long(), position_ids=positions_of(ids, mask), use_cache=False).logits
+        labels, count = next_token_labels(ids, mask)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / count
+        loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), "loss": loss.item(), "count": count, **grads}
+
+
+def uneven(rank: int) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]:
+    """Pieces of 4, 0 and 3 tokens."""
+    ids, mask = (x[:, 18:25].tensor_split([4, 4], 1)[rank] for x in text())
+    return positions_of(ids, mask), *next_token_labels(ids, mask), next_token_labels(ids)[0]
+
+
+def of_helpers(rank: int) -> dict[str, str]:
+    q = torch.zeros(1, 3, 2, 4)
+    ids = torch.zeros(1 + rank, 3, dtype=torch.long)
+    offsets = torch.tensor([0, 3])
+    with sequence_parallel():
+        packed = failure(lambda: scan_piece(q, q, q, torch.ones(4, 4), cu_seqlens=offsets))
+    return {
+        "packed": packed,
+        "ids": failure(lambda: next_token_labels(ids.int() if rank else ids)),
+        "rows": failure(lambda: next_token_labels(ids)),
+        "mask": failure(lambda: next_token_labels(ids[:1], torch.ones(1, 3 - rank, dtype=torch.bool))),
+    }
+
+
 def work(rank: int, size: int) -> dict[str, object]:
     found: dict[str, object] = {"cases": [on_rank(case, rank) for case in OF_RANKS[size]]}
+    if size == 3:
+        found["uneven"] = uneven(rank)
     if size == 2:
-        found |= {"failures": failures(rank), "alone": alone_needs_gradient(rank)}
+        found |= {"failures": failures(rank) | of_helpers(rank), "alone": alone_needs_gradient(rank)}
+        found |= {"model": train(checkpointing=False), "again": train(checkpointing=True)}
         mine = {name: piece(SECOND, name, x, rank) for name, x in inputs(SECOND).items()}
         found["second"] = second_order(mine, linear_attention_parallel)
         mine = [piece(FIRST, name, with_nan()[name], rank) for name in ("q", "k", "v")]
@@ -377,6 +451,10 @@ FAILURES = {
     "op": r"ValueError: the op must be the same .*; got 'feature_map_attention_parallel' on rank 0 and 'linear_",
     "gradients": r"ValueError: whether gradients are recorded must be the same .*; got True on rank 0 and False on",
     "none": r"nothing",
+    "packed": r"ValueError: cu_seqlens must be None inside of sequence_parallel",
+    "ids": r"TypeError: input_ids must have dtype int64; got torch.int32 \(on rank 1 of 2\)",
+    "rows": r"ValueError: B must be the same on all ranks of the group; got 1 on rank 0 and 2 on rank 1",
+    "mask": r"ValueError: mask must be \[B, T\] = \[1, 3\]; got shape \(1, 2\) \(on rank 1 of 2\)",
 }
 
 
@@ -393,12 +471,55 @@ def test_a_rank_outside_of_the_group(found):
     assert second == "ValueError: group must hold this process; got one without global rank 1"
 
 
+@pytest.mark.parametrize("run", ["model", "again"])
+def test_a_model_over_two_ranks(run, found):
+    model, (ids, mask) = linear_model(), text()
+    logits = model(ids, attention_mask=mask.long(), use_cache=False).logits
+    targets = ids.masked_fill(~mask, -100)[:, 1:]
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
+    loss.backward()
+    parts = [rank[run] for rank in found(2)]
+    assert [part["logits"].shape[1] for part in parts] == [23, 22]
+    # norms of the model are float32 whatever its dtype
+    torch.testing.assert_close(torch.cat([part["logits"] for part in parts], 1)[mask], logits[mask], rtol=0, atol=1e-6)
+    assert [part["count"] for part in parts] == [int((targets != -100).sum())] * 2
+    assert sum(part["loss"] for part in parts) == pytest.approx(loss.item(), rel=1e-7)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert any("decay.weight" in name for name in grads)
+    for name, grad in grads.items():
+        got = sum(part[name] for part in parts)
+        assert (got - grad).norm() <= 1e-6 * grad.norm(), name
+        assert not any(torch.allclose(part[name], grad, rtol=1e-3) for part in parts), name  # both have a part in it
+
+
+def test_labels_over_uneven_pieces(found):
+    positions, labels, counts, unmasked = zip(*(rank["uneven"] for rank in found(3)), strict=True)
+    ids, mask = (x[:, 18:25] for x in text())
+    nothing = torch.full((2, 1), -100)
+    assert torch.equal(torch.cat(positions, 1), (mask.long().cumsum(1) - 1).clamp(min=0))
+    assert torch.equal(torch.cat(labels, 1), torch.cat([ids.masked_fill(~mask, -100)[:, 1:], nothing], 1))
+    assert torch.equal(torch.cat(unmasked, 1), torch.cat([ids[:, 1:], nothing], 1))
+    assert counts == (int(mask[:, 1:].sum()),) * 3
+
+
+def test_a_piece_outside_of_sequence_parallel():
+    q = torch.randn(1, 6, 2, 4)
+    offsets = torch.tensor([0, 2, 6])
+    assert current_group() is None
+    got, _ = scan_piece(q, q, q, torch.eye(4), cu_seqlens=offsets)
+    expected, _ = freqrank.feature_map_attention(q, q, q, torch.eye(4), cu_seqlens=offsets)
+    assert torch.equal(got, expected)
+
+
 def test_without_a_process_group():
     q = torch.zeros(1, 3, 2, 4)
     with pytest.raises(ValueError, match="init_process_group first; got None without one"):
         linear_attention_parallel(q, q, q)
     with pytest.raises(ValueError, match="init_process_group first; got None without one"):
         feature_map_attention_parallel(q, q, q, torch.ones(4, 4))
+    with pytest.raises(ValueError, match="init_process_group first; got None without one"), sequence_parallel():
+        pass
+    assert current_group() is None
 
 
 def test_import_stays_light():

@@ -9,6 +9,7 @@ _LAZY = {
     "kernel_error": "approximation",
     "linear_attention_parallel": "parallel",
     "feature_map_attention_parallel": "parallel",
+    "sequence_parallel": "parallel",
 }
 
 __all__ = [*_LAZY]

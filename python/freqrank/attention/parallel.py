@@ -12,18 +12,28 @@ be multiplied by it again. The first scan has one query a state, of zeros that a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from freqrank._distributed import gathered, ranks
+from freqrank._distributed import Ranks, gathered, ranks
 from freqrank.ops import LinearAttentionState, feature_map_attention, linear_attention
 from freqrank.ops.attention import MAX_DIM, _check_dim, _check_map, _check_numbers, _check_options, _check_qkv, _real
 
-__all__ = ["feature_map_attention_parallel", "linear_attention_parallel"]
+__all__ = [
+    "current_group",
+    "feature_map_attention_parallel",
+    "linear_attention_parallel",
+    "next_token_labels",
+    "piece_of",
+    "positions_of",
+    "scan_piece",
+    "sequence_parallel",
+]
 
 _Result = tuple[Tensor, LinearAttentionState | None]
 
@@ -242,3 +252,166 @@ def _total(log_decay: Tensor | None, mask: Tensor | None, q: Tensor) -> Tensor:
     else:
         total = (g if mask is None else torch.where(mask[..., None], g, 0)).sum(1)
     return total.to(log_decay.dtype)
+
+
+# --- whole models -----------------------------------------------------------------------------------------------------
+
+# Of the process, not of a thread: backward passes on a GPU, which may run a layer again, have threads of their own.
+_groups: list[dist.ProcessGroup] = []
+
+
+@contextmanager
+def sequence_parallel(group: dist.ProcessGroup | None = None) -> Iterator[dist.ProcessGroup]:
+    """Inside, linear-attention layers take what they get for this rank's piece of a long sequence.
+
+    Every rank has the whole model and its own tokens (:func:`piece_of`), and calls it with positions from
+    :func:`positions_of`, without a cache. Everything else in a decoder works on one token at a time; layers that are
+    still softmax would see this rank's piece alone, so all must be linear. The loss of a rank is the sum over its
+    tokens of the cross-entropy with :func:`next_token_labels`; over all ranks these add up to that of the whole
+    sequence, and so do the gradients of the parameters. The backward pass, on every rank, runs inside too if
+    activations are checkpointed, since layers then run again.
+
+    Args:
+        group: as in :func:`linear_attention_parallel`.
+
+    Yields:
+        The group, that of all ranks for None.
+
+    Raises:
+        ValueError: no process group, or one without this process.
+
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> with sequence_parallel() as group:
+    ...     current_group() is group
+    True
+    >>> current_group() is None
+    True
+    >>> dist.destroy_process_group()
+    """
+    ranks(group)
+    _groups.append(dist.group.WORLD if group is None else group)  # type: ignore[arg-type]  # it is there
+    try:
+        yield _groups[-1]
+    finally:
+        _groups.pop()
+
+
+def current_group() -> dist.ProcessGroup | None:
+    """The group of the innermost :func:`sequence_parallel`, None outside of any."""
+    return _groups[-1] if _groups else None
+
+
+def scan_piece(
+    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, *, cu_seqlens: Tensor | None = None, **options: Any
+) -> _Result:
+    """:func:`freqrank.feature_map_attention`, or inside of :func:`sequence_parallel` its twin for a piece.
+
+    Raises:
+        ValueError: ``cu_seqlens`` inside of :func:`sequence_parallel`: a sequence over several ranks is not packed.
+
+    >>> q = torch.randn(1, 5, 2, 4)
+    >>> torch.equal(scan_piece(q, q, q, torch.eye(4))[0], feature_map_attention(q, q, q, torch.eye(4))[0])
+    True
+    """
+    group = current_group()
+    if group is None:
+        return feature_map_attention(q, k, v, projection, cu_seqlens=cu_seqlens, **options)
+    if cu_seqlens is not None:
+        raise ValueError(
+            "cu_seqlens must be None inside of sequence_parallel, where each row is one sequence over several ranks; "
+            "run packed sequences on one rank"
+        )
+    return feature_map_attention_parallel(q, k, v, projection, group=group, **options)
+
+
+def piece_of(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """This rank's piece of what every rank has whole, cut along time into pieces that differ by one token at most.
+
+    Args:
+        x: [B, T, ..].
+
+    Returns:
+        A view [B, T_r, ..].
+
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> piece_of(torch.arange(3)[None])
+    tensor([[0, 1, 2]])
+    >>> dist.destroy_process_group()
+    """
+    among = ranks(group)
+    return x.tensor_split(among.size, 1)[among.rank]
+
+
+def positions_of(input_ids: Tensor, mask: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Positions in the whole sequence of the tokens of this rank's piece, padding not counted. Collective.
+
+    Args:
+        input_ids: int64 [B, T_r].
+        mask: bool [B, T_r], of this piece: which tokens count.
+
+    Returns:
+        int64 [B, T_r], to be given as ``position_ids`` to a linearised model.
+
+    Raises:
+        TypeError, ValueError: ids or a mask of another dtype or shape, batches of unlike sizes; on every rank.
+
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> positions_of(torch.tensor([[5, 6, 7]]))
+    tensor([[0, 1, 2]])
+    >>> dist.destroy_process_group()
+    """
+    among = ranks(group)
+    _check_tokens(input_ids, mask, among)
+    counts = (torch.ones_like(input_ids) if mask is None else mask.long()).cumsum(1)
+    total = counts[:, -1] if counts.shape[1] else counts.new_zeros(counts.shape[0])
+    before = among.gather(total)[: among.rank].sum(0)
+    return (before[:, None] + counts - 1).clamp(min=0)
+
+
+def next_token_labels(
+    input_ids: Tensor, mask: Tensor | None = None, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, int]:
+    """What each token of this rank's piece is to predict: the next one, at the end the first of the next rank's piece.
+
+    Collective. Labels are shifted already: ``cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")``,
+    whose -100 is what ``torch.nn.functional.cross_entropy`` ignores.
+
+    Args:
+        input_ids: int64 [B, T_r].
+        mask: bool [B, T_r], of this piece: where False, no target.
+
+    Returns:
+        ``(labels, count)``: int64 [B, T_r], -100 where there is no target, as at the end of the sequence; and how many
+        targets all ranks have, which makes a mean of the sum.
+
+    Raises:
+        TypeError, ValueError: ids or a mask of another dtype or shape, batches of unlike sizes; on every rank.
+
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> next_token_labels(torch.tensor([[5, 6, 7]]))
+    (tensor([[   6,    7, -100]]), 2)
+    >>> dist.destroy_process_group()
+    """
+    among = ranks(group)
+    lengths = _check_tokens(input_ids, mask, among)
+    targets = input_ids if mask is None else input_ids.masked_fill(~mask, -100)
+    nothing = targets.new_full((targets.shape[0], 1), -100)
+    firsts = among.gather(targets[:, :1] if targets.shape[1] else nothing)
+    following = next((rank for rank in range(among.rank + 1, among.size) if lengths[rank]), None)
+    labels = torch.cat([targets[:, 1:], nothing if following is None else firsts[following]], 1)[:, : targets.shape[1]]
+    (count,) = among.totals(int((labels != -100).sum()))
+    return labels, int(count)
+
+
+def _check_tokens(input_ids: Tensor, mask: Tensor | None, among: Ranks) -> list[int]:
+    """The lengths of all pieces; raises on all ranks what is wrong on one."""
+    with among.together():
+        if input_ids.dtype != torch.int64:
+            raise TypeError(f"input_ids must have dtype int64; got {input_ids.dtype}")
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be [B, T]; got shape {tuple(input_ids.shape)}")
+        if mask is not None and mask.dtype != torch.bool:
+            raise TypeError(f"mask must have dtype bool; got {mask.dtype}")
+        if mask is not None and mask.shape != input_ids.shape:
+            raise ValueError(f"mask must be [B, T] = {list(input_ids.shape)}; got shape {tuple(mask.shape)}")
+    return [length for (length,) in among.agree({"B": input_ids.shape[0]}, [input_ids.shape[1]])]

@@ -243,6 +243,18 @@ def test_generation(case, options):
 
 
 @every
+@torch.no_grad()
+def test_static_cache_and_16_bits(case):
+    model = converted(case, norm_groups="heads")
+    ids = tokens(2, 12)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+    logits = model(ids).logits
+    assert (model.bfloat16()(ids).logits.float() - logits).norm() <= 0.03 * logits.norm()
+
+
+@every
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("convert", [[0], [1]])
 @torch.no_grad()

@@ -9,8 +9,6 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
-from unittest import mock
 
 import freqrank
 import pytest
@@ -19,7 +17,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from freqrank import LinearAttentionState
 from freqrank.attention import (
-    dijiang,
     feature_map_attention_parallel,
     linear_attention_parallel,
     sequence_parallel,
@@ -309,8 +306,7 @@ def train(checkpointing: bool) -> dict[str, torch.Tensor | float]:
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    layer_ops = SimpleNamespace(**{**vars(freqrank.ops), "feature_map_attention": scan_piece})
-    with sequence_parallel(), mock.patch.object(dijiang, "ops", layer_ops):
+    with sequence_parallel():
         ids, mask = piece_of(ids), piece_of(mask)
         logits = model(ids, attention_mask=mask.long(), position_ids=positions_of(ids, mask), use_cache=False).logits
         labels, count = next_token_labels(ids, mask)

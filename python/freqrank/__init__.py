@@ -22,6 +22,7 @@ _LAZY = {
     "Comparison": "freqrank.compare",
     "load_offloaded": "freqrank.models.offload",
     "linearize": "freqrank.models.linearization",
+    "load_official": "freqrank.models.official",
     "LinearizationReport": "freqrank.models.linearization",
     "FreqrankConfig": "freqrank.models.quantizer",
     "FreqrankQuantizer": "freqrank.models.quantizer",

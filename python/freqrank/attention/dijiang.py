@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from freqrank import ops
 from freqrank.attention.feature_maps import FEATURE_MAPS, FeatureMap, Float32Module, feature_map_kind
+from freqrank.attention.parallel import current_group, scan_piece
 from freqrank.attention.window import WindowState, window_attention
 
 NORMS = ("group", "rms", "denominator", "none")
@@ -376,6 +377,11 @@ class DiJiangAttention(nn.Module):
         linear, window = (None, None) if state is None else state
         o = None
         if self.options.window:
+            if current_group() is not None:
+                raise ValueError(
+                    "a layer with a window cannot run inside of sequence_parallel: its first tokens would miss the "
+                    "last ones of the rank before; use layers without a window"
+                )
             o, window = window_attention(
                 q,
                 k,
@@ -423,7 +429,8 @@ class DiJiangAttention(nn.Module):
             "weights": phi.weights,
             "normalize": normalize,
         }
-        if state is not None and q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
+        one_token = q.shape[1] == 1 and cu_seqlens is None and current_group() is None
+        if state is not None and one_token and not torch.is_grad_enabled():
             o = ops.feature_map_attention_step(
                 q[:, 0],
                 k[:, 0],
@@ -435,7 +442,7 @@ class DiJiangAttention(nn.Module):
                 **shared,
             )[:, None]
         else:
-            o, state = ops.feature_map_attention(
+            o, state = scan_piece(
                 q,
                 k,
                 v,

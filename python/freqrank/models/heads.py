@@ -17,8 +17,8 @@ class Heads(NamedTuple):
     """What one layer's softmax attention is called with.
 
     Attributes:
-        q, k, v: [B, T, H, D], [B, T, Hk, D] and [B, T, Hk, V], rotated as the model rotates them, not scaled.
-        scale: factor on q . k.
+        q, k, v: [B, T, H, D], [B, T, Hk, D] and [B, T, Hk, V], rotated as the model rotates them.
+        scale: factor on q . k that is still to come (1 for OPT, which scales its queries).
     """
 
     q: Tensor

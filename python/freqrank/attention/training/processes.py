@@ -1,8 +1,10 @@
 """Training in several processes, each with its own rows of a batch; one process is the simplest case of it.
 
-accelerate sets the processes up and carries what goes between them. Models are not wrapped: gradients are summed once
-an optimiser step. So losses are divided by what all rows of all processes hold, which a mean of means is not, gradients
-travel once however many batches are accumulated, and a stage may leave parameters without any.
+accelerate sets the processes up and carries what goes between them, by its ``PartialState`` and its operations: another
+``Accelerator`` would change the caller's own, with which it shares a count of accumulated batches. Models are not
+wrapped, and gradients are summed once an optimiser step. So losses are divided by what all rows of all processes
+hold, which a mean of means is not, gradients travel once however many batches are accumulated, and a stage may leave
+parameters without any.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _BUCKET = 1 << 24  # elements that are summed at once
 
 @dataclass(frozen=True)
 class Processes:
-    """How many processes train together, and which of them this is.
+    """How many processes train together, which of them this is, and its device, if there are several.
 
     >>> Processes().sum({"loss": torch.ones(1)})
     {'loss': tensor([1.])}
@@ -33,7 +35,7 @@ class Processes:
 
     count: int = 1
     index: int = 0
-    accelerator: Any = None
+    device: torch.device | None = None
 
     @classmethod
     def find(cls) -> Processes:
@@ -47,28 +49,24 @@ class Processes:
         count = distributed.get_world_size() if group else int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:
             return cls()
-        from accelerate import Accelerator
         from accelerate.state import PartialState
-        from accelerate.utils import GradientAccumulationPlugin
 
         if group:  # accelerate reads the environment alone
             rank = str(distributed.get_rank())
             places = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "RANK": rank, "LOCAL_RANK": rank}
             for name, value in places.items():
                 os.environ.setdefault(name, value)
-        options: dict[str, Any] = {}
-        if not PartialState._shared_state:  # else the caller has said what he wants
-            options["cpu"] = not torch.accelerator.is_available() or (group and distributed.get_backend() == "gloo")
-        # our own count of batches holds, whatever a launcher's environment says
-        accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), **options)
-        kind = accelerator.distributed_type.value
-        if accelerator.num_processes != count or kind not in _DATA_PARALLEL:
+        # without effect where the caller has set accelerate up
+        cpu = not torch.accelerator.is_available() or (group and distributed.get_backend() == "gloo")
+        state = PartialState(cpu=cpu)
+        kind = state.distributed_type.value
+        if state.num_processes != count or kind not in _DATA_PARALLEL:
             raise ValueError(
                 f"distill trains data-parallel, a whole model in each process; accelerate is set up as {kind} with "
-                f"{accelerator.num_processes} of {count} processes. Launch with torchrun, or configure accelerate for "
+                f"{state.num_processes} of {count} processes. Launch with torchrun, or configure accelerate for "
                 "several GPUs or CPUs without sharding"
             )
-        return cls(count, accelerator.process_index, accelerator)
+        return cls(count, state.process_index, state.device)
 
     @property
     def is_main(self) -> bool:
@@ -76,13 +74,13 @@ class Processes:
 
     def place(self, *models: nn.Module | None) -> None:
         """Move models to this process's device, and give the first one the main process's values."""
-        if self.accelerator is None:
+        if self.device is None:
             return
         from accelerate.utils import broadcast
 
         for model in models:
             if model is not None:
-                model.to(self.accelerator.device)
+                model.to(self.device)
         if models[0] is not None:
             with torch.no_grad():
                 for tensor in (*models[0].parameters(), *models[0].buffers()):
@@ -111,36 +109,36 @@ class Processes:
 
     def sum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sums of vectors over all processes, the same on each."""
-        if self.accelerator is None:
+        if self.device is None:
             return dict(values)
-        flat = self.accelerator.reduce(torch.cat([value.double() for value in values.values()]), "sum")
+        from accelerate.utils import reduce
+
+        flat = reduce(torch.cat([value.double() for value in values.values()]), "sum")
         return dict(zip(values, flat.split([len(value) for value in values.values()]), strict=True))
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum gradients over all processes; the same parameters have one on each."""
-        if self.accelerator is None:
+        if self.device is None:
             return
+        from accelerate.utils import reduce
+
         for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
-            total = self.accelerator.reduce(torch.cat([g.reshape(-1) for g in bucket]), "sum")
+            total = reduce(torch.cat([g.reshape(-1) for g in bucket]), "sum")
             for gradient, part in zip(bucket, total.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    def backward(self, loss: Tensor) -> None:
-        if self.accelerator is None:
-            loss.backward()
-        else:
-            self.accelerator.backward(loss)
-
     def stack(self, value: Tensor) -> Tensor:
         """The vector [n] of each process, [count, n], on the CPU."""
-        if self.accelerator is None:
+        if self.device is None:
             return value[None]
-        return self.accelerator.gather(value[None].to(self.accelerator.device)).cpu()
+        from accelerate.utils import gather
+
+        return gather(value[None].to(self.device)).cpu()
 
     def gather(self, value: T) -> list[T]:
         """A small object of each process, in their order."""
-        if self.accelerator is None:
+        if self.device is None:
             return [value]
         from accelerate.utils import gather_object
 

@@ -20,6 +20,8 @@ _LAZY = {
     "compress": "freqrank.models.compression",
     "CompressionReport": "freqrank.models.compression",
     "Comparison": "freqrank.compare",
+    "convert": "freqrank.conversion",
+    "ConversionReport": "freqrank.conversion",
     "load_offloaded": "freqrank.models.offload",
     "linearize": "freqrank.models.linearization",
     "load_official": "freqrank.models.official",

@@ -202,6 +202,155 @@ def test_linearize(run, folder, tmp_path):
     assert json.loads(made.stdout)["tokens"] == 4
 
 
+def test_linearize_passes_the_options_of_the_layer_and_of_training(run, folder, tmp_path):
+    result = run(
+        "linearize", folder / "tiny", "-o", tmp_path / "linear", "--feature-map", "hybrid", "--keep-layers", "1,-1",
+        "--temperature", "0.5", "--decay", "learned", "--norm", "rms", "--gate", "none", "--num-frequencies", 12,
+        "--attention-window", 8, "--sinks", 2, "--position-table", 16, "--train", folder / "text.txt", "--steps", 4,
+        "--batch", 2, "--length", 16, "--recipe", "align", "--lr", "1e-2", "--accumulate", 2, "--trained", "attention",
+        "--precision", "bfloat16", "--recompute", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["report"]["layers"], found["report"]["kept"]) == ([0, 2], [1, 3])
+    expected = {
+        "feature_map": "hedgehog", "temperature": 0.5, "decay": "learned", "norm": "rms", "gate": "none", "window": 8,
+        "sinks": 2, "num_frequencies": 12, "position_table": 16,
+    }  # fmt: skip
+    assert expected.items() <= found["report"]["options"].items()
+    training = found["training"]
+    expected = {
+        "batch_size": 2, "lr": 1e-2, "accumulate": 2, "train": "attention", "precision": "bfloat16",
+        "checkpointing": True,
+    }  # fmt: skip
+    assert (training["recipe"], training["steps"], training["tokens"]) == ("align", 4, 4 * 2 * 2 * 16)
+    assert {name: training["settings"].get(name) for name in expected} == expected
+    assert (tmp_path / "linear" / "training.png").read_bytes()[:4] == b"\x89PNG"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "linear")
+    original = transformers.AutoModelForCausalLM.from_pretrained(folder / "tiny")
+    assert torch.equal(loaded.model.embed_tokens.weight, original.model.embed_tokens.weight)  # only attention trained
+    attention = [m.model.layers[0].self_attn.q_proj.weight for m in (loaded, original)]
+    assert not torch.equal(*attention)
+
+
+def test_a_stopped_fine_tuning_goes_on(run, folder, tmp_path, monkeypatch):
+    from freqrank.models import saving
+
+    def linearize(name, *more):
+        arguments = ["linearize", folder / "tiny", "-o", tmp_path / name, "--train", folder / "text.txt", "--steps", 2]
+        return run(*arguments, "--batch", 2, "--length", 16, "--json", *more)
+
+    whole = json.loads(linearize("whole").stdout)["training"]
+    real = saving.save_model
+    monkeypatch.setattr(saving, "save_model", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    stopped = linearize("out", "--checkpoint", tmp_path / "kept")
+    assert stopped.exit_code == 2
+    assert stopped.stderr.splitlines()[-1] == "freqrank: disk full"
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "kept").is_dir()
+    monkeypatch.setattr(saving, "save_model", real)
+    again = linearize("out", "--checkpoint", tmp_path / "kept")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["training"]["losses"] == whole["losses"]
+    assert not (tmp_path / "kept").exists()
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_convert(run, folder, tmp_path):
+    text = folder / "text.txt"
+    arguments = [
+        "convert", folder / "tiny", "-o", tmp_path / "both", "--calibration", text, "--train", text, "--ratio", 0.5,
+        "--samples", 4, "--calibration-length", 64, "--group-size", 4, "--refit", "own", "--keep-layers", "0",
+        "--norm", "rms", "--steps", 3, "--batch", 2, "--length", 32, "--lr", "1e-2", "--text", text, "--limit", 200,
+        "--contexts", "24,48", "--page", tmp_path / "page",
+    ]  # fmt: skip
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    report = found["report"]
+    assert set(report["losses"]) == {"original", "compressed", "linearised", "trained"}
+    assert report["compression"]["settings"]["group_size"] == 4
+    assert report["compression"]["settings"]["refit"] == "own"
+    assert report["compression"]["tokens"] == 4 * 64
+    assert report["linearization"]["layers"] == [1, 2, 3]
+    assert report["linearization"]["options"]["norm"] == "rms"
+    assert report["training"]["recipe"] == "align"
+    assert report["training"]["tokens"] == 3 * 2 * 32
+    assert [m["context"] for m in report["memory"]] == [24, 48, 192, 768]
+    assert found["saved"]["parameters"] == report["converted"]["parameters"] < report["original"]["parameters"]
+    assert found["saved"]["loss"] is None  # saved as it was computed
+    scored = json.loads(run("eval", tmp_path / "both", "--text", text, "--limit", 200, "--json").stdout)
+    assert scored["loss"] == pytest.approx(report["losses"]["trained"], abs=1e-5)
+    assert scored["parameters"] == report["converted"]["parameters"]
+    made = run("generate", tmp_path / "both", "--prompt", "def ", "--max-new-tokens", 4, "--json")
+    assert json.loads(made.stdout)["tokens"] == 4
+    assert (tmp_path / "both" / "training.png").is_file()
+    assert "Held-out loss" in (tmp_path / "page" / "report.html").read_text()
+    before = sorted((tmp_path / "both").iterdir())
+    failed(run(*arguments), "not empty")
+    assert sorted((tmp_path / "both").iterdir()) == before
+
+
+def test_convert_shows_tables_and_saves_in_the_models_own_format(run, folder, tmp_path):
+    result = run(
+        "convert", "bundled:base", "-o", tmp_path / "both", "--calibration", "stdlib:train", "--samples", 8,
+        "--calibration-length", 64, "--train", "stdlib:train", "--steps", 2, "--batch", 2, "--length", 32,
+        "--text", "stdlib:test", "--limit", 1000, "--contexts", "32,64",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for words in ("Held-out loss", "Memory of one sequence", "in turns", "bfloat16", "loss as saved"):
+        assert words in result.stdout
+    weights = load_file(tmp_path / "both" / "model.safetensors")
+    dtypes = {w.dtype for name, w in weights.items() if "decay" not in name and "feature_map" not in name}
+    assert dtypes == {torch.bfloat16}
+    shown = next(line for line in result.stdout.splitlines() if "loss as saved" in line)
+    scored = json.loads(run("eval", tmp_path / "both", "--text", "stdlib:test", "--limit", 1000, "--json").stdout)
+    # eval computes in float32 with these weights, the line above was computed in bfloat16
+    assert float(shown.split()[3]) == pytest.approx(scored["loss"], abs=0.02)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+    ids = torch.tensor([list(b"def ")])
+    assert loaded.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 8)
+
+
+def test_convert_without_training_says_so(run, folder, tmp_path):
+    arguments = ["convert", folder / "tiny", "-o", tmp_path / "both", "--calibration", folder / "text.txt"]
+    result = run(*arguments, "--samples", 4, "--contexts", "none", "--no-teacher")
+    assert result.exit_code == 0, result.output
+    assert "note: not trained" in result.stdout
+    assert "Memory of one sequence" not in result.stdout
+    assert not (tmp_path / "both" / "training.png").exists()
+    assert (tmp_path / "both" / "config.json").is_file()
+
+
+def test_training_that_fails_writes_no_folder_and_a_second_try_goes_on(run, folder, tmp_path, monkeypatch):
+    from freqrank.models import compression
+
+    text = folder / "text.txt"
+
+    def convert(lr):
+        return run(
+            "convert", folder / "tiny", "-o", tmp_path / "both", "--calibration", text, "--samples", 4, "--train", text,
+            "--steps", 20, "--batch", 2, "--length", 16, "--contexts", "none", "--checkpoint", tmp_path / "kept",
+            "--recipe", "released", "--lr", lr,
+        )  # fmt: skip
+
+    result = convert("1e30")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "not finite" in result.stderr.splitlines()[-1]
+    assert result.stderr.splitlines()[-1].startswith("freqrank: ")
+    assert not (tmp_path / "both").exists()
+    assert (tmp_path / "kept" / "compression").is_dir()
+    failed(convert("1e-3"), "training", "differs in lr")
+    for path in (tmp_path / "kept" / "training").iterdir():
+        path.unlink()
+    monkeypatch.setattr(compression._Work, "_factor", None)  # the compression is not done again
+    assert convert("1e-3").exit_code == 0
+    assert (tmp_path / "both" / "config.json").is_file()
+    assert not (tmp_path / "kept").exists()
+
+
 def test_demo(run, folder, tmp_path):
     twin = tmp_path / "twin"
     assert run("linearize", folder / "tiny", "-o", twin).exit_code == 0
@@ -270,6 +419,30 @@ def test_a_short_calibration_text_is_read_once_and_warns_with_both_numbers(run, 
         (["linearize", "TINY", "-o", "OUT", "--layers", "0,x"], ["--layers"]),
         (["linearize", "TINY", "-o", "OUT", "--layers", "9"], ["layers", "9"]),
         (["linearize", "TINY", "-o", "OUT", "--feature-map", "magic"], ["feature_map", "magic"]),
+        (["linearize", "TINY", "-o", "OUT", "--layers", "0", "--keep-layers", "1"], ["--layers", "--keep-layers"]),
+        (["linearize", "TINY", "-o", "OUT", "--keep-layers", "4"], ["--keep-layers", "from -4 to 3", "4"]),
+        (["linearize", "TINY", "-o", "OUT", "--keep-layers", "0,1,2,3"], ["at least one layer"]),
+        (["linearize", "TINY", "-o", "OUT", "--temperature", "warm"], ["--temperature", "pretrained", "warm"]),
+        (["linearize", "TINY", "-o", "OUT", "--sinks", "2"], ["sinks=2", "window"]),
+        (["linearize", "TINY", "-o", "OUT", "--norm", "layer"], ["norm", "'layer'"]),
+        (["linearize", "TINY", "-o", "OUT", "--lr", "0.1"], ["--lr", "--train"]),
+        (["linearize", "TINY", "-o", "OUT", "--steps", "300"], ["--steps", "--train"]),
+        (["linearize", "TINY", "-o", "OUT", "--checkpoint", "OUT"], ["--checkpoint", "--train"]),
+        (["linearize", "TINY", "-o", "OUT", "--train", "TEXT", "--recipe", "magic"], ["recipe", "magic"]),
+        (["linearize", "TINY", "-o", "OUT", "--train", "TEXT", "--lr", "-1"], ["lr", "-1"]),
+        (["linearize", "TINY", "-o", "OUT", "--train", "nowhere.txt"], ["--train", "nowhere.txt"]),
+        (["linearize", "TINY", "-o", "OUT", "--train", "TEXT", "--length", "9999"], ["--train", "9999"]),
+        (["linearize", "TINY", "-o", "OUT", "--device", "tpu9"], ["--device", "tpu9"]),
+        (["eval", "TINY", "--text", "TEXT", "--device", "cuda:77"], ["--device", "cuda:77"]),
+        (["convert", "TINY", "-o", "OUT"], ["--calibration"]),
+        (["convert", "TINY", "-o", "OUT", "--calibration", "nowhere.txt"], ["--calibration", "nowhere.txt"]),
+        (["convert", "TINY", "-o", "ROOT", "--calibration", "TEXT"], ["not empty"]),
+        (["convert", "TINY", "-o", "OUT", "--calibration", "TEXT", "--page", "OUT"], ["--page", "--output"]),
+        (["convert", "TINY", "-o", "OUT", "--calibration", "TEXT", "--page", "ROOT"], ["not empty"]),
+        (["convert", "TINY", "-o", "OUT", "--calibration", "TEXT", "--contexts", "64"], ["contexts", "[64]"]),
+        (["convert", "TINY", "-o", "OUT", "--calibration", "TEXT", "--contexts", "a,b"], ["--contexts", "a,b"]),
+        (["convert", "TINY", "-o", "OUT", "--calibration", "TEXT", "--save-dtype", "int8"], ["--save-dtype", "int8"]),
+        (["convert", "TINY", "-o", "OUT", "--calibration", "TEXT", "--steps", "5"], ["--steps", "--train"]),
         (["demo", "--output", "ROOT"], ["not empty"]),
         (
             [
@@ -369,3 +542,22 @@ def test_options_that_contradict_one_another_are_refused_before_a_model_is_loade
     arguments = ("compress", folder / "tiny", "--calibration", folder / "text.txt", "--output", tmp_path / "out")
     failed(run(*arguments, "--method", "best", "--refit", "own"), "'best' sets refit='cross' itself; got 'own'")
     failed(run(*arguments, "--storage", "int4"), "storage must be one of None, 'int8'; got 'int4'")
+
+
+def test_options_of_the_last_stage_are_refused_before_a_model_is_loaded(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("freqrank.cli._load", None)
+    text = folder / "text.txt"
+    arguments = ("convert", folder / "tiny", "--calibration", text, "--train", text, "--output", tmp_path / "out")
+    for options, words in (
+        (["--lr", "0"], "lr must be a positive number"),
+        (["--recipe", "magic"], "recipe must be one of"),
+        (["--trained", "lora"], "adapters cannot be merged"),
+        (["--no-teacher", "--recipe", "align"], "leaves no teacher"),
+        (["--feature-map", "magic"], "feature_map must be one of"),
+        (["--decay", "magic"], "decay must be one of"),
+        (["--method", "magic"], "method must be one of"),
+        (["--train", "nowhere.txt"], "--train must name a text file"),
+        (["--text", "nowhere.txt"], "--text must name a text file"),
+        (["--keep-layers", "x"], "--keep-layers must be values with commas between"),
+    ):
+        failed(run(*arguments, *options), words)

@@ -70,7 +70,7 @@ def _fail(error: Exception) -> NoReturn:
         _say(str(error))
     elif isinstance(error, ImportError) and not (error.name or "").startswith("freqrank"):
         _say(f"{error}; pip install 'freqrank[cli]' installs what the command line needs")
-    elif isinstance(error, (ValueError, TypeError, OSError)) or "SafetensorError" in names:
+    elif isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)) or "SafetensorError" in names:
         _say(str(error) or type(error).__name__)
     else:
         raise error
@@ -114,6 +114,80 @@ Window = Annotated[
 Limit = Annotated[int | None, typer.Option(help="Score only the first so many tokens.", min=2)]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]
 
+# Of what compresses.
+Calibration = Annotated[str, typer.Option(help="Text that the model is measured on: " + _TEXT_HELP)]
+MethodName = Annotated[str, typer.Option("--method", help="svd, fwsvd, asvd, svd-llm, basis-sharing, lisc or best.")]
+Ratio = Annotated[float, typer.Option(help="Fraction of the compressed linears' parameters to remove.")]
+GroupSize = Annotated[int, typer.Option(help="Layers that share one basis.")]
+Share = Annotated[str, typer.Option(help="What shares a basis: layers, modules or both.")]
+Refit = Annotated[str | None, typer.Option(help="Refit of the coefficients: own, sequential or cross.")]
+Samples = Annotated[int, typer.Option(help="Calibration samples.", min=1)]
+Scored = Annotated[str | None, typer.Option("--text", help="Score the model before and after on: " + _TEXT_HELP)]
+Checkpointed = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        help="Folder that keeps what is finished: a run that was stopped goes on there.",
+        show_default=False,
+    ),
+]
+
+# Of what makes attention linear. None is what the feature map, or the whole combination, comes with.
+FeatureMapName = Annotated[
+    str,
+    typer.Option(
+        "--feature-map",
+        help="A whole combination of the layer's options, dijiang (as released), recommended or hybrid, or a feature "
+        "map: hedgehog, wdcf, prf, ...",
+    ),
+]
+Frequencies = Annotated[
+    int | None, typer.Option("--num-frequencies", help="Columns of the map's projection.", show_default=False)
+]
+MapTemperature = Annotated[
+    str | None,
+    typer.Option("--temperature", help="Factor before the map: a number, or pretrained.", show_default=False),
+]
+DecayName = Annotated[
+    str | None,
+    typer.Option("--decay", help="Of the state: multi-scale, learned, token or none.", show_default=False),
+]
+Norm = Annotated[
+    str | None,
+    typer.Option(help="For softmax's denominator: group, rms, denominator or none.", show_default=False),
+]
+NormGroups = Annotated[str | None, typer.Option(help="Groups of norm group: head_dim or heads.", show_default=False)]
+Gate = Annotated[str | None, typer.Option(help="Of the output: released, open or none.", show_default=False)]
+PositionTable = Annotated[int | None, typer.Option(help="Positions with learned factors; 0: none.", show_default=False)]
+SoftmaxWindow = Annotated[
+    int | None,
+    typer.Option("--attention-window", help="Newest tokens that softmax attention sees.", show_default=False),
+]
+Sinks = Annotated[int | None, typer.Option(help="First tokens that it sees besides.", show_default=False)]
+KeepLayers = Annotated[
+    str | None,
+    typer.Option(help="Layers that stay softmax, 0,5 or -1; none if not given.", show_default=False),
+]
+
+# Of what trains. None is what freqrank.distill does.
+Train = Annotated[str | None, typer.Option(help="Fine-tune after converting, on: " + _TEXT_HELP)]
+Steps = Annotated[int, typer.Option(help="Fine-tuning steps.", min=1)]
+Batch = Annotated[int, typer.Option(help="Sequences of a fine-tuning batch.", min=1)]
+TrainLength = Annotated[int, typer.Option("--length", help="Tokens in a fine-tuning sequence.", min=2)]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.", show_default=False)]
+Accumulate = Annotated[int | None, typer.Option(help="Batches a fine-tuning step.", min=1, show_default=False)]
+Trained = Annotated[
+    str | None,
+    typer.Option("--trained", help="What is fine-tuned: all, attention or lora.", show_default=False),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="What fine-tuning computes in: float32 or bfloat16; weights stay.", show_default=False),
+]
+Recompute = Annotated[
+    bool, typer.Option("--recompute", help="Keep one block's activations while fine-tuning: less memory, more time.")
+]
+
 
 # ---------------------------------------------------------------- what the commands share
 
@@ -141,9 +215,7 @@ def _load(name: str, *, download: bool = False, dtype: str = "float32", offload:
 
     from freqrank.models.offload import load_offloaded
 
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    if dtype not in dtypes:
-        raise ValueError(f"--dtype must be one of {', '.join(dtypes)}; got {dtype!r}")
+    _check_dtype("--dtype", dtype)
     source, local = _resolve(name, download)
     options: dict[str, Any] = {"local_files_only": local or not download}
     transformers.logging.set_verbosity_error()
@@ -168,6 +240,20 @@ def _load(name: str, *, download: bool = False, dtype: str = "float32", offload:
         )
     model.eval()
     return model, _tokenizer(model, source, options)
+
+
+def _check_dtype(option: str, name: str) -> None:
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    if name not in dtypes:
+        raise ValueError(f"{option} must be one of {', '.join(dtypes)}; got {name!r}")
+
+
+def _check_device(name: str) -> None:
+    """Raise unless torch can use the device."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def _resolve(name: str, download: bool) -> tuple[str, bool]:
@@ -221,18 +307,22 @@ def _tokenizer(model: nn.Module, source: str, options: dict[str, Any]) -> Any:
     return None
 
 
+def _check_text(name: str | None, option: str) -> None:
+    """Raise unless ``name``, if given, is one of a text; cheaper than to load a model first."""
+    if name is not None and not name.startswith("stdlib:") and not Path(name).is_file():
+        raise FileNotFoundError(f"{option} must name a text file or stdlib:train, :validation, :test; got {name!r}")
+
+
 def _read(name: str, tokenizer: Any, option: str) -> Tensor:
     """Token ids [T] of a text file, or of a split of the standard library's source."""
+    _check_text(name, option)
     if name.startswith("stdlib:"):
         ids = data.stdlib_bytes(name.removeprefix("stdlib:"))
         if tokenizer is None:
             return ids
         raw = bytes(ids.tolist())
     else:
-        path = Path(name)
-        if not path.is_file():
-            raise FileNotFoundError(f"{option} must name a text file or stdlib:train, :validation, :test; got {name!r}")
-        raw = path.read_bytes()
+        raw = Path(name).read_bytes()
         if not raw:
             raise ValueError(f"{option}: {name} is empty")
         if tokenizer is None:
@@ -272,12 +362,9 @@ def _save(model: nn.Module, folder: Path, tokenizer: Any) -> None:
 
 def _count(model: nn.Module) -> dict[str, int]:
     """Parameters and bytes; a tensor that several modules share counts once."""
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    parameters = {id(p): p for p in model.parameters()}
-    return {
-        "parameters": sum(p.numel() for p in parameters.values()),
-        "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
-    }
+    from freqrank.models.costs import model_size
+
+    return model_size(model)._asdict()
 
 
 def _emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
@@ -330,17 +417,17 @@ def compress(
     context: typer.Context,
     model: Model,
     output: Output,
-    calibration: Annotated[str, typer.Option(help="Text that the model is measured on: " + _TEXT_HELP)],
-    method: Annotated[str, typer.Option(help="svd, fwsvd, asvd, svd-llm, basis-sharing, lisc or best.")] = "lisc",
-    ratio: Annotated[float, typer.Option(help="Fraction of the compressed linears' parameters to remove.")] = 0.2,
-    group_size: Annotated[int, typer.Option(help="Layers that share one basis.")] = 2,
-    share: Annotated[str, typer.Option(help="What shares a basis: layers, modules or both.")] = "layers",
+    calibration: Calibration,
+    method: MethodName = "lisc",
+    ratio: Ratio = 0.2,
+    group_size: GroupSize = 2,
+    share: Share = "layers",
     scale: Annotated[str, typer.Option(help="A layer's input scale: trace, frobenius, spectral or none.")] = "trace",
     exponent: Annotated[
         float, typer.Option(help="Power of lisc's scale correction, twice that of asvd's channel weights; 0 is none.")
     ] = 1.0,
     block_weight: Annotated[str | None, typer.Option(help="Weight of a layer's block: norm or sqrt-scale.")] = None,
-    refit: Annotated[str | None, typer.Option(help="Refit of the coefficients: own, sequential or cross.")] = None,
+    refit: Refit = None,
     allocation: Annotated[
         str, typer.Option(help="Ranks: uniform, effective-rank, auto, sensitivity or loss.")
     ] = "uniform",
@@ -356,20 +443,15 @@ def compress(
         str | None,
         typer.Option(help="int8: factors as 8-bit integers. Default: the model's dtype.", show_default=False),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples.", min=1)] = 256,
+    samples: Samples = 256,
     length: Annotated[
         int | None, typer.Option(help="Tokens in a calibration sample; default: as --window.", min=2)
     ] = None,
-    text: Annotated[str | None, typer.Option(help="Score the model before and after on: " + _TEXT_HELP)] = None,
+    text: Scored = None,
     window: Window = None,
     limit: Limit = None,
     dtype: Dtype = "auto",
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder that keeps what is finished: a run that was stopped goes on there.", show_default=False
-        ),
-    ] = None,
+    checkpoint: Checkpointed = None,
     offload: Annotated[
         Path | None,
         typer.Option(
@@ -443,7 +525,7 @@ def compare(
             "--output", "-o", help="Folder of the results; one that was begun is finished.", show_default=False
         ),
     ],
-    calibration: Annotated[str, typer.Option(help="Text that the model is measured on: " + _TEXT_HELP)],
+    calibration: Calibration,
     validation: Annotated[str, typer.Option(help="Text that group sizes are chosen on: " + _TEXT_HELP)],
     test: Annotated[str, typer.Option(help="Text whose loss is reported: " + _TEXT_HELP)],
     methods: Annotated[
@@ -455,7 +537,7 @@ def compare(
     spreads: Annotated[
         str, typer.Option(help="Input scales over the layers: none, rising, falling, with commas between.")
     ] = "none",
-    samples: Annotated[int, typer.Option(help="Calibration samples.", min=1)] = 64,
+    samples: Samples = 64,
     length: Annotated[int, typer.Option(help="Tokens in a calibration sample.", min=2)] = 256,
     window: Window = None,
     limit: Limit = None,
@@ -533,12 +615,7 @@ def reproduce(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for a page and the numbers.", show_default=False)
     ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder that keeps what is finished: a run that was stopped goes on there.", show_default=False
-        ),
-    ] = None,
+    checkpoint: Checkpointed = None,
     download: Annotated[
         bool, typer.Option("--download", help="Allow fetching the pinned model and data from the Hugging Face hub.")
     ] = False,
@@ -582,6 +659,7 @@ def reproduce(
     reproducing.plan(row, chosen, zero_shot=zero_shot)  # a wrong name is not worth loading a model
     if output is not None:
         report.check_folder(output)
+    _check_device(device)
     network = tokenizer = None
     rows = {
         option: None if path is None else reproducing.lines_of(path)
@@ -642,19 +720,41 @@ def _list_rows(text: str, as_json: bool) -> None:
 
 @app.command()
 def linearize(
+    context: typer.Context,
     model: Model,
     output: Output,
-    feature_map: Annotated[str, typer.Option(help="Feature map of the linear attention.")] = "dijiang",
-    layers: Annotated[str | None, typer.Option(help="Layers to convert, such as 0,2,4; all if not given.")] = None,
-    train: Annotated[str | None, typer.Option(help="Fine-tune after converting, on: " + _TEXT_HELP)] = None,
-    steps: Annotated[int, typer.Option(help="Fine-tuning steps.", min=1)] = 300,
-    recipe: Annotated[str, typer.Option(help="Fine-tuning recipe: released (next token) or distill.")] = "released",
-    batch: Annotated[int, typer.Option(help="Sequences a fine-tuning step.", min=1)] = 8,
-    length: Annotated[int, typer.Option(help="Tokens in a fine-tuning sequence.", min=2)] = 256,
-    text: Annotated[str | None, typer.Option(help="Score the model before and after on: " + _TEXT_HELP)] = None,
+    feature_map: FeatureMapName = "dijiang",
+    num_frequencies: Frequencies = None,
+    temperature: MapTemperature = None,
+    decay: DecayName = None,
+    norm: Norm = None,
+    norm_groups: NormGroups = None,
+    gate: Gate = None,
+    position_table: PositionTable = None,
+    attention_window: SoftmaxWindow = None,
+    sinks: Sinks = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to convert, 0,2,4 or -1; all if not given.", show_default=False)
+    ] = None,
+    keep_layers: KeepLayers = None,
+    train: Train = None,
+    recipe: Annotated[str, typer.Option(help="Fine-tuning recipe: released (next token), distill or align.")] = (
+        "released"
+    ),
+    steps: Steps = 300,
+    batch: Batch = 8,
+    length: TrainLength = 256,
+    lr: LearningRate = None,
+    accumulate: Accumulate = None,
+    trained: Trained = None,
+    precision: Precision = None,
+    recompute: Recompute = False,
+    checkpoint: Checkpointed = None,
+    text: Scored = None,
     window: Window = None,
     limit: Limit = None,
     dtype: Dtype = "float32",
+    device: Device = "cpu",
     seed: Seed = 0,
     download: Download = False,
     as_json: AsJson = False,
@@ -665,48 +765,284 @@ def linearize(
     """
     import copy
 
-    from freqrank.attention.distillation import distill
+    from freqrank.attention.dijiang import preset_options
+    from freqrank.attention.distillation import Settings, distill
+    from freqrank.models.checkpoint import Checkpoint
     from freqrank.models.linearization import linearize as linearize_model
     from freqrank.models.saving import check_output_folder
 
     check_output_folder(output)
-    chosen = _numbers(layers)
+    _check_device(device)
+    if layers is not None and keep_layers is not None:
+        raise ValueError("--layers names layers to convert, --keep-layers those that stay: give one of the two")
+    options = _layer_options(context)
+    layer = preset_options(feature_map, **options).to_dict()
+    training = _training_options(context)
+    settings = Settings(**training, seed=seed) if training else None
+    if checkpoint is not None and settings is None:
+        raise ValueError("--checkpoint keeps the state of fine-tuning, which needs --train")
+    _check_text(train, "--train")
+    _check_text(text, "--text")
+    chosen = _numbers(layers, "--layers")
+    kept = _numbers(keep_layers, "--keep-layers")
     network, tokenizer = _load(model, download=download, dtype=dtype)
+    network.to(device)
     window = window or _context(network)
-    training = None
-    if train is not None:
-        training = _samples(_read(train, tokenizer, "--train"), steps * batch, length, seed, "--train")
+    chosen = _others(kept, network) if kept is not None else chosen
+    rows = None if train is None else _training_rows(train, tokenizer, training, length, seed)
     held_out = None if text is None else _read(text, tokenizer, "--text")[:limit]
     losses: dict[str, float] = {}
     if held_out is not None:
         losses["before"] = evaluate.loss(network, held_out, window=window, progress=True)
-    teacher = copy.deepcopy(network) if training is not None else None
-    done = linearize_model(network, feature_map=feature_map, layers=chosen, seed=seed)
+    with_teacher = settings is not None and (settings.recipe != "released" or settings.train != "all")
+    teacher = copy.deepcopy(network) if with_teacher else None
+    done = linearize_model(network, feature_map=feature_map, layers=chosen, seed=seed, **options)
     if held_out is not None:
         losses["converted"] = evaluate.loss(network, held_out, window=window, progress=True)
-    trained = None
-    if training is not None:
-        trained = distill(network, teacher, training, recipe=recipe, steps=steps, batch_size=batch, seed=seed)
+    curve = None
+    if rows is not None:
+        curve = distill(network, teacher, rows, seed=seed, checkpoint=checkpoint, **training)
         network.eval()
         if held_out is not None:
             losses["trained"] = evaluate.loss(network, held_out, window=window, progress=True)
     _save(network, output, tokenizer)
+    picture = _plot(curve, output)
+    if checkpoint is not None:
+        Checkpoint.remove(checkpoint)
 
     def show() -> None:
-        facts = {"layers": "all" if chosen is None else ", ".join(map(str, chosen))}
+        facts = {"layers": ", ".join(map(str, done.layers)) if done.kept else "all"}
+        facts["layer"] = ", ".join(f"{name} {value}" for name, value in layer.items() if value is not None)
         facts |= {f"loss {when}": f"{nats:.4f} nats a token" for when, nats in losses.items()}
-        if training is None:
+        if curve is None:
             facts["next"] = "fine-tune it: --train FILE here, or any trainer"
+        else:
+            facts["training"] = f"{curve.steps:,} steps, {curve.tokens:,} tokens, {curve.seconds:.0f} s: {picture}"
         _facts(f"{model} linearised into {output}", facts)
 
-    result = {"model": model, "output": str(output), "loss": losses, "report": done, "training": trained}
+    result = {"model": model, "output": str(output), "loss": losses, "report": done, "training": curve}
     _emit(result, as_json, show)
 
 
-def _numbers(text: str | None) -> list[int] | None:
-    if text is None:
+#: Options of the command line that are options of the layer, by the name that they have there.
+_LAYER = {
+    name: name for name in ("num_frequencies", "decay", "norm", "norm_groups", "gate", "position_table", "sinks")
+} | {"temperature": "temperature", "attention_window": "window"}
+#: And those of freqrank.distill.
+_TRAINING = {
+    "recipe": "recipe", "steps": "steps", "batch": "batch_size", "lr": "lr", "accumulate": "accumulate",
+    "trained": "train", "precision": "precision", "recompute": "checkpointing",
+}  # fmt: skip
+
+
+def _layer_options(context: typer.Context) -> dict[str, Any]:
+    """The layer's options that were given, by the names that they have there."""
+    given = {name: context.params[option] for option, name in _LAYER.items() if context.params[option] is not None}
+    if "temperature" in given and given["temperature"] != "pretrained":
+        try:
+            given["temperature"] = float(given["temperature"])
+        except ValueError:
+            raise ValueError(f"--temperature must be a number or pretrained; got {given['temperature']!r}") from None
+    return given
+
+
+def _training_options(context: typer.Context) -> dict[str, Any]:
+    """Options of freqrank.distill that have a value; none without --train, which all of them need."""
+    values = context.params
+    if values["train"] is None:
+        for option in (*_TRAINING, "length"):
+            if (source := context.get_parameter_source(option)) is not None and source.name == "COMMANDLINE":
+                raise ValueError(f"--{option} is for fine-tuning, which needs --train")
+        return {}
+    return {name: values[option] for option, name in _TRAINING.items() if values[option] is not None}
+
+
+def _training_rows(train: str, tokenizer: Any, options: dict[str, Any], length: int, seed: int) -> Tensor:
+    """As many sequences as all steps take."""
+    count = options["steps"] * options["batch_size"] * options.get("accumulate", 1)
+    return _samples(_read(train, tokenizer, "--train"), count, length, seed, "--train")
+
+
+def _plot(curve: Any, folder: Path) -> Path | None:
+    """Draw a learning curve into the model's folder."""
+    if curve is None:
         return None
-    return _listed(text, int, "--layers")
+    picture = folder / "training.png"
+    curve.plot(picture)
+    return picture
+
+
+def _numbers(text: str | None, option: str) -> list[int] | None:
+    return None if text is None else _listed(text, int, option)
+
+
+def _saved_dtype(model: str, name: str, download: bool) -> torch.dtype | None:
+    """The number format to save in; None: as it was computed in."""
+    import transformers
+
+    _check_dtype("--save-dtype", name)
+    if name != "auto":
+        return getattr(torch, name)
+    source, local = _resolve(model, download)
+    config = transformers.AutoConfig.from_pretrained(source, local_files_only=local or not download)
+    return config.dtype if isinstance(config.dtype, torch.dtype) else None
+
+
+def _others(kept: Sequence[int], network: Any) -> list[int]:
+    """All layers but these."""
+    from freqrank.models.architectures import find_architecture
+
+    count = len(find_architecture(network).blocks)
+    for layer in kept:
+        if not -count <= layer < count:
+            raise ValueError(f"--keep-layers must be from {-count} to {count - 1}, the model has {count}; got {layer}")
+    return [layer for layer in range(count) if not {layer, layer - count} & set(kept)]
+
+
+@app.command()
+def convert(
+    context: typer.Context,
+    model: Model,
+    output: Output,
+    calibration: Calibration,
+    train: Train = None,
+    method: MethodName = "lisc",
+    ratio: Ratio = 0.2,
+    group_size: GroupSize = 2,
+    share: Share = "layers",
+    refit: Refit = None,
+    samples: Samples = 256,
+    calibration_length: Annotated[
+        int | None, typer.Option(help="Tokens in a calibration sample; default: as --window.", min=2)
+    ] = None,
+    feature_map: FeatureMapName = "recommended",
+    num_frequencies: Frequencies = None,
+    temperature: MapTemperature = None,
+    decay: DecayName = None,
+    norm: Norm = None,
+    norm_groups: NormGroups = None,
+    gate: Gate = None,
+    position_table: PositionTable = None,
+    attention_window: SoftmaxWindow = None,
+    sinks: Sinks = None,
+    keep_layers: KeepLayers = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Fine-tuning recipe: align (in stages, beside the original), distill or released (next token). "
+            "Default: align, or released with --no-teacher.",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Steps = 300,
+    batch: Batch = 8,
+    length: TrainLength = 256,
+    lr: LearningRate = None,
+    accumulate: Accumulate = None,
+    trained: Trained = None,
+    precision: Precision = None,
+    recompute: Recompute = False,
+    no_teacher: Annotated[
+        bool, typer.Option("--no-teacher", help="Keep no copy of the original: less memory, and only recipe released.")
+    ] = False,
+    checkpoint: Checkpointed = None,
+    text: Scored = None,
+    window: Window = None,
+    limit: Limit = None,
+    contexts: Annotated[
+        str | None,
+        typer.Option(
+            help="Lengths to measure speed and memory at, 64,512, or none. Default: an eighth of the model's "
+            "context, and all of it.",
+            show_default=False,
+        ),
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Folder for a page with the tables, and JSON.", show_default=False)
+    ] = None,
+    dtype: Dtype = "float32",
+    save_dtype: Annotated[
+        str, typer.Option(help="Number format to save in: auto (the model's own), float32, bfloat16, float16.")
+    ] = "auto",
+    device: Device = "cpu",
+    seed: Seed = 0,
+    download: Download = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compress a model and make it linear-time, train it against the original, and save it with what came of it.
+
+    Without --train it is converted only, and predicts badly.
+    """
+    from freqrank.conversion import check_options, remove_checkpoint
+    from freqrank.conversion import convert as convert_model
+    from freqrank.models.saving import check_output_folder
+
+    check_output_folder(output)
+    if page is not None:
+        report.check_folder(page)
+        if page.absolute() == output.absolute():
+            raise ValueError(f"--page and --output must be two folders; got {page} for both")
+    _check_device(device)
+    training = _training_options(context)
+    training_steps, named_recipe = training.pop("steps", steps), training.pop("recipe", None)
+    options: dict[str, Any] = {
+        "ratio": ratio, "method": method, "feature_map": feature_map, "recipe": named_recipe, "steps": training_steps,
+        "seed": seed, "keep_original": not no_teacher, "distill_options": training,
+        "compress_options": {"group_size": group_size, "share": share, "refit": refit},
+        "linearize_options": _layer_options(context),
+    }  # fmt: skip
+    check_options(**options, training=train is not None)
+    for option, name in (("--calibration", calibration), ("--train", train), ("--text", text)):
+        _check_text(name, option)
+    kept = _numbers(keep_layers, "--keep-layers")
+    lengths = [] if contexts == "none" else _numbers(contexts, "--contexts")
+    saved_as = _saved_dtype(model, save_dtype, download)
+    network, tokenizer = _load(model, download=download, dtype=dtype)
+    network.to(device)
+    if kept is not None:
+        options["linearize_options"]["layers"] = _others(kept, network)
+    rows = None
+    if train is not None:
+        rows = _training_rows(train, tokenizer, {**training, "steps": steps}, length, seed)
+    window = window or _context(network)
+    held_out = None if text is None else _read(text, tokenizer, "--text")[:limit]
+    ids = _read(calibration, tokenizer, "--calibration")
+    done = convert_model(
+        network,
+        _calibration(ids, samples, calibration_length or window, seed),
+        rows,
+        held_out=held_out,
+        window=window,
+        contexts=lengths,
+        checkpoint=checkpoint,
+        **options,
+    )
+    scored = None
+    if saved_as is not None and saved_as != network.dtype:
+        network.to(saved_as)
+        if held_out is not None:
+            scored = evaluate.loss(network, held_out, window=window, progress=True)
+    _save(network, output, tokenizer)
+    _plot(done.training, output)
+    if page is not None:
+        report.write_folder(done.page(), page)
+    if checkpoint is not None:
+        remove_checkpoint(checkpoint)
+    size = _count(network)
+    saved = {"dtype": str(network.dtype).removeprefix("torch."), **size, "loss": scored}
+
+    def show() -> None:
+        out.print(done.summary, markup=False, soft_wrap=True)
+        for table in done.tables():
+            table.print(out)
+        for note in done.notes:
+            out.print(f"note: {note}", markup=False, soft_wrap=True)
+        facts = {"from": model, "to": str(output), "saved as": f"{saved['dtype']}, {report.size(size['bytes'])}"}
+        if scored is not None:
+            facts["loss as saved"] = f"{scored:.4f} nats a token"
+        _facts("", facts)
+
+    _emit({"model": model, "output": str(output), "saved": saved, "report": done}, as_json, show)
 
 
 @app.command()
@@ -774,6 +1110,7 @@ def evaluate_model(
         raise ValueError("--limit counts tokens of a text and examples of a task: evaluate one of the two at a time")
     if tasks is None and (num_fewshot is not None or include_path is not None):
         raise ValueError("--num-fewshot and --include-path are for --tasks, which is not given")
+    _check_device(device)
     torch.manual_seed(seed)
     network, tokenizer = _load(model, download=download, dtype=dtype)
     network.to(device)

@@ -341,6 +341,12 @@ def test_checkpointing_recomputes_blocks_and_leaves_the_users_own_on():
     distill(student, teacher, tokens(2, 8), steps=1, checkpointing=True, progress=False)
     assert len(calls) == 4
     assert student.model.layers[0].gradient_checkpointing
+    options = {"recipe": "align", "stages": [("attention", 1.0)]}
+    found, _ = gradients(student, teacher, tokens(2, 8), **options)
+    student.gradient_checkpointing_disable()
+    expected, _ = gradients(student, teacher, tokens(2, 8), **options)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
     with pytest.raises(ValueError, match="checkpointing=True needs a student with gradient_checkpointing_enable"):
         distill(Bigram(), None, tokens(2, 8), steps=1, checkpointing=True, progress=False)
     with pytest.raises(TypeError, match="checkpointing must be True or False"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from freqrank.attention.training.batches import Batch, Data, as_batch, batches, on, pack_documents
-from freqrank.attention.training.objectives import next_token
+from freqrank.attention.training.objectives import next_token, recomputes
 from freqrank.attention.training.parameters import ConvertedLayer, converted_layers, trained
 from freqrank.attention.training.processes import Processes, unwrapped
 from freqrank.attention.training.report import TrainingReport
@@ -38,11 +38,13 @@ def _validation_loss(model: nn.Module, data: Data, batch_size: int, processes: P
     device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     items: Iterable[Any] = data.split(batch_size) if isinstance(data, Tensor) else data
-    for item in processes.turns(items):
-        batch = on(as_batch(item), device)
-        loss = next_token(model(**batch, use_cache=False).logits, batch)
-        sums += torch.cat([loss.numerators, loss.denominators])
-    model.train(was_training)
+    try:
+        for item in processes.turns(items):
+            batch = on(as_batch(item), device)
+            loss = next_token(model(**batch, use_cache=False).logits, batch)
+            sums += torch.cat([loss.numerators, loss.denominators])
+    finally:
+        model.train(was_training)
     total, count = processes.sum({"sums": sums})["sums"].tolist()
     if not count:
         raise ValueError("validation must hold at least one token to predict; got none")
@@ -343,7 +345,7 @@ def _checkpointing(student: nn.Module) -> Iterator[None]:
             "checkpointing=True needs a student with gradient_checkpointing_enable, as transformers models have it; "
             f"got {type(student).__name__}"
         )
-    if any(getattr(module, "gradient_checkpointing", False) for module in student.modules()):
+    if recomputes(student):
         yield
         return
     had_hooks = bool(getattr(model, "_require_grads_hooks", None))

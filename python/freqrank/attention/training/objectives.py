@@ -91,9 +91,9 @@ class Objective:
         student, teacher: called as ``model(input_ids=..., attention_mask=..., position_ids=..., use_cache=False)``.
         weights: loss -> weight, of :data:`LOSSES`. What weighs nothing is not computed, nor is the teacher run for it;
             "next-token" always is, for the report.
-        layers: those whose attention is matched.
+        layers: those whose attention is matched. In a student that checkpoints its activations none of theirs are kept
+            either; they run once more in the backward pass.
         temperature: of "logits".
-        recompute: keep no activations of the matched attention modules; they run once more in the backward pass.
     """
 
     def __init__(
@@ -104,11 +104,11 @@ class Objective:
         *,
         layers: Sequence[ConvertedLayer] = (),
         temperature: float = 1.0,
-        recompute: bool = False,
     ) -> None:
         self.student, self.teacher = student, teacher
         self.weights = {name: weights[name] for name in LOSSES if weights.get(name)}
-        self.layers, self.temperature, self.recompute = layers, temperature, recompute
+        self.layers, self.temperature = layers, temperature
+        self.recompute = recomputes(student)
         self._hidden = {"output_hidden_states": True} if "hidden" in self.weights else {}
 
     def __call__(self, batch: Batch) -> dict[str, Fractions]:
@@ -198,6 +198,11 @@ class Objective:
                 for module, (args, kwargs) in zip(modules, calls, strict=True)
             ]
         return own, other, logits
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether activation checkpointing is on in a model of transformers."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _first(output: Any) -> Tensor:

@@ -88,7 +88,6 @@ class Run:
                 settings.weights(name),
                 layers=layers,
                 temperature=settings.temperature,
-                recompute=settings.checkpointing,
             )
             for name, _ in settings.plan
         }

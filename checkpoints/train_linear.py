@@ -13,7 +13,6 @@ import argparse
 import copy
 import json
 import platform
-import time
 from pathlib import Path
 
 import torch
@@ -22,32 +21,16 @@ from freqrank import distill, linearize
 from freqrank.attention.distillation import TrainingReport, validation_loss
 from freqrank.data import RandomWindows, stdlib_bytes, windows
 from freqrank.models.quantizer import attach
-from torch import nn
-from train_base import Muon
 from transformers import AutoModelForCausalLM
-
-
-def optimizers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices of the blocks, AdamW on everything else, as the base model was trained."""
-    matrices = [
-        p
-        for n, p in model.named_parameters()
-        if p.dim() == 2 and not any(part in n for part in ("embed", "lm_head", "_factors", "norm", "decay"))
-    ]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    return [Muon(matrices, lr=muon_lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, default=Path("python/freqrank/bundled/base"))
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--minutes", type=float, default=None, help="choose --steps so that training takes this long")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--muon-lr", type=float, default=3e-3)
     parser.add_argument("--kl-weight", type=float, default=1.0)
     parser.add_argument("--hidden-weight", type=float, default=1.0)
     parser.add_argument("--feature-map", default="recommended", help="a combination or a map, see freqrank.linearize")
@@ -66,24 +49,6 @@ def main() -> None:
     validation = windows(stdlib_bytes("validation"), args.context, 64, seed=1)
     data = RandomWindows(stdlib_bytes("train"), args.context, args.batch, args.seed)
 
-    def recover(model: nn.Module, steps: int, **more: object) -> TrainingReport:
-        return distill(
-            model,
-            teacher,
-            data,
-            recipe="align",
-            steps=steps,
-            batch_size=args.batch,
-            lr=args.lr,
-            kl_weight=args.kl_weight,
-            hidden_weight=args.hidden_weight,
-            optimizer=lambda m: optimizers(m, args.lr, args.muon_lr),
-            schedule=lambda step: min(1.0, (step + 1) / 100) * min(1.0, 1.4 * (1 - step / steps)),
-            seed=args.seed,
-            progress=False,
-            **more,
-        )
-
     args.log.parent.mkdir(parents=True, exist_ok=True)
     with args.log.open("w") as log:
 
@@ -98,24 +63,31 @@ def main() -> None:
             validation), 4), python=platform.python_version(), torch=torch.__version__,
             transformers=transformers.__version__, threads=torch.get_num_threads(),
         )  # fmt: skip
-        steps = args.steps
-        if args.minutes:
-            trial = copy.deepcopy(student)
-            recover(trial, 2)
-            start = time.perf_counter()
-            recover(trial, 10)
-            steps = max(100, int(args.minutes * 60 / ((time.perf_counter() - start) / 10)))
-            write(steps=steps)
 
         def on_step(done: int, report: TrainingReport) -> None:
-            if done % 50 == 0 or done == steps:
+            if done % 50 == 0 or done == args.steps:
                 recent = report.next_token[-50:]
                 row = {"step": done, "seconds": round(report.seconds, 1), "train": round(sum(recent) / len(recent), 4)}
                 if report.validation and report.validation[-1][0] == done:
                     row["validation"] = round(report.validation[-1][1], 4)
                 write(**row)
 
-        training = recover(student, steps, validation=validation, validate_every=250, on_step=on_step)
+        training = distill(
+            student,
+            teacher,
+            data,
+            recipe="align",
+            steps=args.steps,
+            batch_size=args.batch,
+            lr=args.lr,
+            kl_weight=args.kl_weight,
+            hidden_weight=args.hidden_weight,
+            validation=validation,
+            validate_every=250,
+            on_step=on_step,
+            seed=args.seed,
+            progress=False,
+        )
         made = student.config.quantization_config.linear_attention
         attach(student, linear_attention={**made, "recipe": training.recipe, "training": training.settings})
         student = student.to(torch.bfloat16)

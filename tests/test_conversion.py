@@ -15,7 +15,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
-from freqrank import ConversionReport, compress, convert, distill, linearize  # noqa: E402
+from freqrank import ConversionReport, compress, conversion, convert, distill, linearize  # noqa: E402
 from freqrank.conversion import check_options, remove_checkpoint  # noqa: E402
 from freqrank.models import compression, costs  # noqa: E402
 from freqrank.models.costs import Cost, cache_bytes, decoded_tokens, growth, measure, model_size  # noqa: E402
@@ -311,7 +311,7 @@ def test_the_saved_model_loads_with_plain_transformers_and_generates_the_same(co
 
 
 def test_no_copy_is_kept_where_there_is_no_room_for_one(monkeypatch):
-    monkeypatch.setattr(freqrank.conversion, "_free_bytes", lambda device: model_size(small_model()).bytes - 1)
+    monkeypatch.setattr(conversion, "_free_bytes", lambda device: model_size(small_model()).bytes - 1)
     model = small_model()
     before = weights(model)
     with pytest.raises(ValueError, match=r"copy of the original.*keep_original=False"):
@@ -328,9 +328,9 @@ def test_no_copy_is_kept_where_there_is_no_room_for_one(monkeypatch):
 
 
 def test_free_memory_is_known_here():
-    free = freqrank.conversion._free_bytes(torch.device("cpu"))
+    free = conversion._free_bytes(torch.device("cpu"))
     assert free is None or 1 << 20 < free < 1 << 50
-    assert freqrank.conversion._free_bytes(torch.device("meta")) is None
+    assert conversion._free_bytes(torch.device("meta")) is None
 
 
 def test_a_run_that_was_killed_in_training_goes_on_and_ends_with_the_same_bits(tmp_path, monkeypatch):
@@ -494,6 +494,22 @@ def test_models_that_a_later_stage_would_refuse_are_refused_before_the_first(mon
     refused(monkeypatch, ValueError, "keeps float32 weights", model=half, distill_options={"precision": "bfloat16"})
 
 
+def test_lengths_that_the_model_cannot_read_are_refused_before_the_first_stage(monkeypatch):
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, word_embed_proj_dim=32, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=24, pad_token_id=0, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config).eval()
+    refused(monkeypatch, ValueError, "table of 24 positions; got 25", model=model, contexts=(12, 25))
+    with monkeypatch.context() as patched:
+        patched.setattr(conversion, "read_once", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("too much")))
+        refused(patched, ValueError, "24 tokens fail: too much", model=model)
+    monkeypatch.undo()
+    report = convert(model, CALIBRATION, TRAINING, steps=1, **QUICK)  # positions from a table, up to its end
+    assert report.memory_per_token == {"original": 2 * 2 * 32 * 4, "converted": 0}
+
+
 def test_an_offloaded_model_is_refused(tmp_path):
     pytest.importorskip("accelerate")
     small_model().save_pretrained(tmp_path / "model")
@@ -525,7 +541,6 @@ def test_the_rehearsal_changes_nothing_and_needs_no_memory_for_weights():
         seen.append({p.data_ptr() for p in student.parameters()})
         return real(student, **options)
 
-    conversion = freqrank.conversion
     original = conversion.linearization.linearize
     try:
         conversion.linearization.linearize = spy

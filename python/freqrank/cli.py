@@ -766,7 +766,8 @@ def linearize(
     import copy
 
     from freqrank.attention.dijiang import preset_options
-    from freqrank.attention.distillation import Settings, distill
+    from freqrank.attention.distillation import distill
+    from freqrank.attention.training.settings import Settings
     from freqrank.models.checkpoint import Checkpoint
     from freqrank.models.linearization import linearize as linearize_model
     from freqrank.models.saving import check_output_folder

@@ -22,10 +22,12 @@ from freqrank import _progress, evaluate, report
 from freqrank.attention import distillation
 from freqrank.attention.dijiang import DiJiangOptions, preset_options
 from freqrank.attention.training.batches import Data, as_batch
+from freqrank.attention.training.settings import Settings
 from freqrank.conversion_report import MODELS, ConversionReport, Memory
 from freqrank.models import compression, linearization
+from freqrank.models.architectures import find_architecture
 from freqrank.models.checkpoint import Checkpoint
-from freqrank.models.costs import Cost, decoded_tokens, growth, measure, model_size
+from freqrank.models.costs import Cost, decoded_tokens, growth, measure, model_size, read_once
 from freqrank.models.offload import is_offloaded
 
 __all__ = ["ConversionReport", "check_options", "convert", "remove_checkpoint"]
@@ -132,6 +134,8 @@ def convert(
     limit = _context(model)
     window = limit if window is None else window
     contexts = _contexts(contexts, limit, repeats)
+    if contexts:
+        _check_longest(model, contexts[-1])
     _rehearse(model, training, options, keep_original=keep_original)
     if keep_original:
         _check_room(model)
@@ -272,9 +276,9 @@ def _given(
     return dict(options)
 
 
-def _settings(options: Mapping[str, Any], seed: int) -> distillation.Settings:
-    known = {f.name for f in fields(distillation.Settings) if f.init}
-    return distillation.Settings(**{name: value for name, value in options.items() if name in known}, seed=seed)
+def _settings(options: Mapping[str, Any], seed: int) -> Settings:
+    known = {f.name for f in fields(Settings) if f.init}
+    return Settings(**{name: value for name, value in options.items() if name in known}, seed=seed)
 
 
 def _rehearse(
@@ -326,6 +330,18 @@ def _contexts(contexts: Sequence[int] | None, limit: int, repeats: int) -> list[
             f"which repeats={repeats} reads one by one; got {chosen}"
         )
     return chosen
+
+
+def _check_longest(model: PreTrainedModel, tokens: int) -> None:
+    """Raise unless the model can read so many tokens: better now than after training."""
+    table = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    rotates = getattr(find_architecture(model).decoder, "rotary_emb", None) is not None
+    if not rotates and table is not None and tokens > table:
+        raise ValueError(f"contexts must not be longer than the model's table of {table} positions; got {tokens}")
+    try:
+        read_once(model, tokens)
+    except RuntimeError as error:
+        raise ValueError(f"contexts must be lengths that the model can read; {tokens} tokens fail: {error}") from error
 
 
 def _context(model: PreTrainedModel) -> int:
@@ -390,8 +406,8 @@ def _notes(done: ConversionReport, limit: int) -> list[str]:
     slides = [name for name, count in done.memory_per_token.items() if count is None]
     if slides:
         notes.append(f"memory of the {' and '.join(slides)} model beyond the measured lengths depends on the length")
-    if done.costs["original"] and done.costs["original"][-1].context > limit:
-        notes.append(f"lengths beyond {limit:,} tokens show the cost, not the quality")
+    if done.memory and done.memory[-1].context > limit:
+        notes.append(f"lengths beyond the model's {limit:,} tokens show the cost, not the quality")
     if any(_spread(cost.token_times) > _NOISY for costs in done.costs.values() for cost in costs):
         notes.append(
             f"the machine was busy: quartiles of single tokens' times are more than {_NOISY}x apart; speeds are rough"

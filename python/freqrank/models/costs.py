@@ -166,6 +166,12 @@ def measure(
     return found
 
 
+def read_once(model: PreTrainedModel, context: int) -> None:
+    """Read a sequence of so many tokens, as :func:`measure` does; raises what the model raises."""
+    with evaluating(model):
+        _timed(model, torch.zeros(1, context, dtype=torch.long, device=model.device), DynamicCache(config=model.config))
+
+
 def decoded_tokens(repeats: int) -> int:
     """Tokens of a sequence that :func:`measure` gives a model one by one."""
     return _WARM_STEPS + 3 * repeats

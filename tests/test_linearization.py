@@ -770,7 +770,7 @@ def test_distill_refuses_bad_input():
     other = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
     good = {"recipe": "released", "steps": 1, "progress": False}
     for change, error, match in [
-        ({"recipe": "lora"}, ValueError, "recipe must be one of 'released', 'distill'; got 'lora'"),
+        ({"recipe": "lora"}, ValueError, "recipe must be one of 'released', 'distill', 'align'; got 'lora'"),
         ({"steps": 0}, ValueError, "steps must be at least 1"),
         ({"steps": 1.5}, TypeError, "steps must be an integer"),
         ({"lr": float("nan")}, ValueError, "lr must be a positive number"),

@@ -16,6 +16,7 @@ __all__ = [*_ops, "__version__"]
 _LAZY = {
     "LowRankLinear": "freqrank.lowrank.modules",
     "distill": "freqrank.attention.distillation",
+    "pack_documents": "freqrank.attention.distillation",
     "TrainingReport": "freqrank.attention.distillation",
     "compress": "freqrank.models.compression",
     "CompressionReport": "freqrank.models.compression",

@@ -57,9 +57,7 @@ class Settings:
 
     def _check(self) -> None:
         if self.recipe not in RECIPES:
-            raise ValueError(
-                f"recipe must be one of 'released', 'distill'; got {self.recipe!r}; or 'align', which has stages"
-            )
+            raise ValueError(f"recipe must be one of {', '.join(map(repr, RECIPES))}; got {self.recipe!r}")
         for name in ("steps", "seed"):
             if isinstance(value := getattr(self, name), bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an integer; got {value!r}")

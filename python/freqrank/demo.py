@@ -362,15 +362,16 @@ def linearization(demo: Demo, tick: Tick) -> Section:
     steps = demo.sizes.steps
     batch, length = demo.sizes.batch
     student = copy.deepcopy(demo.base)
-    converted = freqrank.linearize(student, seed=demo.seed)
+    converted = freqrank.linearize(student, feature_map="recommended", seed=demo.seed)
     losses = {"base (softmax)": demo.base_loss, "converted, before training": demo.loss(student)}
     trained = freqrank.distill(
         student,
         copy.deepcopy(demo.base),
         data.windows(demo.train_text, length, steps * batch, seed=demo.seed + 1),
-        recipe="distill",
+        recipe="align",
         steps=steps,
         batch_size=batch,
+        lr=3e-3,
         seed=demo.seed,
         progress=False,
         on_step=lambda done, report: tick(f"fine-tune, step {done}"),
@@ -394,7 +395,8 @@ def linearization(demo: Demo, tick: Tick) -> Section:
         "linearization",
         "Linear attention",
         f"Every attention layer of the base is converted and then trained for {steps} steps of {batch} x {length} "
-        f"bytes ({trained.tokens:,} bytes, {trained.seconds:.0f} s) on next bytes and the base's own predictions. "
+        f"bytes ({trained.tokens:,} bytes, {trained.seconds:.0f} s) in stages: to give the outputs of the base's attention, "
+        "its hidden states, its predictions, and the next bytes. "
         "The twin that ships with the package is the same conversion after a longer run.",
         [
             _curve_plot(trained.next_token, losses),

@@ -395,7 +395,7 @@ def linearization(demo: Demo, tick: Tick) -> Section:
         "linearization",
         "Linear attention",
         f"Every attention layer of the base is converted and then trained for {steps} steps of {batch} x {length} "
-        f"bytes ({trained.tokens:,} bytes, {trained.seconds:.0f} s) in stages: to give the outputs of the base's attention, "
+        f"bytes ({trained.tokens:,} bytes, {trained.seconds:.0f} s) in stages: to match the base's attention, "
         "its hidden states, its predictions, and the next bytes. "
         "The twin that ships with the package is the same conversion after a longer run.",
         [

@@ -293,7 +293,7 @@ def _rehearse(
     linearization.linearize(student, **options["linearize"])
     if training is not None:
         settings = _settings(options["distill"], 0)
-        distillation._check_models(student, model if keep_original else None, settings)
+        distillation.check_models(student, model if keep_original else None, settings)
         _check_tokens("training", training, model)
         if (validation := options["distill"].get("validation")) is not None:
             _check_tokens("validation", validation, model)

@@ -56,7 +56,8 @@ def _vocabulary(model: nn.Module) -> int | None:
     return getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "vocab_size", None)
 
 
-def _check_models(student: nn.Module, teacher: nn.Module | None, settings: Settings) -> None:
+def check_models(student: nn.Module, teacher: nn.Module | None, settings: Settings) -> None:
+    """Raise TypeError or ValueError where :func:`distill` cannot train these with these settings."""
     if not isinstance(student, nn.Module):
         raise TypeError(f"student must be a torch.nn.Module; got {type(student).__name__}")
     if teacher is None and settings.recipe != "released":
@@ -237,7 +238,7 @@ def distill(
     )  # fmt: skip
     given = student
     student, teacher = unwrapped(student), unwrapped(teacher)
-    _check_models(student, teacher, settings)
+    check_models(student, teacher, settings)
     _check_tokenizers(tokenizer, teacher_tokenizer)
     _check_data(data, _vocabulary(student))
     if validation is not None:

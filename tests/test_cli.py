@@ -561,3 +561,10 @@ def test_options_of_the_last_stage_are_refused_before_a_model_is_loaded(run, fol
         (["--keep-layers", "x"], "--keep-layers must be values with commas between"),
     ):
         failed(run(*arguments, *options), words)
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(app, ["info"])
+    assert result.exit_code == 2
+    assert "one of 2 (WORLD_SIZE)" in result.output

@@ -387,6 +387,11 @@ def _root() -> None:
         _say(f"warning: {message}")
 
     warnings.showwarning = show
+    if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(
+            f"the command line runs in one process, and this is one of {size} (WORLD_SIZE): under torchrun, call "
+            "freqrank.compress or freqrank.distill from a script, on every rank, and save on the first"
+        )
 
 
 @app.command()

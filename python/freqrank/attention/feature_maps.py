@@ -77,7 +77,7 @@ def feature_map_kind(name: str) -> FeatureMapKind:
     return FEATURE_MAPS[name]
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # or each compiled step would make it again, on the host
 def dct_matrix(size: int, device: torch.device, transform: str = "idct", dtype: torch.dtype = torch.float32) -> Tensor:
     """The orthonormal DCT-II matrix C [size, size]; row k is the k-th cosine (computed in fp64). For "dct", C^T.
 
@@ -85,6 +85,11 @@ def dct_matrix(size: int, device: torch.device, transform: str = "idct", dtype: 
     >>> torch.allclose(c @ c.T, torch.eye(8), atol=1e-6)
     True
     """
+    return _dct_matrix(size, device, transform, dtype)
+
+
+@lru_cache(maxsize=64)
+def _dct_matrix(size: int, device: torch.device, transform: str, dtype: torch.dtype) -> Tensor:
     n = torch.arange(size, dtype=torch.float64, device="cpu")
     c = torch.cos(torch.pi / (2 * size) * (2 * n + 1) * n[:, None]) * (2 / size) ** 0.5
     c[0] *= 0.5**0.5

@@ -19,12 +19,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 ALL_LINEAR = "freqrank_linear"
 
 
-def attention_mask_2d(mask: Tensor | None, length: int, start: int | None = None) -> Tensor | None:
+def attention_mask_2d(mask: Tensor | None, length: int, start: int | Tensor | None = None) -> Tensor | None:
     """Which of the newest ``length`` tokens are real, bool [B, length], from a mask of [B, >= T] or [B, 1, T, >= T].
 
     None, which says that all are, stays None. Of a four-dimensional mask the diagonal is read: a token that is not
     padding sees itself, whatever else a sliding window or a packed neighbour hides from it. ``start`` is how many
-    tokens came before; a mask of a static cache has columns for tokens that are still to come.
+    tokens came before, a number or a tensor []; a mask of a static cache has columns for tokens that are still to come.
 
     Raises:
         ValueError: another number of dimensions, or fewer columns than tokens.
@@ -43,8 +43,12 @@ def attention_mask_2d(mask: Tensor | None, length: int, start: int | None = None
     if mask.dim() == 2:
         return mask[:, -length:].bool()
     newest = mask.shape[-1] - length
-    offset = newest if start is None else min(start, newest)  # a sliding window's cache has dropped the oldest columns
-    mask = mask[:, 0].diagonal(offset, dim1=-2, dim2=-1)
+    # a sliding window's cache has dropped the oldest columns
+    if isinstance(start, Tensor):
+        columns = torch.arange(length, device=mask.device) + start.clamp(max=newest)
+        mask = mask[:, 0].gather(2, columns[None, :, None].expand(len(mask), -1, 1))[..., 0]
+    else:
+        mask = mask[:, 0].diagonal(newest if start is None else min(start, newest), dim1=-2, dim2=-1)
     return mask == 0 if mask.is_floating_point() else mask.bool()
 
 
@@ -112,11 +116,12 @@ def _prepare_positions(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     cache = kwargs.get("past_key_values") if cache is None else cache  # its name before transformers 5.24
     if isinstance(mask, Tensor) and mask.dim() == 2:
         if positions is None:
-            past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
-            if mask.shape[1] != past + length:
+            past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+            # a tensor where a step is compiled for all lengths: what it holds is not known then
+            if not (torch.compiler.is_compiling() and isinstance(past, Tensor)) and mask.shape[1] != int(past) + length:
                 raise ValueError(
-                    f"attention_mask must cover the {past} cached and the {length} new tokens: expected "
-                    f"{past + length} columns; got shape {tuple(mask.shape)}"
+                    f"attention_mask must cover the {int(past)} cached and the {length} new tokens: expected "
+                    f"{int(past) + length} columns; got shape {tuple(mask.shape)}"
                 )
             return args, {**kwargs, "position_ids": positions_from_mask(mask, length)}
     elif mask is None and positions is not None and cache is None and not torch.compiler.is_compiling():

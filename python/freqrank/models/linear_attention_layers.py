@@ -123,11 +123,11 @@ class LinearizedAttention(DiJiangAttention):
         """
         past = next((kwargs[name] for name in ("past_key_values", "layer_past") if kwargs.get(name) is not None), cache)
         length = hidden_states.shape[1]
-        layer = None if past is None else linear_cache_layer(past, self.layer_idx)
+        q, k, v = self.project(hidden_states)
+        layer = None if past is None else linear_cache_layer(past, self.layer_idx, self, v)
         start = layer.length if layer is not None else 0
         if position_ids is None:
-            position_ids = torch.arange(start, start + length, device=hidden_states.device)[None]
-        q, k, v = self.project(hidden_states)
+            position_ids = (torch.arange(length, device=hidden_states.device) + start)[None]
         if self.query_scale != 1.0:
             q = q * self.query_scale
         sink_q = self._sink_queries(q, k, position_ids) if self.options.sinks else None

@@ -275,7 +275,7 @@ def with_nan() -> dict[str, torch.Tensor]:
     return given
 
 
-def linear_model():
+def linear_model(layers=None):
     """All of its layers are linear; new tensors are away from their neutral first values."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -285,7 +285,7 @@ def linear_model():
         num_key_value_heads=2, pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config).double()
-    freqrank.linearize(model, decay="token", position_table=32)
+    freqrank.linearize(model, layers=layers, decay="token", position_table=32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -328,8 +328,19 @@ def of_helpers(rank: int) -> dict[str, str]:
     offsets = torch.tensor([0, 3])
     with sequence_parallel():
         packed = failure(lambda: scan_piece(q, q, q, torch.ones(4, 4), cu_seqlens=offsets))
+        model, places = linear_model(), torch.arange(3)[None]
+        one = torch.ones(1, 3, dtype=torch.long)
+        positions = failure(lambda: model(one, use_cache=False))
+        from transformers import DynamicCache
+
+        cache = failure(lambda: model(one, position_ids=places, past_key_values=DynamicCache()))
+        partial = linear_model(layers=[0])
+        softmax = failure(lambda: partial(one, position_ids=places, use_cache=False))
     return {
         "packed": packed,
+        "positions": positions,
+        "cache": cache,
+        "softmax": softmax,
         "ids": failure(lambda: next_token_labels(ids.int() if rank else ids)),
         "rows": failure(lambda: next_token_labels(ids)),
         "mask": failure(lambda: next_token_labels(ids[:1], torch.ones(1, 3 - rank, dtype=torch.bool))),
@@ -448,6 +459,9 @@ FAILURES = {
     "gradients": r"ValueError: whether gradients are recorded must be the same .*; got True on rank 0 and False on",
     "none": r"nothing",
     "packed": r"ValueError: cu_seqlens must be None inside of sequence_parallel",
+    "positions": r"ValueError: .*give position_ids, from positions_of",
+    "cache": r"ValueError: .*call it without one",
+    "softmax": r"ValueError: .*convert all layers",
     "ids": r"TypeError: input_ids must have dtype int64; got torch.int32 \(on rank 1 of 2\)",
     "rows": r"ValueError: B must be the same on all ranks of the group; got 1 on rank 0 and 2 on rank 1",
     "mask": r"ValueError: mask must be \[B, T\] = \[1, 3\]; got shape \(1, 2\) \(on rank 1 of 2\)",

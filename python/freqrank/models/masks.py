@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from freqrank.attention.parallel import current_group
+
 ALL_LINEAR = "freqrank_linear"
 
 
@@ -101,6 +103,19 @@ def packed_cu_seqlens(position_ids: Tensor) -> Tensor | None:
     return torch.cat([ends[:1], starts, ends[1:]]).int()
 
 
+def _check_piece(decoder: Any, positions: Tensor | None, cache: Any) -> None:
+    """Raise where a model would take a rank's piece of a sequence for a sequence of its own, and not say so."""
+    wrong = None
+    if decoder.config._attn_implementation != ALL_LINEAR:
+        wrong = "its softmax layers would see this rank's piece alone: convert all layers"
+    elif positions is None:
+        wrong = "positions would begin anew on each rank: give position_ids, from positions_of"
+    elif cache is not None:
+        wrong = "a cache would count this rank's tokens alone: call it without one"
+    if wrong is not None:
+        raise ValueError(f"the model cannot run inside of sequence_parallel like this, {wrong}")
+
+
 def _prepare_positions(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Before the decoder's forward: positions that skip padding, and the boundaries of packed sequences.
 
@@ -114,6 +129,8 @@ def _prepare_positions(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     length = tokens.shape[1]
     mask, positions, cache = (kwargs.get(name) for name in ("attention_mask", "position_ids", "cache"))
     cache = kwargs.get("past_key_values") if cache is None else cache  # its name before transformers 5.24
+    if current_group() is not None:
+        _check_piece(decoder, positions, cache)
     if isinstance(mask, Tensor) and mask.dim() == 2:
         if positions is None:
             past = cache.get_seq_length() if isinstance(cache, Cache) else 0

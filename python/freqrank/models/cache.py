@@ -129,7 +129,8 @@ class LinearStateLayer(LinearAttentionLayer, DynamicLayer):  # type: ignore[misc
             self.keep(zeros)
         if self.count is not None:
             self.count = _written(self.count, torch.zeros_like(self.count))
-        self.known = 0
+        if self.known is not None:  # a graph that was recorded will count on without the host
+            self.known = 0
         self.has_previous_state[0] = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -357,7 +358,7 @@ def _check_state(layer: LinearStateLayer, layer_idx: int, attention: DiJiangAtte
             f"past_key_values.layers[{layer_idx}] must be on the device of its layer, {like.device}; got {first.device}"
         )
     if first.shape[0] != like.shape[0]:
-        if layer.known != 0:
+        if torch.compiler.is_compiling() or int(layer.length) != 0:
             raise ValueError(
                 f"past_key_values.layers[{layer_idx}] must hold a state for each of the {like.shape[0]} sequences of "
                 f"the batch; got {first.shape[0]}: cache.batch_repeat_interleave(n) makes n of each, "

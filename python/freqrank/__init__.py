@@ -24,6 +24,7 @@ _LAZY = {
     "convert": "freqrank.conversion",
     "ConversionReport": "freqrank.conversion",
     "load_offloaded": "freqrank.models.offload",
+    "load_state": "freqrank.models.prompts",
     "linearize": "freqrank.models.linearization",
     "load_official": "freqrank.models.official",
     "LinearizationReport": "freqrank.models.linearization",
@@ -32,6 +33,7 @@ _LAZY = {
     "merge": "freqrank.models.merging",
     "Reproduction": "freqrank.reproduce",
     "save_model": "freqrank.models.saving",
+    "save_state": "freqrank.models.prompts",
 }
 
 

@@ -51,9 +51,9 @@ def cache_bytes(batch: int, context: int, dtype: str) -> int:
 
 
 def state_bytes(batch: int) -> int:
-    """The states of its linearised twin, in float32 whatever the model's dtype."""
+    """The states of its linearised twin, in float32 whatever the model's dtype; its map has two features a channel."""
     hidden, _, _, layers = SIZES[BUNDLED]
-    return 4 * batch * hidden * (hidden // STATE_HEADS) * layers
+    return 4 * batch * hidden * 2 * (hidden // STATE_HEADS) * layers
 
 
 def _megabytes(size: int) -> str:

@@ -76,7 +76,7 @@ def small_model(kv_heads: int = 2, layers: int = 2, seed: int = 0, family: str =
 def moved(model: LlamaForCausalLM, seed: int = 0) -> LlamaForCausalLM:
     """The same model, what conversion added moved away from its neutral first values."""
     generator = torch.Generator().manual_seed(seed)
-    new = ("_factors", ".norm.", "gate_proj", "linear_weight", "decay.", "feature_map.")
+    new = ("_factors", ".norm.", "gate_proj", "mix_proj", "decay.", "feature_map.")
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "self_attn" in name and any(part in name for part in new):

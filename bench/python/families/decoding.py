@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import freqrank
 import torch
 import torch.nn.functional as F
+from freqrank.attention.dijiang import DiJiangAttention, DiJiangOptions
 from freqrank.models.cache import state_tensors
 from torch import Tensor
 
@@ -30,8 +32,8 @@ PROMPT = 128  # tokens that the states come from
 # What a chart in DiJiang's repository shows: tokens a second of its model over the softmax model's, read off the plot.
 # Neither batch nor GPU are said.
 PUBLISHED = {2048: "2.2x", 4096: "3.8x", 8192: "7.3x"}
-HEADS, HEAD_DIM, STATE_HEADS = 4, 64, 5  # of the layer; heads of the bundled models
-WINDOW = {"window": 64, "sinks": 4}
+HEADS, HEAD_DIM = 4, 64  # of the layer
+TWIN = Path(freqrank.__file__).parent / "bundled" / "linear"
 TOLERANCE = {"float32": 2e-4, "bfloat16": 5e-2}
 SIZE = {"bfloat16": 2, "float32": 4}
 GROWING_LIMIT = {"cpu": 2 << 30, "cuda": 16 << 30}  # bytes of keys and values
@@ -50,10 +52,22 @@ def cache_bytes(batch: int, context: int, dtype: str) -> int:
     return 2 * batch * context * hidden * layers * SIZE[dtype]
 
 
+@lru_cache(maxsize=1)
+def _state_elements() -> int:
+    """Numbers in the twin's states of one sequence, all layers together."""
+    config = json.loads((TWIN / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    layer = DiJiangAttention(
+        hidden_size=config["hidden_size"], num_heads=heads, num_key_value_heads=config["num_key_value_heads"],
+        head_dim=config["hidden_size"] // heads, device=torch.device("meta"),
+        options=DiJiangOptions(**config["quantization_config"]["linear_attention"]["options"]),
+    )  # fmt: skip
+    return layer.state_elements * config["num_hidden_layers"]
+
+
 def state_bytes(batch: int) -> int:
-    """The states of its linearised twin, in float32 whatever the model's dtype; its map has two features a channel."""
-    hidden, _, _, layers = SIZES[BUNDLED]
-    return 4 * batch * hidden * 2 * (hidden // STATE_HEADS) * layers
+    """The states of the linearised twin, in float32 whatever the model's dtype."""
+    return 4 * batch * _state_elements()
 
 
 def _megabytes(size: int) -> str:
@@ -71,11 +85,10 @@ def _linear(dtype: torch.dtype, device: torch.device, has_window: bool) -> Any:
 
     if has_window:
         made = copy.deepcopy(language_models.dense(BUNDLED, dtype, device))
-        freqrank.linearize(made, norm_groups="heads", gate="open", position_table=0, **WINDOW)
+        freqrank.linearize(made, feature_map="hybrid")
         return made
     transformers.utils.logging.disable_progress_bar()
-    folder = Path(freqrank.__file__).parent / "bundled" / "linear"
-    twin: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    twin: Any = transformers.AutoModelForCausalLM.from_pretrained(TWIN, dtype=dtype)
     return twin.to(device).eval()
 
 

@@ -31,12 +31,12 @@ def test_equals_a_loop_over_heads_and_queries(name, causal):
     got = kernel_error(fmap, q, k, v, causal=causal)
     kernels, variations, flats, slopes, correlations = [], [], [], [], []
     out = norm = 0.0
-    phi_k = fmap(k.double())
+    phi_k = fmap.features(k.double())
     # head h of q belongs to key head h // 2: its features come from that head's matrix
     for b in range(2):
         for h in range(4):
             one = q.double()[b, :, h : h + 1].expand(-1, 2, -1)
-            phi_q = fmap(one)[:, h // 2]
+            phi_q = fmap.features(one)[:, h // 2]
             exact, estimate = [], []
             for i in range(6):
                 last = i + 1 if causal else 6
@@ -69,7 +69,7 @@ def test_random_features_are_unbiased(name):
     total = 0.0
     for seed in range(100):
         fmap = drawn(name, 4, seed, num_frequencies=192, temperature=1.0)
-        total = total + fmap(q)[:, :, 0] @ fmap(k)[:, :, 0].mT
+        total = total + fmap.features(q)[:, :, 0] @ fmap.features(k)[:, :, 0].mT
     dots = q[:, :, 0] @ k[:, :, 0].mT
     if name == "pff":
         dots = -torch.cdist(q[:, :, 0], k[:, :, 0]).square() / 2

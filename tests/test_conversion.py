@@ -130,7 +130,7 @@ def test_memory_is_counted_and_carried_on_exactly(converted):
     assert [m.context for m in report.memory] == [12, 24, 4 * 24, 16 * 24]
     assert [m.measured for m in report.memory] == [True, True, False, False]
     a_token = 2 * LAYERS * KEY_HEADS * HEAD_DIM * 4  # keys and values in float32
-    state = LAYERS * KEY_HEADS * HEAD_DIM * HEAD_DIM * 4
+    state = LAYERS * (KEY_HEADS * HEAD_DIM * HEAD_DIM * 4 + 8)  # and how many tokens it has seen
     for memory in report.memory:
         assert (memory.original, memory.converted) == (a_token * memory.context, state)
     assert report.memory_per_token == {"original": a_token, "converted": 0}
@@ -147,7 +147,7 @@ def test_layers_that_stay_softmax_keep_their_part_of_the_cache():
     report = convert(model, CALIBRATION, None, linearize_options={"layers": [0, 2, 3]}, **DIJIANG, **QUICK)
     a_layer = 2 * KEY_HEADS * HEAD_DIM * 4
     assert report.memory_per_token == {"original": 4 * a_layer, "converted": a_layer}
-    state = 3 * KEY_HEADS * HEAD_DIM * HEAD_DIM * 4
+    state = 3 * (KEY_HEADS * HEAD_DIM * HEAD_DIM * 4 + 8)
     assert [m.converted for m in report.memory] == [state + a_layer * m.context for m in report.memory]
     assert report.linearization.kept == [1]
 

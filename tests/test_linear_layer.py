@@ -46,8 +46,8 @@ def quadratic(layer: DiJiangAttention, x, q, k, v, mask=None):
         if options.feature_map == "none":
             return softmax.flatten(2)
     fmap = layer.feature_map
-    phi_k = fmap(k).repeat_interleave(group, 2)
-    phi_q = torch.stack([fmap(q[:, :, r::group]) for r in range(group)], 3).flatten(2, 3)
+    phi_k = fmap.features(k).repeat_interleave(group, 2)
+    phi_q = torch.stack([fmap.features(q[:, :, r::group]) for r in range(group)], 3).flatten(2, 3)
     if fmap.kind.feature == "exp" and options.norm != "none":
         # a factor that the norm takes out, but for its eps: features before their weights go up to 1
         weights = 1.0 if fmap.weights is None else fmap.weights.detach().double()

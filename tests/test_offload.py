@@ -141,9 +141,10 @@ def test_options(options, tmp_path):
     same(tmp_path, saved("llama-tied", tmp_path / "model"), padded(), **options)
 
 
-def test_a_linearised_model(tmp_path):
+@pytest.mark.parametrize("feature_map", ["dijiang", "wdcf", "hybrid"])
+def test_a_linearised_model(feature_map, tmp_path):
     model = in_memory(saved("llama", tmp_path / "dense"))
-    freqrank.linearize(model, layers=[1, 3])
+    freqrank.linearize(model, feature_map=feature_map, layers=[1, 3])
     freqrank.save_model(model, tmp_path / "model", max_shard_size="16KB")
     same(tmp_path, tmp_path / "model", tokens(), refit="cross")
 

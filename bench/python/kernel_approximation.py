@@ -54,7 +54,9 @@ def relative_error(kind: FeatureMapKind, dim: int, count: int, draws: int, lengt
     normal = torch.randn(2, 64, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     q, k = torch.nn.functional.normalize(normal, dim=-1) * length
     exact = (q * k).sum(-1).exp()
-    off = torch.stack([(f(q) * f(k)).sum(-1) / exact - 1 for f in (draw(kind, dim, count, s) for s in range(draws))])
+    off = torch.stack(
+        [(f.features(q) * f.features(k)).sum(-1) / exact - 1 for f in (draw(kind, dim, count, s) for s in range(draws))]
+    )
     return off.square().mean().sqrt().item(), off.mean(0).square().mean().sqrt().item()
 
 

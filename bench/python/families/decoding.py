@@ -236,7 +236,7 @@ def _through_pairs(case: Case, model: Any, x: Tensor) -> Callable[[Tensor], Tens
     def forward(x: Tensor) -> Tensor:
         q, k, v = layer.project(x)
         q, k = layer.rotate(q, k, *rotation, unsqueeze_dim=2)
-        q, k = (layer.feature_map(each).to(v.dtype).transpose(1, 2) for each in (q, k))
+        q, k = (layer.feature_map.features(each).to(v.dtype).transpose(1, 2) for each in (q, k))
         o = ((q @ k.mT).mul_(pairs) @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
         o = F.group_norm(o.flatten(0, 1), HEAD_DIM, layer.norm.weight, layer.norm.bias, 1e-5).view(o.shape)
         return _of_real(layer.o_proj(F.silu(layer.gate_proj(x)) * o), real)

@@ -97,7 +97,7 @@ def kernel_error(
 
     def features(x: Tensor, repeat: int) -> Tensor:  # a learned map has a matrix for each key head
         x = x.double().unflatten(2, (key_heads, -1)).movedim(3, 2)
-        return by_head(feature_map(x).movedim(2, 3).flatten(2, 3), repeat)
+        return by_head(feature_map.features(x).movedim(2, 3).flatten(2, 3), repeat)
 
     queries, keys = by_head(q, 1), by_head(k, group)
     phi_q, phi_k = features(q, 1), features(k, group)

@@ -221,6 +221,13 @@ class PositionFactors(nn.Module):
         return F.embedding(positions.clamp(max=self.weight.shape[1]), table)
 
 
+class WideGroupNorm(nn.GroupNorm):
+    """GroupNorm in the dtype of its input, where that has more digits than the weights."""
+
+    def forward(self, o: Tensor) -> Tensor:
+        return F.group_norm(o, self.num_groups, self.weight.to(o.dtype), self.bias.to(o.dtype), self.eps)
+
+
 class HeadRMSNorm(nn.Module):
     """RMS norm of each head's channels, with a learned gain for each."""
 
@@ -304,7 +311,7 @@ class DiJiangAttention(nn.Module):
             self.key_factors = PositionFactors(num_key_value_heads, options.position_table, **placed)
         if options.norm == "group":
             groups = head_dim if options.norm_groups == "head_dim" else num_heads
-            self.norm: nn.Module = nn.GroupNorm(groups, channels, eps=1e-5, **placed)
+            self.norm: nn.Module = WideGroupNorm(groups, channels, eps=1e-5, **placed)
         elif options.norm == "rms":
             self.norm = HeadRMSNorm(num_heads, head_dim, **placed)
         if options.gate != "none":
@@ -421,12 +428,13 @@ class DiJiangAttention(nn.Module):
             v = factors * v
             if normalize:  # b belongs to phi(k), so to the denominator as well: as one more channel of the values
                 v, normalize = torch.cat([v, factors.to(v.dtype).expand(*v.shape[:-1], 1)], -1), False
-        q, k, log_decay = phi.augment(q, bounded=options.norm != "none"), phi.augment(k), self.decay(x)
+        projection, weights = phi(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        q = phi.augment(q, bounded_by=projection if options.norm != "none" else None)
+        k, log_decay = phi.augment(k), self.decay(x)
         v = v.to(q.dtype)
-        projection = phi.projection(torch.float64 if q.dtype == torch.float64 else torch.float32)
         shared: dict[str, Any] = {
             "feature": phi.kind.feature,
-            "weights": phi.weights,
+            "weights": weights,
             "normalize": normalize,
         }
         one_token = q.shape[1] == 1 and cu_seqlens is None and current_group() is None
@@ -459,10 +467,7 @@ class DiJiangAttention(nn.Module):
         if options.position_table:
             o = self.query_factors(positions)[..., None] * o
         if options.norm == "group":
-            assert isinstance(self.norm, nn.GroupNorm)
-            weight, bias = self.norm.weight.to(o.dtype), self.norm.bias.to(o.dtype)
-            flat = o.flatten(2).flatten(0, 1)
-            o = F.group_norm(flat, self.norm.num_groups, weight, bias, self.norm.eps).view(o.shape)
+            o = self.norm(o.flatten(2).flatten(0, 1)).view(o.shape)
         elif options.norm == "rms":
             o = self.norm(o)
         o = o.to(dtype)

@@ -229,18 +229,18 @@ class FeatureMap(Float32Module):
             p = self.frequencies.to(dtype)
         return torch.cat([p, torch.ones_like(p[:1])]) if self.kind.feature == "exp" else p
 
-    def augment(self, x: Tensor, *, bounded: bool = False) -> Tensor:
+    def augment(self, x: Tensor, bounded_by: Tensor | None = None) -> Tensor:
         """x in float32 (float64), with one more channel for "exp" features: what every product gets added to it.
 
-        That is the logarithm of the prefactor, or, ``bounded``, minus the largest product, so that the features of
-        each vector go up to 1: for queries whose factor a norm takes out again, exponentials that would overflow
-        together with those of the keys. Other maps get x as it is.
+        That is the logarithm of the prefactor, or, ``bounded_by`` the projection, minus the largest product with it, so
+        that the features of each vector go up to 1: for queries whose factor a norm takes out again, exponentials that
+        would overflow together with those of the keys. Other maps get x as it is.
         """
         if self.kind.feature != "exp":
             return x
         x = x if x.dtype == torch.float64 else x.float()
-        if bounded:
-            channel = -(x.detach() @ self.projection(x.dtype)[:-1]).amax(-1, keepdim=True)
+        if bounded_by is not None:
+            channel = -(x.detach() @ bounded_by.detach()[:-1].to(x.dtype)).amax(-1, keepdim=True)
         elif self.kind.prefactor:
             norms = x.square().sum(-1, keepdim=True) * self.temperature**2
             channel = -self.kind.prefactor * norms - 0.5 * math.log(self.num_features)
@@ -248,7 +248,14 @@ class FeatureMap(Float32Module):
             channel = torch.zeros_like(x[..., :1])
         return torch.cat([x, channel], -1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
+        """What the ops take: the projection in ``dtype``, float32 or float64, and the weights or None.
+
+        A call of the module, so that hooks which bring offloaded tensors in see it.
+        """
+        return self.projection(dtype), self.weights
+
+    def features(self, x: Tensor) -> Tensor:
         """phi(x) in fp32 (fp64 for fp64), as the ops make it on their way: [..., heads, K] -> [..., num_features].
 
         A map that is not learned takes [..., K] of any shape.

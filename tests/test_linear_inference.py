@@ -392,8 +392,7 @@ def no_recompiling():
     [
         ("hybrid", None, False),
         ("denominator", None, True),
-        ("decay by token", [1], True),
-        ("released", [0], True),
+        ("decay by token", [0], True),
     ],
 )
 @torch.no_grad()

@@ -74,7 +74,7 @@ class LinearStateLayer(LinearAttentionLayer, DynamicLayer):  # type: ignore[misc
         """Keep ``state`` as it is after ``tokens`` more tokens."""
         self.keep(state)
         assert self.count is not None
-        self.count = _written(self.count, self.count + tokens)
+        self.count.add_(tokens)
         if not self.has_previous_state[0]:
             self.has_previous_state[0] = True
         if not self.counts_on_host and _is_recorded(self.count):
@@ -90,8 +90,8 @@ class LinearStateLayer(LinearAttentionLayer, DynamicLayer):  # type: ignore[misc
             self.dtype, self.device = first.dtype, first.device
             self.is_initialized = True
         else:
-            old = state_tensors(self.state)
-            self.state = state_of({name: _written(old[name], x) for name, x in state_tensors(state).items()})
+            linear, window = (_part_written(old, new) for old, new in zip(self.state, state, strict=True))
+            self.state = AttentionState(linear, window)
         if self.count is None:
             self.count = _owned(torch.zeros((), dtype=torch.int64, device=self.device))
 
@@ -128,7 +128,7 @@ class LinearStateLayer(LinearAttentionLayer, DynamicLayer):  # type: ignore[misc
             zeros = map_state(torch.zeros_like, self.state)
             self.keep(zeros)
         if self.count is not None:
-            self.count = _written(self.count, torch.zeros_like(self.count))
+            self.count.zero_()
         if self.known is not None:  # a graph that was recorded will count on without the host
             self.known = 0
         self.has_previous_state[0] = False
@@ -178,6 +178,13 @@ def _written(old: Tensor, new: Tensor) -> Tensor:
         return old
     fits = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
     return old.copy_(new) if fits and not old.requires_grad and not new.requires_grad else _owned(new)
+
+
+def _part_written(old: Any, new: Any) -> Any:
+    """The same of every tensor of a state's part; a step has changed the scan's in its place already."""
+    if new is old:
+        return old
+    return type(new)(*(None if y is None else _written(x, y) for x, y in zip(old, new, strict=True)))
 
 
 def state_tensors(state: AttentionState) -> dict[str, Tensor]:
@@ -338,27 +345,33 @@ def prepare_cache(cache: Cache, model: PreTrainedModel, batch_size: int) -> None
 def _check_state(layer: LinearStateLayer, layer_idx: int, attention: DiJiangAttention, like: Tensor) -> None:
     """That a state came from this layer, or from one just like it; ValueError otherwise."""
     assert layer.state is not None
-    tensors = state_tensors(layer.state)
-    expected = state_shapes(attention)
-    # one by one: torch.compile takes symbolic sizes apart
-    if tensors.keys() != expected.keys() or any(x.shape[1:] != expected[name] for name, x in tensors.items()):
-        found = {name: tuple(x.shape[1:]) for name, x in tensors.items()}
-        raise ValueError(
-            f"past_key_values.layers[{layer_idx}] must hold a state of shapes {expected} (without the batch); got "
-            f"{found}: the cache was filled by another model; start from an empty cache"
-        )
-    if not torch.compiler.is_compiling() and layer.options is not None and layer.options != attention.options:
-        raise ValueError(
-            f"past_key_values.layers[{layer_idx}] must hold the state of a layer with {attention.options}; got one "
-            f"with {layer.options}: the cache was filled by another model; start from an empty cache"
-        )
-    first = next(iter(tensors.values()))
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling or layer.options is not attention.options:  # else it was checked, or made here
+        tensors = state_tensors(layer.state)
+        expected = state_shapes(attention)
+        # one by one: torch.compile takes symbolic sizes apart
+        if tensors.keys() != expected.keys() or any(x.shape[1:] != expected[name] for name, x in tensors.items()):
+            found = {name: tuple(x.shape[1:]) for name, x in tensors.items()}
+            raise ValueError(
+                f"past_key_values.layers[{layer_idx}] must hold a state of shapes {expected} (without the batch); got "
+                f"{found}: the cache was filled by another model; start from an empty cache"
+            )
+        if not is_compiling:
+            if layer.options is not None and layer.options != attention.options:
+                raise ValueError(
+                    f"past_key_values.layers[{layer_idx}] must hold the state of a layer with {attention.options}; got "
+                    f"one with {layer.options}: the cache was filled by another model; start from an empty cache"
+                )
+            layer.options = attention.options
+    part = layer.state.window if layer.state.linear is None else layer.state.linear
+    assert part is not None
+    first = part[0]
     if first.device != like.device:
         raise ValueError(
             f"past_key_values.layers[{layer_idx}] must be on the device of its layer, {like.device}; got {first.device}"
         )
     if first.shape[0] != like.shape[0]:
-        if torch.compiler.is_compiling() or int(layer.length) != 0:
+        if is_compiling or int(layer.length) != 0:
             raise ValueError(
                 f"past_key_values.layers[{layer_idx}] must hold a state for each of the {like.shape[0]} sequences of "
                 f"the batch; got {first.shape[0]}: cache.batch_repeat_interleave(n) makes n of each, "

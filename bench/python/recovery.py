@@ -23,7 +23,9 @@ from typing import Any
 import freqrank
 import torch
 from freqrank import distill, evaluate, linearize
+from freqrank.attention.dijiang import PRESETS
 from freqrank.data import RandomWindows, stdlib_bytes, windows
+from freqrank.models.cache import state_tensors
 from freqrank.report import machine
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -50,9 +52,11 @@ class Way:
 ALIGNED = {"recipe": "align", "hidden_weight": 1.0}
 #: What starts near the original is not to be driven away from it: a third of the rate, but for what is new.
 GENTLY = {**ALIGNED, "lr": 1e-3, "new_lr": 1e-2}
+#: What the recommended layer has around its map.
+AROUND_THE_MAP = ("decay", "norm", "gate", "position_table", "shortest_span")
 #: The hybrid's window is an eighth of the training context. Its scan keeps 2 x 32 features of 32 values a head, as many
 #: numbers as the keys and values of 32 tokens: a window alone gets those.
-WAYS = {
+WAYS: dict[str, Way] = {
     "original": Way("the softmax model itself", None, None),
     "scratch": Way("the softmax model, trained from scratch", None, scratch=True),
     "released": Way("released layer, next-token loss (the released recipe)", {"feature_map": "dijiang"}),
@@ -63,6 +67,16 @@ WAYS = {
     "released-aligned": Way("released layer, aligned and distilled", {"feature_map": "dijiang"}, ALIGNED),
     "recommended-next-token": Way("recommended layer, next-token loss", {"feature_map": "recommended"}),
     "recommended": Way("recommended layer, aligned and distilled", {"feature_map": "recommended"}, ALIGNED),
+    "fixed-decay": Way(
+        "the same, but the released kind of decay (spans from 2 tokens)",
+        {"feature_map": "recommended", "decay": "multi-scale"},
+        ALIGNED,
+    ),
+    "released-map": Way(
+        "the same, but the released map",
+        {"feature_map": "dijiang", **{name: getattr(PRESETS["recommended"], name) for name in AROUND_THE_MAP}},
+        ALIGNED,
+    ),
     "hybrid": Way(
         "recommended layer with a window of 64 and 4 sinks, aligned and distilled", {"feature_map": "hybrid"}, GENTLY
     ),
@@ -95,8 +109,8 @@ def state_bytes(model: PreTrainedModel, context: int) -> int:
     total = 0
     for layer in cache.layers:
         state = getattr(layer, "state", None)
-        parts = [layer.keys, layer.values] if state is None else [x for part in state if part is not None for x in part]
-        total += sum(x.numel() * x.element_size() for x in parts if x is not None and x.is_floating_point())
+        parts = [layer.keys, layer.values] if state is None else state_tensors(state).values()
+        total += sum(x.numel() * x.element_size() for x in parts if x.is_floating_point())
     return total
 
 

@@ -24,6 +24,7 @@ from freqrank.lowrank.factorize import factorize, squared_error
 from freqrank.lowrank.methods import METHODS as METHODS_BY_NAME
 from freqrank.lowrank.methods import Method
 from freqrank.models.architectures import find_architecture
+from freqrank.models.costs import cache_bytes
 from freqrank.report import COLOURS, Picture, Report, Section, Table, Text, label_ends, log_losses, plot, png, size
 
 Tick = Callable[[str], None]
@@ -465,7 +466,7 @@ def decoding(demo: Demo, tick: Tick) -> Section:
             for name, model in models.items()
         }
         row: dict[str, Any] = {"context": context}
-        row |= {f"{name}_bytes": cache_bytes(cache) for name, cache in caches.items()}
+        row |= {f"{name}_bytes": sum(cache_bytes(cache)) for name, cache in caches.items()}
         seconds: dict[str, list[float]] = {name: [] for name in models}
         for step in range(demo.sizes.decode_steps + 2):
             token = ids[:, context + step : context + step + 1]
@@ -491,25 +492,6 @@ def decoding(demo: Demo, tick: Tick) -> Section:
         [_decode_plot(rows), table],
         {"rows": rows},
     )
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors in a transformers cache."""
-    seen: dict[int, Tensor] = {}
-
-    def visit(value: Any) -> None:
-        if isinstance(value, Tensor):
-            seen[id(value)] = value
-        elif isinstance(value, dict):
-            for item in value.values():
-                visit(item)
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                visit(item)
-
-    for layer in cache.layers:
-        visit(vars(layer))
-    return sum(t.numel() * t.element_size() for t in seen.values())
 
 
 def _decode_plot(rows: list[dict[str, Any]]) -> Picture:

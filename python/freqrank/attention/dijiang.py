@@ -300,7 +300,7 @@ class DiJiangAttention(nn.Module):
             temperature=options.temperature,
             device=device,
         )
-        if not self.feature_map.num_features <= ops.attention.MAX_FEATURES:
+        if self.feature_map.num_features > ops.attention.MAX_FEATURES:
             raise ValueError(
                 f"feature map {options.feature_map!r} with num_frequencies={self.feature_map.num_frequencies} has "
                 f"{self.feature_map.num_features} features; the kernels take up to {ops.attention.MAX_FEATURES}"

@@ -63,9 +63,7 @@ class Settings:
                 raise TypeError(f"{name} must be an integer; got {value!r}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1; got {self.steps}")
-        for name in ("lr", "new_lr", "clip", "temperature"):
-            if name == "new_lr" and self.new_lr is None:
-                continue
+        for name in ("lr", "clip", "temperature", *(["new_lr"] if self.new_lr is not None else [])):
             if not _is_number(value := getattr(self, name)) or value <= 0:
                 raise ValueError(f"{name} must be a positive number; got {value!r}")
         for name in ("weight_decay", "kl_weight", "hidden_weight", "align_steps", "warmup"):
